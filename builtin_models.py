@@ -1,0 +1,126 @@
+"""The two small models of the built-in corpus, trained at first use and kept: the embedded default.
+
+    python builtin_models.py          # make both now, side by side; `policy` or `judge` makes one here
+
+Everything that takes the word `builtin` for a model comes here. They are trained by the code that sft_dialog.py and
+intent_classifier.py run, from random weights; only tokenizer, sizes and settings are this file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from builtin_corpus import CORPUS_VERSION
+from common import UserError, cache_dir, run_script, use_all_cores, whole_folder
+from envs import DialogueFormat, load_dialogues
+from intent_classifier import IntentConfig, train_intent
+from sft_dialog import SFTConfig, train_sft
+
+VOCABULARY = 1200
+POLICY = dict(n_layer=3, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+POLICY_FIT = dict(lr=2e-3, weight_decay=0.1, batch_size=32, epochs=1.0, warmup_steps=20, eval_every=200, log_every=50)
+JUDGE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+JUDGE_FIT = dict(lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
+
+
+def builtin_model(kind: str) -> Path:
+    """The folder of the built-in "policy" or "judge", trained first where it is not there yet.
+
+    Trained in processes of their own, both at once: they take one core each, and neither the launcher's engine
+    (DeepSpeed, several processes) nor this process's random state has a part in it.
+    """
+    if PartialState().is_local_main_process:
+        missing = [k for k in ("policy", "judge") if not (_folder(k) / "config.json").exists()]
+        if kind in missing:
+            print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", flush=True)
+            plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))}
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                plain.pop(name, None)
+            plain["TORCH_NUM_THREADS"] = "1"
+            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain) for k in missing]
+            try:
+                failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
+            finally:
+                for run in runs:
+                    run.kill()
+            if failed:
+                raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason stands above.")
+    PartialState().wait_for_everyone()
+    return _folder(kind)
+
+
+def _folder(kind: str) -> Path:
+    """Its name tells corpus and settings, so that a change of either trains it anew."""
+    settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
+    return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+
+
+def train(kind: str) -> None:
+    """Train one of the two here, from random weights."""
+    tokenizer = train_tokenizer()
+    torch.manual_seed(0)
+    if kind == "policy":
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+        network = GPT2Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **POLICY)
+        blank = GPT2LMHeadModel(network)
+    else:
+        blank = BertForSequenceClassification(
+            BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **JUDGE)
+        )
+    start = _folder(kind).with_name(f".{_folder(kind).name}-start")
+    with whole_folder(start) as part:
+        blank.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    paths = dict(model_path=str(start), output_dir=str(_folder(kind)))
+    if kind == "policy":
+        train_sft(SFTConfig(eval_samples=200, **paths, **POLICY_FIT))
+    else:
+        train_intent(IntentConfig(eval_samples=500, **paths, **JUDGE_FIT))
+    shutil.rmtree(start)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the built-in corpus with the end-of-utterance marker as one token; it can encode any text."""
+    marker = DialogueFormat().eou_marker
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in ("<PAD>", "<EOS>", marker)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    utterances = (u for d in load_dialogues("builtin", "train") for u in d.utterances)
+    tokenizer.train_from_iterator(utterances, trainer)
+    # the judge reads (previous utterance, utterance) pairs; single texts stay as they are
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {marker} $B:1 {marker}:1", special_tokens=[(marker, tokenizer.token_to_id(marker))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<PAD>", eos_token="<EOS>", padding_side="left", truncation_side="left"
+    )
+
+
+def main() -> None:
+    use_all_cores()
+    if sys.argv[1:] in (["policy"], ["judge"]):
+        train(sys.argv[1])
+    elif not sys.argv[1:]:
+        print(f"policy: {builtin_model('policy')}\njudge: {builtin_model('judge')}")
+    else:
+        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none, 'policy' or 'judge'.")
+
+
+if __name__ == "__main__":
+    run_script(main)

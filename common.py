@@ -1,0 +1,221 @@
+"""What every script needs and no subject owns: errors for people, loading of models, quiet libraries, small files.
+
+Imports nothing of this project, so that every sibling may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EXIT_USER_ERROR = 2  # what argparse and tyro also use for a command line they cannot take
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message is one or two sentences for them, shown without traceback."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest of `valid`, or an empty string where nothing comes close."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main`: a UserError becomes its sentence and exit status 2, Ctrl-C becomes 130, a bug a traceback."""
+    quiet_libraries()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def quiet_libraries() -> None:
+    """Turn off the chatter of the libraries (progress bars of loading, advice to upgrade), not their errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
+    # DDP and torch's own schedulers warn about a copy they make themselves; nothing a user can act on.
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
+
+
+def import_path(path: str, what: str) -> Any:
+    """The object that `module:name` or `file.py:name` points to, looked for in the working directory first.
+
+    Raises UserError naming `what` where the form, the module or the name is wrong.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise UserError(
+            f"{what} was given as '{path}'; expected an import path 'module:Name', such as 'my_file:MyClass'."
+        )
+    if module_name.endswith(".py"):
+        file = Path(module_name)
+        if not file.is_file():
+            raise UserError(f"{what} is '{path}', but there is no file '{file}'.")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+    else:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise  # the user's module was found and one of its own imports is missing: that traceback helps
+            raise UserError(
+                f"{what} is '{path}', but no module '{module_name}' can be imported from '{os.getcwd()}'."
+            ) from error
+    if not hasattr(module, attribute):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{what} is '{path}', but '{module_name}' defines no '{attribute}'.{nearest(attribute, names)}")
+    return getattr(module, attribute)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tokenizers by hub name or folder
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    if Path(name).exists():
+        return UserError(f"{what} '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}")
+    return UserError(
+        f"{what} '{name}' is neither a folder on this machine nor a model that the hub could give "
+        f"({type(error).__name__}). Give the path of a Hugging Face folder, or a hub name while online."
+    )
+
+
+def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.")
+    if os.sep in name and name.count("/") > 1 and not folder.exists():
+        raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
+    try:
+        return auto_class.from_pretrained(name, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _cannot_load(what, name, error) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub name or folder, padding and truncating on the left, with a pad token.
+
+    A tokenizer without a pad token (GPT-2, Llama) pads with its EOS token: padding is masked, its id never matters.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(
+            f"'{name}' holds no tokenizer (no tokenizer.json); give its folder or name with --tokenizer-path."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("tokenizer", name, error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of '{name}' has neither a pad nor an EOS token; add one and save it again.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
+    """UserError where the tokenizer has ids that the model's embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but model '{name}' embeds only {rows}; "
+            "give the tokenizer that belongs to the model with --tokenizer-path."
+        )
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine and files
+
+
+def use_all_cores(num_processes: int = 1) -> None:
+    """Give torch this process's share of the cores on CPU.
+
+    `accelerate launch` without a configuration file sets OMP_NUM_THREADS=1, which halves the speed of a laptop.
+    TORCH_NUM_THREADS in the environment overrides the share.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(int(os.environ.get("TORCH_NUM_THREADS", max(1, cores // num_processes))))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB since the process started: of the GPU's allocator on CUDA, else resident memory (RSS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
+
+
+def cache_dir() -> Path:
+    """Where trained built-in models are kept between runs: $PPO_DIALOG_CACHE or ~/.cache/ppo_dialog."""
+    return Path(os.environ.get("PPO_DIALOG_CACHE", "~/.cache/ppo_dialog")).expanduser()
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path):
+    """Write a folder aside and rename it to `target` when the block ends well, so that a torn one is never seen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
+        part = Path(aside) / "part"
+        part.mkdir()
+        yield part
+        if target.exists():
+            os.replace(target, Path(aside) / "old")
+        os.replace(part, target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with NaN and infinities as null (a strict reader takes it), written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON has no word for replaced by None, recursively."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,565 @@
+"""Dialogues, how they become prompts and tokens, and the environment that hands them out.
+
+    dialogues = load_dialogues("builtin", "train")            # or a hub name, a folder, a file, the original release
+    codec = DialogueCodec(load_tokenizer("gpt2"), DialogueFormat())
+    env = DialogueVectorEnv(make_samples(dialogues, codec.format), codec, env_num=2, reward=my_reward)
+    observations, infos = env.reset(seed=0)
+    observations, rewards, terminations, truncations, infos = env.step(["Sure, why not.", "At six."])
+
+One row of a dataset is one dialogue: `dialog` (utterances), `act` (dialogue acts, 1 to 4) and `emotion` (0 to 6), lists
+of equal length. Text format and episode ends are those of the OpenRL and RL4LMs DailyDialog task, so a model that was
+fine-tuned for them works unchanged; every number in it is an option.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import random
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+import builtin_corpus
+from common import UserError, nearest
+
+ACTS = ("inform", "question", "directive", "commissive")  # dialogue act k of DailyDialog is ACTS[k - 1]
+SPLITS = ("train", "validation", "test")
+# `datasets` 4 and later refuse script datasets, which these names are; the copy is the same rows as parquet.
+HUB_ALIASES = {"daily_dialog": "OpenRL/daily_dialog", "li2017dailydialog/daily_dialog": "OpenRL/daily_dialog"}
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading dialogues
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation: n utterances with a dialogue act (1 to 4, 0 where unlabelled) and an emotion (0 to 6) each."""
+
+    utterances: tuple[str, ...]
+    acts: tuple[int, ...]
+    emotions: tuple[int, ...]
+
+
+class Dialogues(list):
+    """A split: a list of `Dialogue`; `skipped` holds a sentence for each row that was left out."""
+
+    def __init__(self, dialogues: Sequence[Dialogue], skipped: Sequence[str] = ()):
+        super().__init__(dialogues)
+        self.skipped = list(skipped)
+
+
+Row = tuple[str, dict[str, Any]]  # where it stands ("chats.csv, line 3"), and its columns
+
+
+def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> Dialogues:
+    """All dialogues of one split ("train", "validation" or "test").
+
+    `data_path` is `builtin`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that one); a folder
+    written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines or CSV file for each split (`train.csv`,
+    `train-00000-of-00001.parquet`, `validation/rows.json`); one such file, then cut 90/5/5 into splits; or the original
+    DailyDialog release, zipped or not.
+
+    Raises UserError naming file and line of the first bad row: unequal lengths, an empty utterance, a label out of
+    range, text that is not UTF-8. With `skip_bad_rows` those rows are left out and listed in `.skipped`.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+    good, bad = [], []
+    for where, row in _rows(str(data_path), split):
+        try:
+            good.append(_checked(row))
+        except ValueError as error:
+            bad.append(f"{where}: {error}")
+            if not skip_bad_rows:
+                raise UserError(f"{bad[0]}. Mend the row, or leave out all such rows with --skip-bad-rows.") from None
+    if not good:
+        raise UserError(f"the {split} split of '{data_path}' holds no dialogue" + (f" ({bad[0]})." if bad else "."))
+    return Dialogues(good, bad)
+
+
+def _checked(row: dict[str, Any]) -> Dialogue:
+    """The row as a Dialogue; ValueError says what is wrong with it."""
+    if "_error" in row:
+        raise ValueError(row["_error"])
+    if "dialog" not in row:
+        raise ValueError(f"has no column 'dialog' (columns: {', '.join(map(str, row)) or 'none'})")
+    utterances = _as_list(row["dialog"], "dialog")
+    if not utterances:
+        raise ValueError("the dialogue has no utterance")
+    labels = []
+    for column, low, high in (("act", 1, 4), ("emotion", 0, 6)):
+        if row.get(column) is None:  # a user's own chats need not be labelled: 0 stands for "no label"
+            labels.append((0,) * len(utterances))
+            continue
+        values = _as_list(row[column], column)
+        if len(values) != len(utterances):
+            raise ValueError(f"{len(utterances)} utterances but {len(values)} values in '{column}'")
+        try:
+            numbers = tuple(int(v) for v in values)
+        except (TypeError, ValueError):
+            raise ValueError(f"'{column}' should hold whole numbers, found {values!r:.60}") from None
+        for value in numbers:
+            if not low <= value <= high:
+                raise ValueError(f"{column} {value} is out of range; expected {low} to {high}")
+        labels.append(numbers)
+    for i, utterance in enumerate(utterances):
+        if not isinstance(utterance, str):
+            raise ValueError(f"utterance {i + 1} is not text but {utterance!r:.40}")
+        if not utterance.strip():
+            raise ValueError(f"utterance {i + 1} of {len(utterances)} is empty")
+        if "\ufffd" in utterance:  # what undecodable bytes become when a file is read
+            raise ValueError(f"utterance {i + 1} of {len(utterances)} is not valid UTF-8")
+    return Dialogue(tuple(utterances), *labels)
+
+
+def _as_list(value: Any, column: str) -> list[Any]:
+    """A list column as it comes from parquet or JSON, or as text in a CSV cell: JSON, a Python list, or `1 2 1`."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, str):
+        text = value.strip()
+        if column != "dialog" and text and not text.startswith("["):
+            return text.replace(",", " ").split()
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                parsed = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(parsed, (list, tuple)):
+                return list(parsed)
+    raise ValueError(f"'{column}' should be a list, found {value!r:.60}")
+
+
+def _rows(data_path: str, split: str) -> Iterator[Row]:
+    """Every row of a split with the place where it stands, whatever the form of the source."""
+    path = Path(data_path).expanduser()
+    if data_path == "builtin":
+        yield from ((f"built-in {split} row {i}", row) for i, row in enumerate(builtin_corpus.generate_corpus()[split]))
+    elif path.is_file():
+        yield from _split_rows(_file_rows(path), split)
+    elif path.is_dir():
+        yield from _folder_rows(path, split)
+    elif path.is_absolute() or data_path.startswith((".", "~")) or data_path.count("/") > 1:
+        raise UserError(f"data path '{data_path}' does not exist.")
+    else:
+        yield from _hub_rows(data_path, split)
+
+
+def _split_rows(rows: Iterator[Row], split: str) -> Iterator[Row]:
+    """90/5/5 of a file that holds all dialogues, by a fixed shuffle: the same rows in the same split in every run."""
+    rows = list(rows)
+    random.Random(0).shuffle(rows)
+    cuts = [0, int(len(rows) * 0.9), int(len(rows) * 0.95), len(rows)]
+    index = SPLITS.index(split)
+    yield from rows[cuts[index] : cuts[index + 1]]
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
+    import datasets
+
+    for candidate in (folder / split, folder):
+        if (candidate / f"dialogues_{split}.txt").is_file():
+            texts = {n: (str(candidate / n), (candidate / n).read_bytes()) for n in _release_names(split, candidate)}
+            return (yield from _release_rows(texts, split))
+    if (folder / f"{split}.zip").is_file():
+        with zipfile.ZipFile(folder / f"{split}.zip") as archive:
+            names = {Path(n).name: n for n in archive.namelist()}
+            texts = {
+                n: (f"{folder / f'{split}.zip'}:{names[n]}", archive.read(names[n]))
+                for n in _release_names(split)
+                if n in names
+            }
+        if f"dialogues_{split}.txt" not in texts:
+            raise UserError(f"'{folder / f'{split}.zip'}' holds no dialogues_{split}.txt, as the release does.")
+        return (yield from _release_rows(texts, split))
+    for candidate in (folder / split, folder):  # save_to_disk of one split each, or of a DatasetDict
+        if (candidate / "state.json").is_file() or (candidate / "dataset_dict.json").is_file():
+            try:
+                stored = datasets.load_from_disk(str(candidate))
+            except Exception as error:  # pyarrow and datasets raise many kinds for a torn folder
+                raise UserError(f"'{candidate}' was not written whole by save_to_disk: {error}") from error
+            if isinstance(stored, datasets.DatasetDict):
+                stored = _pick_split(stored, split, str(folder))
+            elif candidate == folder:
+                return (yield from _split_rows(_dataset_rows(stored, str(candidate)), split))
+            return (yield from _dataset_rows(stored, str(candidate)))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+    matching = [p for p in files if _split_of(p, folder) == split]
+    if not matching:
+        found = ", ".join(sorted({str(p.relative_to(folder)) for p in files})[:8]) or "no dataset file"
+        raise UserError(
+            f"'{folder}' has no {split} split: found {found}; expected a file such as {split}.csv, {split}.jsonl or "
+            f"{split}.parquet, a folder written by save_to_disk, or the DailyDialog release."
+        )
+    for file in matching:
+        yield from _file_rows(file)
+
+
+def _split_of(file: Path, folder: Path) -> str | None:
+    """The split that a file's name or folder names: train.csv, train-00000-of-00002.parquet, validation/rows.json."""
+    for part in reversed(file.relative_to(folder).with_suffix("").parts):
+        head = part.lower().replace("_", "-").split("-")[0].split(".")[0]
+        for split, names in SPLIT_NAMES.items():
+            if head in names:
+                return split
+    return None
+
+
+def _pick_split(stored: Any, split: str, name: str) -> Any:
+    for candidate in SPLIT_NAMES[split]:
+        if candidate in stored:
+            return stored[candidate]
+    raise UserError(f"'{name}' has no {split} split; it has {', '.join(stored)}.")
+
+
+def _dataset_rows(stored: Any, name: str) -> Iterator[Row]:
+    for i, row in enumerate(stored):
+        yield f"{name}, row {i + 1}", row
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    resolved = HUB_ALIASES.get(name, name)
+    try:
+        stored = datasets.load_dataset(resolved)
+    except Exception as error:  # offline, unknown, gated or a script: the library has a class for each
+        raise UserError(
+            f"dataset '{name}' is neither a folder or file on this machine nor could it be loaded from the hub as "
+            f"'{resolved}' ({type(error).__name__}). Give a local path, 'builtin', or a hub name while online."
+        ) from error
+    yield from _dataset_rows(_pick_split(stored, split, name), name)
+
+
+def _release_names(split: str, folder: Path | None = None) -> list[str]:
+    """The files of a split of the original release; with a folder, those of them that are there."""
+    names = [f"dialogues_{split}.txt", f"dialogues_act_{split}.txt", f"dialogues_emotion_{split}.txt"]
+    return [n for n in names if folder is None or (folder / n).is_file()]
+
+
+def _release_rows(texts: dict[str, tuple[str, bytes]], split: str) -> Iterator[Row]:
+    """Rows of the original release: one dialogue a line, utterances closed by __eou__, labels beside them.
+
+    `texts` maps a file's name to where it stands and its bytes.
+    """
+    columns = {}
+    for column, name in zip(("dialog", "act", "emotion"), _release_names(split)):
+        if name in texts:
+            columns[column] = texts[name][1].decode("utf-8", errors="replace").removesuffix("\n").split("\n")
+    where = texts[f"dialogues_{split}.txt"][0]
+    for number, cells in enumerate(itertools.zip_longest(*columns.values()), start=1):
+        row = dict(zip(columns, cells))
+        missing = [column for column, cell in row.items() if cell is None]
+        if missing:
+            row = {"_error": f"the files differ in length: no line in {', '.join(missing)}"}
+        else:
+            # What follows the last marker is an utterance that was never closed; a well-formed line has only a blank.
+            utterances = row["dialog"].split("__eou__")
+            row["dialog"] = utterances[:-1] if not utterances[-1].strip() else utterances
+            row |= {column: row[column].split() for column in row if column != "dialog"}
+        yield f"{where}, line {number}", row
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"'{file}' is none of the forms that can be read: {', '.join(READERS)}.")
+    yield from reader(file)
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"'{file}' is not a parquet file that can be read: {str(error).splitlines()[0]}") from error
+    yield from _dataset_rows(table.to_pylist(), str(file))
+
+
+def _text(file: Path) -> str:
+    # Bytes that are not UTF-8 become U+FFFD, which the row check names with its line; a BOM (Excel) is dropped.
+    return file.read_bytes().decode("utf-8-sig", errors="replace")
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    """JSON lines, or one JSON array of objects."""
+    text = _text(file)
+    if text.lstrip().startswith("["):
+        try:
+            yield from _dataset_rows(_objects(json.loads(text)), str(file))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{file}, line {number}", _objects([json.loads(line)])[0]
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield f"{file}, line {number}", {"_error": f"not valid JSON ({error})"}
+
+
+def _objects(values: list[Any]) -> list[dict[str, Any]]:
+    return [v if isinstance(v, dict) else {"_error": f"expected an object, found {v!r:.40}"} for v in values]
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    """CSV with a header; the list columns hold a JSON or Python list, labels may also be written `1 2 1`."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+    try:
+        for row in reader:
+            yield f"{file}, line {reader.line_num}", {k: v for k, v in row.items() if k is not None}
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: not a CSV file that can be read ({error}).") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".parquet": _parquet_rows,
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".csv": _csv_rows,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text format and tokens
+
+FORMAT_FILE = "dialogue_format.json"
+
+
+@dataclass(frozen=True)
+class DialogueFormat:
+    """How a dialogue is written for the model. The defaults are those of OpenRL's and RL4LMs' DailyDialog task."""
+
+    context_utterances: int = 5
+    """Utterances of context in a prompt; only utterances with at least so many before them are samples."""
+    eou_marker: str = "<EOU>"
+    """End of an utterance: plain text (one or several tokens) or a special token of the tokenizer."""
+    max_prompt_tokens: int = 128
+    """Longer prompts lose their beginning."""
+    max_new_tokens: int = 20
+    """A response ends after so many tokens if neither the marker nor EOS came before."""
+
+    def __post_init__(self):
+        for name in ("context_utterances", "max_prompt_tokens", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not self.eou_marker.strip():
+            raise UserError("eou_marker is blank; expected text such as '<EOU>' that ends an utterance.")
+
+    def prompt(self, utterances: Sequence[str]) -> str:
+        """The last utterances joined by the marker, then a blank and the marker."""
+        return self.eou_marker.join(utterances[-self.context_utterances :]) + " " + self.eou_marker
+
+    def target(self, reply: str) -> str:
+        """What the model should write after the prompt."""
+        return reply + self.eou_marker
+
+    def save(self, folder: Path) -> None:
+        (folder / FORMAT_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, **overrides: Any) -> DialogueFormat:
+        """The format kept beside a model, with the given fields replaced; the defaults where none is kept."""
+        file = Path(folder) / FORMAT_FILE
+        kept = {}
+        if file.is_file():
+            try:
+                kept = json.loads(file.read_text())
+                cls(**kept)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"'{file}' is not a dialogue format that can be read: {error}") from error
+        return cls(**kept | overrides)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply to learn: its context, the human reply and that reply's dialogue act (0 where unlabelled)."""
+
+    context: tuple[str, ...]
+    prompt: str
+    reply: str
+    act: int
+
+
+def make_samples(dialogues: Sequence[Dialogue], fmt: DialogueFormat) -> list[Sample]:
+    """Every utterance with at least `context_utterances` before it, in the order of the data."""
+    n = fmt.context_utterances
+    return [
+        Sample(d.utterances[i - n : i], fmt.prompt(d.utterances[i - n : i]), d.utterances[i], d.acts[i])
+        for d in dialogues
+        for i in range(n, len(d.utterances))
+    ]
+
+
+class DialogueCodec:
+    """Prompts to tokens and response tokens to text, for one tokenizer and one format."""
+
+    def __init__(self, tokenizer: Any, fmt: DialogueFormat):
+        self.tokenizer, self.format = tokenizer, fmt
+        self.eos_token_id = tokenizer.eos_token_id
+        # The marker may come as several tokens, and merged with what stands before it (".<" + "EOU" + ">"), so its end
+        # is found in the decoded text; only after a token that holds the marker's last character can it be complete.
+        last = fmt.eou_marker.rstrip()[-1]
+        pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+        self.may_end = torch.tensor([last in piece or "\ufffd" in piece for piece in pieces])
+        marker_ids = tokenizer(fmt.eou_marker, add_special_tokens=False).input_ids
+        self.marker_token_id = marker_ids[0] if len(marker_ids) == 1 else None
+
+    def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (B, P), cut and padded on the left; P is the longest of the batch, or the maximum."""
+        encoded = self.tokenizer(
+            list(prompts),
+            truncation=True,
+            max_length=self.format.max_prompt_tokens,
+            padding="max_length" if pad_to_max else True,
+            return_tensors="pt",
+        )
+        return encoded.input_ids, encoded.attention_mask
+
+    def encode_target(self, reply: str) -> list[int]:
+        """Token ids of a human reply with its marker, uncut."""
+        return self.tokenizer(self.format.target(reply), add_special_tokens=False).input_ids
+
+    def ended(self, response_ids: Sequence[int]) -> bool:
+        """Whether a response is complete: its last token is EOS, or closes the marker."""
+        if not len(response_ids):
+            return False
+        last = int(response_ids[-1])
+        if last == self.eos_token_id:
+            return True
+        return bool(self.may_end[last]) and self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+
+    def decode_response(self, response_ids: Sequence[int]) -> str:
+        """The text of a response, without marker, EOS and surrounding blanks. Negative ids are padding."""
+        ids = [int(i) for i in response_ids if i >= 0]
+        if self.eos_token_id in ids:
+            ids = ids[: ids.index(self.eos_token_id)]
+        return self.tokenizer.decode(ids).split(self.format.eou_marker.strip())[0].strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+class DialogueVectorEnv(VectorEnv):
+    """`env_num` dialogues at a time; an action is a whole response and ends the episode (Gymnasium's vector API).
+
+    Observations: `{"input_ids": (n, max_prompt_tokens), "attention_mask": the same}`, int64, padded on the left.
+    Actions: response tokens (n, max_new_tokens), int64, padded on the right with -1; a list of n strings works too.
+    Rewards: what `reward(prompts, responses, references, acts)` gives (see rewards.py), 0 without one.
+    Every step terminates every episode and the next prompt comes at once (`AutoresetMode.SAME_STEP`), with what
+    belongs to the finished episode in `infos["final_obs"]` and `infos["final_info"]`.
+
+    Which dialogue comes when depends on the seed alone: each pass over the data is one permutation, dealt out over
+    all `env_num` slots. With several processes each gets `env_num / num_processes` of the slots.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        codec: DialogueCodec,
+        env_num: int,
+        reward: Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]] | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if not samples:
+            n = codec.format.context_utterances
+            raise UserError(
+                f"no dialogue has more than {n} utterances: none gives a sample with context_utterances {n}."
+            )
+        if env_num < 1 or env_num % num_processes:
+            raise UserError(f"env_num is {env_num}; expected a positive multiple of the {num_processes} process(es).")
+        self.samples, self.codec, self.reward = samples, codec, reward
+        self.env_num, self.num_envs = env_num, env_num // num_processes
+        self._first_slot = process_index * self.num_envs
+        fmt, vocabulary = codec.format, len(codec.tokenizer)
+        self.single_observation_space = spaces.Dict(
+            {
+                "input_ids": spaces.Box(0, vocabulary - 1, (fmt.max_prompt_tokens,), np.int64),
+                "attention_mask": spaces.Box(0, 1, (fmt.max_prompt_tokens,), np.int64),
+            }
+        )
+        self.single_action_space = spaces.Box(-1, vocabulary - 1, (fmt.max_new_tokens,), np.int64)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.seed, self.rounds, self._current, self._epoch_order = 0, 0, None, (None, None)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Observations and infos of the first dialogues; a seed restarts the order, none goes on in it."""
+        if seed is not None:
+            gym.Env.reset(self, seed=seed)
+            self.seed, self.rounds = seed, 0
+        return self._next_dialogues()
+
+    def step(self, actions: np.ndarray | Sequence[str]):
+        if self._current is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        if len(actions) != self.num_envs:
+            raise UserError(f"step() was given {len(actions)} responses for {self.num_envs} dialogues.")
+        responses = [a.strip() if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
+        finished, final_obs = self._current, self._observations
+        rewards, statistics = np.zeros(self.num_envs), {}
+        if self.reward is not None:
+            rewards, statistics = self.reward(
+                [s.prompt for s in finished],
+                responses,
+                [s.reply.strip() for s in finished],
+                [s.act for s in finished],
+            )
+        final_info = self._infos(finished) | _column("response", responses)
+        for name, values in statistics.items():
+            final_info |= _column(name, values)
+        observations, infos = self._next_dialogues()
+        everyone = np.ones(self.num_envs, dtype=bool)
+        infos |= {"final_obs": final_obs, "_final_obs": everyone, "final_info": final_info, "_final_info": everyone}
+        return observations, np.asarray(rewards, np.float64), everyone.copy(), ~everyone, infos
+
+    def _next_dialogues(self):
+        first = self.rounds * self.env_num + self._first_slot
+        self._current = [self._sample(first + slot) for slot in range(self.num_envs)]
+        self.rounds += 1
+        ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)
+        self._observations = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return self._observations, self._infos(self._current)
+
+    def _sample(self, position: int) -> Sample:
+        epoch, index = divmod(position, len(self.samples))
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        return self.samples[self._epoch_order[1][index]]
+
+    def _infos(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        infos = {}
+        for name in ("prompt", "reply", "act"):
+            infos |= _column(name, [getattr(s, name) for s in samples])
+        return infos
+
+
+def _column(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
+    """One entry of a Gymnasium vector info: an array and the mask of who has it."""
+    values = np.asarray(values) if not isinstance(values[0], str) else np.array(values, dtype=object)
+    return {name: values, f"_{name}": np.ones(len(values), dtype=bool)}

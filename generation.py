@@ -1,0 +1,220 @@
+"""Sampling whole replies with a key/value cache: the one decoding loop of rollouts and evaluation.
+
+What was sampled is kept with the log-probability it was sampled with, so that PPO needs no second pass, and with the
+set of tokens it was sampled from, so that the update can price a response under the very same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common import UserError
+from envs import DialogueCodec, Sample
+
+# (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
+DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """From which distribution a token is drawn."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    greedy: bool = False
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; expected more than 0 (greedy decoding is an option).")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        if self.min_new_tokens < 0:
+            raise UserError(f"min_new_tokens is {self.min_new_tokens}; expected 0 or more.")
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, S) that count real tokens only, so that left padding moves nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def support_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+    """The token ids (B, K), int32, that top-k and top-p leave to sample from; -1 fills rows with fewer. None: all.
+
+    Nucleus sampling keeps the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al.,
+    2020), after top-k where both are set.
+    """
+    if not sampling.top_k and sampling.top_p >= 1:
+        return None
+    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    top, ids = logits.topk(k, dim=-1)
+    if sampling.top_p < 1:
+        probs = (top / sampling.temperature).softmax(-1)
+        outside = probs.cumsum(-1) - probs >= sampling.top_p  # (B, K): the nucleus was full before this token
+        ids = ids.masked_fill(outside, -1)[:, : int((~outside).sum(-1).max())]
+    return ids.to(torch.int32)
+
+
+def log_probs_of(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, support: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probabilities (...) of `tokens` (...) under softmax(logits / temperature), logits (..., V).
+
+    With `support` (..., K) the softmax is over those ids alone (-1 is filler). The normaliser is a logsumexp, so no
+    second tensor of vocabulary size is made.
+    """
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return chosen - restrict(logits, support).logsumexp(-1)
+
+
+def restrict(logits: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:
+    """The logits (..., K) of the ids in `support`, minus infinity for filler; all of them where there is none."""
+    if support is None:
+        return logits
+    return logits.gather(-1, support.long().clamp(min=0)).masked_fill(support < 0, float("-inf"))
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, support: torch.Tensor | None):
+    """Tokens (B,) by inverting the cumulative distribution at `uniforms` (B,) in [0, 1).
+
+    One number for each row decides its token, so a row's text does not depend on which rows share its batch, on
+    padding, or on how many processes there are.
+    """
+    if sampling.greedy:
+        return logits.argmax(-1)
+    cdf = (restrict(logits.float(), support) / sampling.temperature).softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    index = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * total, right=True)
+    last = (cdf >= total).int().argmax(-1, keepdim=True)  # rounding must not pick a token of probability 0
+    index = torch.minimum(index, last)
+    return (index if support is None else support.long().gather(-1, index)).squeeze(-1)
+
+
+@dataclass
+class Responses:
+    """Sampled responses, padded on the right. T is the longest of the batch.
+
+    ids (B, T) int64, filler is the pad token; mask (B, T) bool, True up to and including the token that ended it;
+    logprobs (B, T) of the sampled distribution, values (B, T) of the state before each token, both 0 where masked;
+    support (B, T, K) int32 or None, see `support_of`.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    support: torch.Tensor | None
+
+
+@torch.no_grad()
+def sample_responses(
+    step: DecodeStep,
+    codec: DialogueCodec,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    sampling: Sampling,
+    uniforms: torch.Tensor,
+) -> Responses:
+    """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
+
+    Rows that have ended leave the batch, so the cost of a step is that of the dialogues still being written.
+    """
+    batch, device = prompt_ids.shape[0], prompt_ids.device
+    max_new, pad = codec.format.max_new_tokens, codec.tokenizer.pad_token_id
+    ids = torch.full((batch, max_new), pad, dtype=torch.long, device=device)
+    mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
+    logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(2))
+    supports: list[torch.Tensor] = []
+    forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
+
+    alive = torch.arange(batch, device=device)
+    tokens, attention, past = prompt_ids, prompt_mask, None
+    for t in range(max_new):
+        logits, value, past = step(tokens, attention, past)  # (b, V), (b,)
+        if t < sampling.min_new_tokens:
+            logits = logits.clone()
+            logits[:, forbidden] = float("-inf")
+        support = support_of(logits, sampling)
+        token = draw(logits, uniforms[alive, t], sampling, support)
+        ids[alive, t], mask[alive, t] = token, True
+        logprobs[alive, t] = log_probs_of(logits, token, sampling.temperature, support)
+        if value is not None:
+            values[alive, t] = value.float()
+        if support is not None:
+            supports.append(torch.full((batch, support.shape[1]), -1, dtype=torch.int32, device=device))
+            supports[-1][alive] = support
+
+        going = torch.tensor([not codec.ended(row) for row in ids[alive, : t + 1].tolist()], device=device)
+        if not going.any():
+            break
+        tokens = token[going].unsqueeze(-1)
+        attention = torch.cat([attention[going], attention.new_ones((len(tokens), 1))], dim=-1)
+        if not going.all():
+            alive = alive[going]
+            past.batch_select_indices(going.nonzero().squeeze(-1))
+    length = t + 1
+    support = None
+    if supports:
+        width = max(s.shape[1] for s in supports)
+        support = torch.stack([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-1) for s in supports], dim=1)
+    return Responses(ids[:, :length], mask[:, :length], logprobs[:, :length], values[:, :length], support)
+
+
+def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
+    """The decode step of a plain Hugging Face causal LM (no values)."""
+
+    def step(input_ids, attention_mask, past):
+        out = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], None, out.past_key_values
+
+    return step
+
+
+@torch.no_grad()
+def reply_log_likelihoods(
+    model: torch.nn.Module, codec: DialogueCodec, samples: list[Sample], batch_size: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihood of each human reply with its marker, summed over its tokens, and its number of tokens: (N,), (N,).
+
+    Replies are priced whole: they are not cut at max_new_tokens.
+    """
+    device = next(model.parameters()).device
+    sums, counts = torch.zeros(len(samples)), torch.zeros(len(samples))
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        prompt_ids, prompt_mask = codec.encode_prompts([samples[i].prompt for i in chunk])
+        targets = [torch.tensor(codec.encode_target(samples[i].reply)) for i in chunk]
+        reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
+        reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
+        ids = torch.cat([prompt_ids, reply_ids], dim=-1).to(device)
+        mask = torch.cat([prompt_mask, reply_mask], dim=-1).to(device)
+        length = reply_ids.shape[1]
+        # the logits that predict the reply are those of the last prompt position and of all but its last token
+        logits = model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=position_ids(mask[:, :-1]),
+            logits_to_keep=length,
+            use_cache=False,
+        ).logits
+        logprobs = log_probs_of(logits, ids[:, -length:], temperature=1.0).cpu() * reply_mask
+        sums[chunk], counts[chunk] = logprobs.sum(-1), reply_mask.sum(-1).float()
+    return sums, counts

@@ -1,0 +1,208 @@
+"""The judge: a classifier that tells the dialogue act of an utterance, given the utterance before it.
+
+    python intent_classifier.py --model-path FOLDER_OR_NAME --data-path daily_dialog --output-dir models/intent
+
+Trains any Hugging Face encoder (BERT, RoBERTa, MiniLM, ...) on (previous utterance, utterance) pairs and reports
+accuracy and macro-F1 on the validation split. `IntentJudge` is how rewards.py and eval_metrics.py ask it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import PartialState
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification
+
+from common import (
+    UserError,
+    check_vocabulary,
+    count_parameters,
+    load_pretrained,
+    load_tokenizer,
+    run_script,
+    use_all_cores,
+    whole_folder,
+    write_json,
+)
+from envs import ACTS, Dialogue, load_dialogues
+from supervised import FitConfig, fit
+
+MAX_TOKENS = 128  # of a pair; the utterances of DailyDialog have 14 words on average
+WEAK_JUDGE = 0.7  # accuracy on human utterances below which the intent reward deserves a warning
+
+
+class IntentJudge:
+    """Predicts the dialogue act (1 to 4) of utterances, from a classifier's hub name or folder.
+
+    A classifier trained here reads the two utterances as a pair and says so in its configuration (`intent_input`).
+    Any other is fed as OpenRL and RL4LMs feed theirs: previous utterance and utterance as one text, class k is act
+    k + 1. Raises UserError where it has fewer than four classes.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        self.model = load_pretrained(
+            AutoModelForSequenceClassification, name, "intent model", dtype=torch.float32
+        ).eval()
+        self.model.requires_grad_(False).to(device)
+        self.tokenizer = load_tokenizer(name)
+        check_vocabulary(self.tokenizer, self.model, name)
+        config = self.model.config
+        if config.num_labels < len(ACTS):
+            raise UserError(
+                f"intent model '{name}' tells {config.num_labels} classes apart; expected the {len(ACTS)} dialogue acts "
+                f"{', '.join(ACTS)}. Train one with intent_classifier.py."
+            )
+        self.as_pair = getattr(config, "intent_input", "concat") == "pair"
+        # padding on the right and the classifier's own pad id, whatever the tokenizer was saved with
+        self.tokenizer.padding_side = "right"
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def acts(self, previous: Sequence[str], utterances: Sequence[str], batch_size: int = 64) -> list[int]:
+        """The act (1 to 4) of each utterance, given the one before it."""
+        order = sorted(range(len(utterances)), key=lambda i: len(previous[i]) + len(utterances[i]))
+        acts = [0] * len(utterances)
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            batch = encode_pairs(
+                self.tokenizer, [previous[i] for i in chunk], [utterances[i] for i in chunk], self.as_pair
+            )
+            logits = self.model(**batch.to(self.model.device)).logits
+            for i, act in zip(chunk, (logits.argmax(-1) + 1).tolist()):
+                acts[i] = act
+        return acts
+
+
+def encode_pairs(tokenizer, previous: Sequence[str], utterances: Sequence[str], as_pair: bool = True):
+    """A padded batch of the judge's input; where a pair is too long, the beginning of what is longer goes."""
+    options = dict(truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+    if as_pair:
+        # the spacing of the data ("Sure . ") and that of decoded text ("Sure .") must look the same to the judge
+        return tokenizer([p.strip() for p in previous], [u.strip() for u in utterances], **options)
+    return tokenizer([p + u for p, u in zip(previous, utterances)], **options)
+
+
+def accuracy_on(judge: IntentJudge, pairs: Sequence[tuple[str, str, int]]) -> dict[str, float]:
+    """Accuracy and macro-F1 of the judge on human utterances, (previous utterance, utterance, act) each."""
+    previous, utterances, acts = zip(*pairs)
+    return _scores(acts, judge.acts(previous, utterances))
+
+
+def _scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    return {
+        "accuracy": float(accuracy_score(acts, predicted)),
+        "macro_f1": float(f1_score(acts, predicted, average="macro", labels=range(1, len(ACTS) + 1), zero_division=0)),
+    }
+
+
+def pairs_of(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
+    """(previous utterance, utterance, act) of every labelled utterance; before the first stands an empty one."""
+    return [
+        (previous, utterance, act)
+        for d in dialogues
+        for previous, utterance, act in zip(("", *d.utterances), d.utterances, d.acts)
+        if act
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class IntentConfig(FitConfig):
+    """Training of the dialogue-act classifier."""
+
+    model_path: str = tyro.MISSING
+    """Encoder to start from: hub name or folder."""
+    data_path: str = "builtin"
+    """Labelled dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    output_dir: str = "models/intent"
+    """Folder for the trained classifier."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop at the first."""
+    eval_samples: int = 2000
+    """Validation pairs in each look during training (0: all); the final report uses all."""
+    lr: float = 1e-4
+    batch_size: int = 32
+
+
+def train_intent(config: IntentConfig) -> Path:
+    """Train and write `output_dir`: model, tokenizer and `intent.json` with accuracy, macro-F1 and the curve."""
+    output = Path(config.output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
+    pairs = {s: pairs_of(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
+    for split, rows in pairs.items():
+        if not rows:
+            raise UserError(f"the {split} split of '{config.data_path}' has no dialogue acts to learn from.")
+    tokenizer = load_tokenizer(config.model_path)
+    tokenizer.padding_side = "right"
+    torch.manual_seed(config.seed)  # the classification head starts at random
+    model = load_pretrained(
+        AutoModelForSequenceClassification,
+        config.model_path,
+        "model",
+        dtype=torch.float32,
+        num_labels=len(ACTS),
+        id2label=dict(enumerate(ACTS)),
+        label2id={act: i for i, act in enumerate(ACTS)},
+    )
+    model.config.intent_input = "pair"
+    check_vocabulary(tokenizer, model, config.model_path)
+    model.to(PartialState().device)
+
+    def collate(batch):
+        previous, utterances, acts = zip(*batch)
+        return dict(encode_pairs(tokenizer, previous, utterances)) | {"labels": torch.tensor(acts) - 1}
+
+    def validate(model: torch.nn.Module, rows) -> dict[str, float]:
+        loss, predicted = 0.0, []
+        with torch.no_grad():
+            for start in range(0, len(rows), 64):
+                out = model(**{k: v.to(model.device) for k, v in collate(rows[start : start + 64]).items()})
+                loss += out.loss.item() * len(out.logits)
+                predicted += (out.logits.argmax(-1) + 1).tolist()
+        return {"loss": loss / len(rows)} | _scores([act for _, _, act in rows], predicted)
+
+    looked_at = pairs["validation"][: config.eval_samples or None]
+    history = fit(
+        "judge",
+        model,
+        pairs["train"],
+        [len(p) + len(u) for p, u, _ in pairs["train"]],
+        collate,
+        lambda model, batch: model(**batch).loss,
+        lambda model: validate(model, looked_at),
+        config,
+    )
+    final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))
+    if PartialState().is_main_process:
+        with whole_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            report = {"config": dataclasses.asdict(config), "validation": final, "history": history}
+            write_json(folder / "intent.json", report)
+        print(
+            f"judge: {count_parameters(model):,} parameters, accuracy {final['accuracy']:.3f} and macro-F1 "
+            f"{final['macro_f1']:.3f} on {len(pairs['validation'])} validation utterances, written to {output}"
+        )
+    PartialState().wait_for_everyone()
+    return output
+
+
+def main() -> None:
+    config = tyro.cli(IntentConfig, description=__doc__)
+    use_all_cores(PartialState().num_processes)
+    train_intent(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

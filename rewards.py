@@ -1,0 +1,328 @@
+"""Scores of responses: what PPO maximises. Change the reward here, or give your own with `--reward my_file:MyReward`.
+
+A reward looks at whole replies, a batch at a time:
+
+    class Politeness(Reward):
+        def __call__(self, prompts, responses, references, acts):
+            polite = np.array(["please" in r.lower() or "thank" in r.lower() for r in responses], float)
+            return polite, {"polite": polite}
+
+    def brevity(prompts, responses, references, acts):      # a plain function works too
+        return np.array([1 / (1 + len(r.split())) for r in responses])
+
+The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply, and a KL penalty for each
+token with an adaptive coefficient (`kl_penalty`, `AdaptiveKL`), which PPO adds whatever the reward is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import nltk
+import numpy as np
+import torch
+from nltk.corpus import wordnet
+from nltk.stem.porter import PorterStemmer
+from nltk.translate.meteor_score import single_meteor_score
+
+from common import UserError, import_path, nearest
+from envs import ACTS
+from intent_classifier import IntentJudge
+
+Scores = tuple[np.ndarray, dict[str, np.ndarray]]
+
+
+class Reward:
+    """A score for each reply. Subclass it, define `__call__`, and name it in the configuration.
+
+    The constructor gets `reward_args` of the configuration as keyword arguments. `device` and `eou_marker` (the text
+    that parts the utterances of a prompt) are set before the first call.
+    """
+
+    device: torch.device | str = "cpu"
+    eou_marker: str = "<EOU>"
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], acts: Sequence[int]
+    ) -> Scores:
+        """Scores (N,) of N replies, and statistics by name, (N,) each, which are logged as means.
+
+        `prompts` are the contexts as the policy sees them, `references` the human replies, `acts` their dialogue acts
+        (1 inform, 2 question, 3 directive, 4 commissive; 0 where the data has no labels).
+        """
+        raise NotImplementedError
+
+    def setup(self, device: torch.device | str, eou_marker: str) -> None:
+        """Called once before the first batch: load models here and put them on `device`."""
+        self.device, self.eou_marker = device, eou_marker
+
+
+REWARDS: dict[str, Callable[..., Any]] = {}
+
+
+def register_reward(name: str):
+    """Decorator that makes a Reward class, or a plain function, known by a name for `--reward name`."""
+
+    def register(reward):
+        REWARDS[name] = reward
+        return reward
+
+    return register
+
+
+def make_reward(name: str, args: Mapping[str, Any], device: torch.device | str, eou_marker: str) -> Reward:
+    """The reward that `name` stands for: a registered name, or an import path `module:Name` or `file.py:name`.
+
+    Raises UserError where there is none, where `args` do not fit it, or where it is neither class nor function.
+    """
+    if name in REWARDS:
+        target = REWARDS[name]
+    elif ":" in name:
+        target = import_path(name, "reward")
+    else:
+        raise UserError(
+            f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, or the import path of your own, "
+            f"such as my_rewards:Politeness.{nearest(name, REWARDS)}"
+        )
+    if inspect.isclass(target):
+        try:
+            inspect.signature(target).bind(**args)
+        except TypeError as error:
+            raise UserError(f"reward '{name}' cannot be made from reward_args {dict(args)}: {error}.") from error
+        reward = target(**args)
+    elif callable(target):
+        reward = FunctionReward(target, args)
+    else:
+        raise UserError(f"reward '{name}' is a {type(target).__name__}; expected a class or a function.")
+    if hasattr(reward, "setup"):
+        reward.setup(device, eou_marker)
+    return reward
+
+
+class FunctionReward(Reward):
+    """A plain function of (prompts, responses, references, acts) that returns scores, or scores and statistics."""
+
+    def __init__(self, function: Callable[..., Any], args: Mapping[str, Any]):
+        self.function, self.args = function, args
+
+    def __call__(self, prompts, responses, references, acts):
+        result = self.function(prompts, responses, references, acts, **self.args)
+        return result if isinstance(result, tuple) else (result, {})
+
+
+def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts) -> Scores:
+    """Call a reward and check what comes back: one finite number for each reply, else UserError."""
+    scores, statistics = reward(prompts, responses, references, acts)
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.shape != (len(responses),):
+        raise UserError(
+            f"the reward gave scores of shape {scores.shape} for {len(responses)} replies; one each is due."
+        )
+    if not np.isfinite(scores).all():
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
+    return scores, {k: np.broadcast_to(np.asarray(v, np.float64), scores.shape) for k, v in statistics.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default reward
+
+
+class Intent(Reward):
+    """1 where the judge's dialogue act for the response, given the last utterance, is the act of the human reply."""
+
+    def __init__(self, intent_model: str):
+        self.intent_model = intent_model
+
+    def setup(self, device, eou_marker):
+        super().setup(device, eou_marker)
+        self.judge = IntentJudge(self.intent_model, device)
+
+    def __call__(self, prompts, responses, references, acts):
+        if 0 in acts:
+            raise UserError(
+                "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, "
+                "2 question, 3 directive, 4 commissive), or switch the reward off with --intent-coef 0."
+            )
+        predicted = self.judge.acts([last_utterance(p, self.eou_marker) for p in prompts], responses)
+        hits = (np.array(predicted) == np.array(acts)).astype(float)
+        # an empty reply says nothing, whatever the judge makes of it
+        hits *= np.array([bool(r) for r in responses])
+        return hits, {"intent": hits}
+
+
+class Meteor(Reward):
+    """METEOR of the response against the human reply (Banerjee & Lavie, 2005), 0 to 1."""
+
+    def __call__(self, prompts, responses, references, acts):
+        scores = np.array([meteor(response, reference) for response, reference in zip(responses, references)])
+        return scores, {"meteor": scores}
+
+
+@register_reward("default")
+class DialogueReward(Reward):
+    """intent_coef * intent + meteor_coef * METEOR; a part with weight 0 is not computed.
+
+    Statistics: `intent` and `meteor` themselves, and `reward_intent`, `reward_meteor`, their weighted shares.
+    """
+
+    def __init__(self, intent_model: str, intent_coef: float = 0.5, meteor_coef: float = 0.5):
+        parts = {"intent": (intent_coef, lambda: Intent(intent_model)), "meteor": (meteor_coef, Meteor)}
+        self.parts = {name: (weight, make()) for name, (weight, make) in parts.items() if weight}
+
+    @property
+    def judge(self) -> IntentJudge | None:
+        return self.parts["intent"][1].judge if "intent" in self.parts else None
+
+    def setup(self, device, eou_marker):
+        super().setup(device, eou_marker)
+        for _, part in self.parts.values():
+            part.setup(device, eou_marker)
+
+    def __call__(self, prompts, responses, references, acts):
+        total, statistics = np.zeros(len(responses)), {}
+        for name, (weight, part) in self.parts.items():
+            scores, statistics_of_part = part(prompts, responses, references, acts)
+            statistics |= statistics_of_part | {f"reward_{name}": weight * scores}
+            total = total + weight * scores
+        return total, statistics
+
+
+def last_utterance(prompt: str, eou_marker: str) -> str:
+    """The utterance that the reply answers."""
+    utterances = [u for u in prompt.split(eou_marker) if u.strip()]
+    return utterances[-1] if utterances else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# METEOR
+
+
+DOWNLOAD_SECONDS = 15
+
+
+class _Stemmer:
+    """NLTK's Porter stemmer, remembering the words it has met: it takes most of METEOR's time otherwise."""
+
+    def __init__(self):
+        self.stem = cache(PorterStemmer().stem)
+
+
+class _WordNet:
+    """WordNet's synonym sets, remembering the words it has met."""
+
+    def __init__(self):
+        self.synsets = cache(wordnet.synsets)
+
+
+class _NoWordNet:
+    """Stands in for WordNet where its data is missing: METEOR then matches words and stems alone."""
+
+    @staticmethod
+    def synsets(word: str) -> list:
+        return []
+
+
+@cache
+def _meteor_parts() -> tuple[_Stemmer, Any]:
+    """Stemmer and WordNet; the data is looked for, then downloaded once, then done without, with one sentence."""
+
+    def found() -> bool:
+        try:
+            nltk.data.find("corpora/wordnet")
+            return True
+        except LookupError:
+            pass
+        try:
+            nltk.data.find("corpora/wordnet.zip")
+            return True
+        except LookupError:
+            return False
+
+    if not found():
+        # In a thread of its own: where there is no network, looking up the host alone can take a minute.
+        def download():
+            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
+
+        attempt = threading.Thread(target=download, daemon=True)
+        attempt.start()
+        attempt.join(DOWNLOAD_SECONDS)
+    try:
+        if found():
+            wordnet.ensure_loaded()
+            return _Stemmer(), _WordNet()
+    except Exception as error:  # a torn download: zipfile and NLTK raise many kinds
+        print(f"METEOR: the WordNet data is damaged ({error})", file=sys.stderr)
+    print(
+        "METEOR: no WordNet data here and none could be downloaded, so synonyms do not count (words and stems do). "
+        "To turn them on: python -m nltk.downloader wordnet, or set NLTK_DATA to a folder that holds corpora/wordnet.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return _Stemmer(), _NoWordNet()
+
+
+def meteor_uses_synonyms() -> bool:
+    return isinstance(_meteor_parts()[1], _WordNet)
+
+
+def words(text: str) -> list[str]:
+    """NLTK's word tokens of one text; `preserve_line` needs no sentence model, so no download."""
+    return nltk.word_tokenize(text, preserve_line=True)
+
+
+def meteor(response: str, reference: str) -> float:
+    """NLTK's METEOR of one response against one reference, with WordNet synonyms where the data is there."""
+    stemmer, synonyms = _meteor_parts()
+    return float(single_meteor_score(words(reference), words(response), stemmer=stemmer, wordnet=synonyms))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KL penalty
+
+
+class AdaptiveKL:
+    """The coefficient (alpha) of the KL penalty, steered towards a target (OpenRL; after Ziegler et al., 2019).
+
+    After each rollout it is multiplied by 1 + rate * clip((kl - target) / target, -clip, clip); a rate of 0 keeps it.
+    """
+
+    def __init__(self, coef: float = 0.2, target: float = 0.05, rate: float = 0.1, clip: float = 0.2):
+        for name, value in (("kl_coef", coef), ("kl_rate", rate)):
+            if value < 0:
+                raise UserError(f"{name} is {value}; expected 0 or more.")
+        if target <= 0:
+            raise UserError(f"kl_target is {target}; expected more than 0 (kl_rate 0 keeps the coefficient fixed).")
+        self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
+
+    def update(self, kl: float) -> None:
+        """`kl`: mean KL of a token to the reference model over the last rollout, in nats."""
+        self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
+
+
+def kl_penalty(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, coef: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rewards -coef * kl (B, T), and kl = log pi(a|s) - log pi_ref(a|s) itself, both 0 where masked.
+
+    A sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
+    """
+    kl = (logprobs - ref_logprobs) * mask
+    return -coef * kl, kl
+
+
+def judge_sentence(accuracy: float, weak_below: float) -> str:
+    """What to say of the judge at start-up."""
+    sentence = f"judge: right on {accuracy:.3f} of the human utterances of the validation split ({len(ACTS)} acts)"
+    if accuracy < weak_below:
+        sentence += (
+            f". WARNING: below {weak_below}, its reward is noise to a large part; train a better judge with "
+            "intent_classifier.py or lower --intent-coef"
+        )
+    return sentence

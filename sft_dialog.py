@@ -1,0 +1,144 @@
+"""Supervised fine-tuning on dialogues: the start that PPO improves, and the baseline it is measured against.
+
+    python sft_dialog.py --model-path gpt2 --data-path daily_dialog --output-dir models/sft
+    accelerate launch sft_dialog.py --model-path FOLDER --data-path FOLDER --max-minutes 60 --mixed-precision bf16
+
+Each sample is a window of dialogue: the prompt that PPO will see and the human reply, tokenised apart as in PPO. The
+loss counts the tokens of the prompt as well (other people's replies, seen with shorter contexts) unless
+`--loss-on reply`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM
+
+from common import (
+    UserError,
+    check_vocabulary,
+    count_parameters,
+    load_pretrained,
+    load_tokenizer,
+    run_script,
+    use_all_cores,
+    whole_folder,
+    write_json,
+)
+from envs import DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
+from generation import reply_log_likelihoods
+from supervised import FitConfig, fit
+
+
+@dataclass
+class SFTConfig(FitConfig):
+    """Supervised fine-tuning of a causal language model on dialogues."""
+
+    model_path: str = tyro.MISSING
+    """Causal LM to start from: hub name or folder."""
+    tokenizer_path: str = ""
+    """Tokenizer, where it is not the model's own."""
+    data_path: str = "builtin"
+    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    output_dir: str = "models/sft"
+    """Folder for the fine-tuned model: a plain Hugging Face folder."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop at the first."""
+    loss_on: Literal["window", "reply"] = "window"
+    """Which tokens are learned: the whole window of dialogue, or the reply alone."""
+    eval_samples: int = 500
+    """Validation samples in each look at the perplexity of the human replies (0: all)."""
+    format: DialogueFormat = dataclasses.field(default_factory=DialogueFormat)
+    """Text format of a dialogue."""
+
+
+def train_sft(config: SFTConfig) -> Path:
+    """Fine-tune and write `output_dir`: model, tokenizer, dialogue format and `sft.json` with the validation curve."""
+    output = Path(config.output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
+    tokenizer = load_tokenizer(config.tokenizer_path or config.model_path)
+    codec = DialogueCodec(tokenizer, config.format)
+    splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
+    samples = {s: make_samples(d, config.format) for s, d in splits.items()}
+    for split, dialogues in splits.items():
+        print(
+            f"{split}: {len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
+        )
+        if not samples[split]:
+            raise UserError(f"no {split} dialogue has more than {config.format.context_utterances} utterances.")
+    # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
+    model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
+    check_vocabulary(tokenizer, model, config.model_path)
+    model.to(PartialState().device)
+
+    windows = windows_of(samples["train"], codec)
+    looked_at = samples["validation"][: config.eval_samples or None]
+
+    def perplexity(model: torch.nn.Module) -> dict[str, float]:
+        sums, counts = reply_log_likelihoods(model, codec, looked_at)
+        loss = (-sums.sum() / counts.sum()).item()
+        return {"loss": loss, "perplexity": torch.tensor(loss).exp().item()}
+
+    history = fit(
+        "sft",
+        model,
+        windows,
+        [len(p) + len(t) for p, t in windows],
+        lambda batch: collate(batch, tokenizer.pad_token_id, config.loss_on),
+        window_loss,
+        perplexity,
+        config,
+    )
+    if PartialState().is_main_process:
+        with whole_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            config.format.save(folder)
+            write_json(folder / "sft.json", {"config": dataclasses.asdict(config), "history": history})
+        print(f"sft: {count_parameters(model):,} parameters written to {output}")
+    PartialState().wait_for_everyone()
+    return output
+
+
+def windows_of(samples: list[Sample], codec: DialogueCodec) -> list[tuple[list[int], list[int]]]:
+    """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample."""
+    fmt = codec.format
+    prompts = codec.tokenizer([s.prompt for s in samples], truncation=True, max_length=fmt.max_prompt_tokens).input_ids
+    targets = codec.tokenizer([fmt.target(s.reply) for s in samples], add_special_tokens=False).input_ids
+    # One rare monologue must not set the memory of a step; PPO never sees past max_new_tokens anyway.
+    return [(p, t[: max(64, fmt.max_new_tokens)]) for p, t in zip(prompts, targets)]
+
+
+def collate(batch: list[tuple[list[int], list[int]]], pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels (B, S), padded on the right; labels are -100 where nothing is learned."""
+    width = max(len(p) + len(t) for p, t in batch)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, target in batch:
+        filler = width - len(prompt) - len(target)
+        rows["input_ids"].append(prompt + target + [pad_id] * filler)
+        rows["attention_mask"].append([1] * (width - filler) + [0] * filler)
+        learned = prompt + target if loss_on == "window" else [-100] * len(prompt) + target
+        rows["labels"].append(learned + [-100] * filler)
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of the learned tokens."""
+    return model(**batch).loss
+
+
+def main() -> None:
+    config = tyro.cli(SFTConfig, description=__doc__)
+    use_all_cores(PartialState().num_processes)
+    train_sft(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

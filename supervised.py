@@ -1,0 +1,146 @@
+"""One supervised training loop, for the language model (sft_dialog.py) and for the judge (intent_classifier.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from common import UserError
+
+
+@dataclass
+class FitConfig:
+    """Settings of a supervised run."""
+
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    lr: float = 5e-5
+    """Peak learning rate of AdamW; it warms up, then falls linearly to zero."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    warmup_steps: int = 50
+    """Optimizer steps over which the learning rate rises."""
+    batch_size: int = 16
+    """Samples in an optimizer step, per process and accumulation step."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added up before an optimizer step."""
+    epochs: float = 1.0
+    """Passes over the training data."""
+    max_minutes: float = 0.0
+    """Stop after so many minutes of training (0: no limit); the learning rate reaches zero by then."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Accelerate's mixed precision; bf16 pays on recent CPUs and GPUs."""
+    eval_every: int = 250
+    """Optimizer steps between two looks at the validation split; the best weights are kept."""
+    log_every: int = 25
+    """Optimizer steps between two printed lines."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("lr", "epochs", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
+
+
+def fit(
+    label: str,
+    model: torch.nn.Module,
+    items: Sequence[Any],
+    lengths: Sequence[int],
+    collate: Callable[[list[Any]], Any],
+    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
+    evaluate: Callable[[torch.nn.Module], dict[str, float]],
+    config: FitConfig,
+) -> list[dict[str, float]]:
+    """Train `model` in place and leave the weights with the lowest `evaluate(model)["loss"]` in it.
+
+    `collate` makes a batch (a dict of tensors) of items, `loss_of` its mean loss. `lengths` are the items' lengths in
+    tokens: batches are made of similar ones, so that little is padded. Returns one dict for each look at the
+    validation split: step, minutes, lr, train_loss and what `evaluate` gave.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+    )
+    set_seed(config.seed)
+    sampler = LengthGroupedSampler(
+        config.batch_size, lengths=list(lengths), generator=torch.Generator().manual_seed(config.seed)
+    )
+    loader = DataLoader(items, config.batch_size, sampler=sampler, collate_fn=collate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    updates_per_epoch = -(-len(loader) // config.gradient_accumulation_steps)
+    total = max(1, round(config.epochs * updates_per_epoch))
+    accelerator.print(
+        f"{label}: {len(items)} samples, {total} steps of {config.batch_size * config.gradient_accumulation_steps}"
+        + (f", at most {config.max_minutes:g} minutes" if config.max_minutes else "")
+    )
+
+    history: list[dict[str, float]] = []
+    best: dict[str, torch.Tensor] = {}
+    losses: list[torch.Tensor] = []
+    step, started = 0, time.perf_counter()
+    minutes = lambda: (time.perf_counter() - started) / 60  # noqa: E731
+
+    def look() -> None:
+        nonlocal best, losses
+        model.eval()
+        result = evaluate(model)
+        model.train()
+        mean = torch.stack(losses).mean().item() if losses else float("nan")
+        row = {"step": step, "minutes": round(minutes(), 2), "lr": optimizer.param_groups[0]["lr"], "train_loss": mean}
+        history.append(row | result)
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
+        accelerator.print(f"{label}: step {step}/{total}, {minutes():.1f} min, validation {shown}", flush=True)
+        if result["loss"] <= min(h["loss"] for h in history):
+            best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        losses = []
+
+    look()
+    trained.train()
+    while step < total:
+        for batch in loader:
+            progress = step / total
+            if config.max_minutes:
+                progress = max(progress, minutes() / config.max_minutes)
+            if progress >= 1:
+                total = step
+                break
+            warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * warmup * (1 - progress)
+            with accelerator.accumulate(trained):
+                with accelerator.autocast():
+                    loss = loss_of(trained, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach().float())
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if step % config.eval_every == 0:
+                look()
+            elif step % config.log_every == 0:
+                recent = torch.stack(losses[-config.log_every :]).mean().item()
+                accelerator.print(f"{label}: step {step}/{total}, {minutes():.1f} min, loss {recent:.3f}", flush=True)
+            if step >= total:
+                break
+    if history[-1]["step"] != step:
+        look()
+    model.load_state_dict(best)
+    model.eval()
+    return history
