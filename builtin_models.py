@@ -59,6 +59,17 @@ def builtin_model(kind: str) -> Path:
     return _folder(kind)
 
 
+def resolve_model(name: str, kind: str = "policy") -> str:
+    """The folder or hub name behind what a user calls a model: `builtin`, the folder of a run of ppo_dialog.py (its
+    policy/ is meant), or the name itself."""
+    if name == "builtin":
+        return str(builtin_model(kind))
+    folder = Path(name)
+    if not (folder / "config.json").exists() and (folder / "policy" / "config.json").exists():
+        return str(folder / "policy")
+    return name
+
+
 def _folder(kind: str) -> Path:
     """Its name tells corpus and settings, so that a change of either trains it anew."""
     settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
@@ -75,7 +86,7 @@ def train(kind: str) -> None:
         blank = GPT2LMHeadModel(network)
     else:
         blank = BertForSequenceClassification(
-            BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **JUDGE)
+            BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4, **JUDGE)
         )
     start = _folder(kind).with_name(f".{_folder(kind).name}-start")
     with whole_folder(start) as part:

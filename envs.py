@@ -392,6 +392,24 @@ class DialogueFormat:
         return cls(**kept | overrides)
 
 
+@dataclass
+class FormatOptions:
+    """Text format as settings of a script; what is left out is as the model's folder says, else the tutorial's."""
+
+    context_utterances: int | None = None
+    """Utterances of context in a prompt; only utterances with at least so many before them are samples [5]."""
+    eou_marker: str | None = None
+    """End of an utterance: plain text (one or several tokens) or a special token [<EOU>]."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts lose their beginning [128]."""
+    max_new_tokens: int | None = None
+    """A response ends after so many tokens if neither the marker nor EOS came before [20]."""
+
+    def dialogue_format(self, model_folder: str | Path) -> DialogueFormat:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(FormatOptions)}
+        return DialogueFormat.load(model_folder, **{k: v for k, v in given.items() if v is not None})
+
+
 @dataclass(frozen=True)
 class Sample:
     """One reply to learn: its context, the human reply and that reply's dialogue act (0 where unlabelled)."""
@@ -495,7 +513,7 @@ class DialogueVectorEnv(VectorEnv):
             raise UserError(f"env_num is {env_num}; expected a positive multiple of the {num_processes} process(es).")
         self.samples, self.codec, self.reward = samples, codec, reward
         self.env_num, self.num_envs = env_num, env_num // num_processes
-        self._first_slot = process_index * self.num_envs
+        self.slots = slice(process_index * self.num_envs, (process_index + 1) * self.num_envs)  # of all env_num
         fmt, vocabulary = codec.format, len(codec.tokenizer)
         self.single_observation_space = spaces.Dict(
             {
@@ -539,7 +557,7 @@ class DialogueVectorEnv(VectorEnv):
         return observations, np.asarray(rewards, np.float64), everyone.copy(), ~everyone, infos
 
     def _next_dialogues(self):
-        first = self.rounds * self.env_num + self._first_slot
+        first = self.rounds * self.env_num + self.slots.start
         self._current = [self._sample(first + slot) for slot in range(self.num_envs)]
         self.rounds += 1
         ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)

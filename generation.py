@@ -105,13 +105,15 @@ class Responses:
     """Sampled responses, padded on the right. T is the longest of the batch.
 
     ids (B, T) int64, filler is the pad token; mask (B, T) bool, True up to and including the token that ended it;
-    logprobs (B, T) of the sampled distribution, values (B, T) of the state before each token, both 0 where masked;
+    logprobs (B, T) of the distribution sampled from, full_logprobs (B, T) without top-k and top-p (the same tensor where
+    neither is set), values (B, T) of the state before each token, all 0 where masked;
     support (B, T, K) int32 or None, see `support_of`.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     logprobs: torch.Tensor
+    full_logprobs: torch.Tensor
     values: torch.Tensor
     support: torch.Tensor | None
 
@@ -133,7 +135,7 @@ def sample_responses(
     max_new, pad = codec.format.max_new_tokens, codec.tokenizer.pad_token_id
     ids = torch.full((batch, max_new), pad, dtype=torch.long, device=device)
     mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
-    logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(2))
+    logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
     supports: list[torch.Tensor] = []
     forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
 
@@ -151,6 +153,7 @@ def sample_responses(
         if value is not None:
             values[alive, t] = value.float()
         if support is not None:
+            full_logprobs[alive, t] = log_probs_of(logits, token, sampling.temperature)
             supports.append(torch.full((batch, support.shape[1]), -1, dtype=torch.int32, device=device))
             supports[-1][alive] = support
 
@@ -164,10 +167,19 @@ def sample_responses(
             past.batch_select_indices(going.nonzero().squeeze(-1))
     length = t + 1
     support = None
-    if supports:
+    if not supports:
+        full_logprobs = logprobs
+    else:
         width = max(s.shape[1] for s in supports)
         support = torch.stack([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-1) for s in supports], dim=1)
-    return Responses(ids[:, :length], mask[:, :length], logprobs[:, :length], values[:, :length], support)
+    return Responses(
+        ids[:, :length],
+        mask[:, :length],
+        logprobs[:, :length],
+        full_logprobs[:, :length],
+        values[:, :length],
+        support,
+    )
 
 
 def causal_lm_step(model: torch.nn.Module) -> DecodeStep:

@@ -154,6 +154,7 @@ def train_intent(config: IntentConfig) -> Path:
         num_labels=len(ACTS),
         id2label=dict(enumerate(ACTS)),
         label2id={act: i for i, act in enumerate(ACTS)},
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
     )
     model.config.intent_input = "pair"
     check_vocabulary(tokenizer, model, config.model_path)

@@ -31,13 +31,13 @@ from common import (
     whole_folder,
     write_json,
 )
-from envs import DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
+from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import reply_log_likelihoods
 from supervised import FitConfig, fit
 
 
 @dataclass
-class SFTConfig(FitConfig):
+class SFTConfig(FitConfig, FormatOptions):
     """Supervised fine-tuning of a causal language model on dialogues."""
 
     model_path: str = tyro.MISSING
@@ -54,8 +54,6 @@ class SFTConfig(FitConfig):
     """Which tokens are learned: the whole window of dialogue, or the reply alone."""
     eval_samples: int = 500
     """Validation samples in each look at the perplexity of the human replies (0: all)."""
-    format: DialogueFormat = dataclasses.field(default_factory=DialogueFormat)
-    """Text format of a dialogue."""
 
 
 def train_sft(config: SFTConfig) -> Path:
@@ -64,15 +62,15 @@ def train_sft(config: SFTConfig) -> Path:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
     tokenizer = load_tokenizer(config.tokenizer_path or config.model_path)
-    codec = DialogueCodec(tokenizer, config.format)
+    fmt = config.dialogue_format(config.model_path)
+    codec = DialogueCodec(tokenizer, fmt)
     splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
-    samples = {s: make_samples(d, config.format) for s, d in splits.items()}
+    samples = {s: make_samples(d, fmt) for s, d in splits.items()}
     for split, dialogues in splits.items():
-        print(
-            f"{split}: {len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
-        )
+        counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
+        print(f"{split}: {counts}")
         if not samples[split]:
-            raise UserError(f"no {split} dialogue has more than {config.format.context_utterances} utterances.")
+            raise UserError(f"no {split} dialogue has more than {fmt.context_utterances} utterances.")
     # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
     model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
     check_vocabulary(tokenizer, model, config.model_path)
@@ -100,7 +98,7 @@ def train_sft(config: SFTConfig) -> Path:
         with whole_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            config.format.save(folder)
+            fmt.save(folder)
             write_json(folder / "sft.json", {"config": dataclasses.asdict(config), "history": history})
         print(f"sft: {count_parameters(model):,} parameters written to {output}")
     PartialState().wait_for_everyone()

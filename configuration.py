@@ -1,0 +1,168 @@
+"""Configuration: a dataclass, a YAML file that sets its fields, a command line that overrides the file.
+
+The YAML files of OpenRL's dialogue tutorial load as they are printed there, nested and all: each of their keys acts
+under the name it has here, or is answered with a sentence on why it has no meaning (`TUTORIAL_KEYS`, `WITHOUT_MEANING`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tyro
+import yaml
+
+from common import UserError, nearest
+
+# Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
+TUTORIAL_KEYS = {
+    "env.args.tokenizer_path": "tokenizer_path",
+    "env.args.data_path": "data_path",
+    "reward_class.id": "reward",
+    "reward_class.args.intent_model": "intent_model",
+    "reward_class.args.ref_model": "ref_model",
+    "vec_info_class.id": "stats",
+    "model_dict.model": "model_class",
+    "model_dict.policy": "policy_class",
+    "model_dict.critic": "critic_class",
+    "clip_param": "clip_range",
+    "value_loss_coef": "value_coef",
+    "use_valuenorm": "normalize_values",
+    "use_adv_normalize": "normalize_advantages",
+}
+# The tutorial's own classes are what this project does anyway.
+TUTORIAL_VALUES = {
+    "reward": {"NLPReward": "default"},
+    "stats": {"NLPVecInfo": ""},
+    "model_class": {"PolicyValueNetwork": "", "PolicyValueNetworkGPT": ""},
+    "policy_class": {"PolicyNetworkGPT": ""},
+    "critic_class": {"ValueNetworkGPT": ""},
+}
+WITHOUT_MEANING = {
+    "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
+    "hidden_size": "the sizes of the network are those of the model in model_path",
+    "data_chunk_length": "there is no recurrent network to cut sequences for",
+    "reward_class.args.use_deepspeed": "the frozen models run as they are, beside whatever engine trains the policy",
+    "reward_class.args.ref_ds_config": "the frozen reference model runs without an engine of its own",
+    "reward_class.args.intent_ds_config": "the judge runs without an engine of its own",
+}
+
+
+def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any, list[str]]:
+    """A `cls` from the command line and the file after `--config`, and sentences on keys that have no meaning here.
+
+    Raises UserError for a file that cannot be used; for the command line itself tyro prints and exits with status 2.
+    """
+    arguments, file = list(argv), None
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise UserError("--config needs the name of a YAML file after it.")
+            file = arguments[i + 1]
+            del arguments[i : i + 2]
+            break
+        if argument.startswith("--config="):
+            file = argument.split("=", 1)[1]
+            del arguments[i]
+            break
+    values, notes = load_yaml(cls, file) if file else ({}, [])
+    return tyro.cli(cls, args=arguments, default=cls(**values), description=description), notes
+
+
+def load_yaml(cls: type, file: str) -> tuple[dict[str, Any], list[str]]:
+    """Field values of the dataclass `cls` from a YAML file, checked against the fields' types, and the sentences."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"configuration file '{file}' does not exist.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"'{file}' is not YAML that can be read: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}, []
+    if not isinstance(tree, dict):
+        raise UserError(f"'{file}' holds a {type(tree).__name__}; expected 'key: value' lines.")
+    flat, notes = _flatten(cls, tree, file)
+    return {name: _typed(cls, name, value, file) for name, value in flat.items()}, notes
+
+
+def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any], list[str]]:
+    """The tree's keys as fields of `cls`."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    flat: dict[str, Any] = {}
+    notes: list[str] = []
+    reward_args: dict[str, Any] = {}
+
+    def visit(path: str, value: Any) -> None:
+        if path in WITHOUT_MEANING:
+            notes.append(f"{path} in '{file}' has no meaning here: {WITHOUT_MEANING[path]}.")
+        elif path in TUTORIAL_KEYS or path in fields:
+            name = TUTORIAL_KEYS.get(path, path)
+            if name in flat:
+                raise UserError(f"'{file}' sets {name} twice, once as {path}.")
+            known = TUTORIAL_VALUES.get(name, {})
+            flat[name] = known.get(value, value) if isinstance(value, str) else value
+        elif path.startswith("reward_class.args."):
+            reward_args[path.removeprefix("reward_class.args.")] = value
+        elif isinstance(value, dict) and path in ("env", "env.args", "reward_class", "vec_info_class", "model_dict"):
+            for key, inner in value.items():
+                visit(f"{path}.{key}", inner)
+        elif path == "reward_class.args" and isinstance(value, dict | None):
+            for key, inner in (value or {}).items():
+                visit(f"{path}.{key}", inner)
+        else:
+            valid = fields | {p.split(".")[0] for p in TUTORIAL_KEYS}
+            raise UserError(f"'{file}' sets '{path}', which is not a setting.{nearest(path.split('.')[-1], valid)}")
+
+    for key, value in tree.items():
+        visit(str(key), value)
+    if reward_args:
+        flat["reward_args"] = flat.get("reward_args", {}) | reward_args
+    return flat, notes
+
+
+def _typed(cls: type, name: str, value: Any, file: str) -> Any:
+    """The value in the type of its field: YAML reads `1e-6` as text, for one."""
+    expected = typing.get_type_hints(cls)[name]
+    try:
+        return pydantic.TypeAdapter(expected).validate_python(value)
+    except pydantic.ValidationError:
+        shown = getattr(expected, "__name__", None) if isinstance(expected, type) else str(expected)
+        shown = str(shown).replace("typing.", "")
+        raise UserError(f"'{file}' sets {name} to {value!r}; expected {shown}.") from None
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Every field, so that `--config PATH` repeats the run."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_deepspeed(file: str) -> dict[str, Any]:
+    """DeepSpeed's settings from JSON or YAML. The tutorial's files are JSON with `#` comments, which YAML reads."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"deepspeed_config '{file}' does not exist.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{file}' is not JSON that can be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"'{file}' holds a {type(settings).__name__}; expected DeepSpeed's settings, '{{...}}'.")
+
+    def numbers(value: Any) -> Any:  # YAML 1.1 reads 5e7 as text
+        if isinstance(value, dict):
+            return {k: numbers(v) for k, v in value.items()}
+        if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                return value
+            return int(number) if number.is_integer() else number
+        return value
+
+    return numbers(settings)

@@ -1,0 +1,494 @@
+"""Measure a dialogue model: how near its replies are to the human ones, how varied, how long; one model or two.
+
+    python eval_metrics.py --model-path runs/my_run --baseline-path builtin --output metrics.json
+    python eval_metrics.py --model-path FOLDER --baseline-path FOLDER --data-path daily_dialog --split validation \\
+        --intent-model FOLDER --limit 500
+
+The metrics are classes with Hugging Face evaluate's interface that need neither hub nor cache files:
+
+    evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN()]).compute(predictions=replies, references=human)
+
+For a whole model call `evaluate_model`, for two `compare`: every difference comes with a 95% interval of the paired
+bootstrap (Koehn, 2004), for which both models answer the same prompts with the same random numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import numpy as np
+import sacrebleu
+import torch
+import tyro
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+from transformers import AutoModelForCausalLM
+
+from builtin_models import resolve_model
+from common import UserError, check_vocabulary, load_pretrained, load_tokenizer, run_script, use_all_cores, write_json
+from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
+from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
+from intent_classifier import IntentJudge
+from rewards import Intent, meteor, meteor_uses_synonyms, words
+
+LABELS = {  # every metric, in the order of all outputs, and its name in tables
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "meteor": "METEOR",
+    "sacrebleu": "SacreBLEU",
+    "intent": "intent",
+    "mean_output_length": "mean output length",
+    "distinct1": "distinct-1",
+    "distinct2": "distinct-2",
+    "perplexity": "perplexity",
+}
+EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
+Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics of text: what is known of each reply, and how a corpus adds up
+
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """F-measures (N,) of each ROUGE by rouge_score, without stemming (Lin, 2004)."""
+    scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))  # left to itself it logs its choice
+    rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
+    return {name: np.array([row[name].fmeasure for row in rows]) for name in ROUGE}
+
+
+def meteor_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """METEOR (N,), the one of the reward."""
+    return np.array([meteor(prediction, reference) for prediction, reference in zip(predictions, references)])
+
+
+def bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Counts (N, 10) that add up over replies: length, reference length, matches and n-grams for n = 1 to 4."""
+    bleu = sacrebleu.BLEU(tokenize="intl", effective_order=True)  # the flag changes the score, which is not used
+    scores = [bleu.sentence_score(prediction, [reference]) for prediction, reference in zip(predictions, references)]
+    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]).reshape(-1, 10)
+
+
+def bleu_of(statistics: np.ndarray) -> float:
+    """Corpus BLEU, 0 to 1, of summed statistics (10,), with the smoothing of sacrebleu.corpus_bleu (Post, 2018)."""
+    sys_len, ref_len, *counts = (int(s) for s in statistics)
+    return sacrebleu.BLEU.compute_bleu(counts[:4], counts[4:], sys_len, ref_len, smooth_method="exp").score / 100
+
+
+class NGrams:
+    """The lowercased word n-grams of texts, numbered, each with the text it stands in; none crosses two texts."""
+
+    def __init__(self, texts: Sequence[str], n: int):
+        numbers: dict[tuple[str, ...], int] = {}
+        ids, owners = [], []
+        for owner, text in enumerate(texts):
+            tokens = [word.lower() for word in words(text)]
+            for ngram in zip(*(tokens[k:] for k in range(n))):
+                ids.append(numbers.setdefault(ngram, len(numbers)))
+                owners.append(owner)
+        self.ids, self.owners = np.array(ids, dtype=int), np.array(owners, dtype=int)
+
+    def distinct(self, weights: np.ndarray) -> float:
+        """Different n-grams / all n-grams (Li et al., 2016), text i counted weights[i] times; 0 where there is none."""
+        counts = np.bincount(self.ids, weights=weights[self.owners])
+        return float(np.count_nonzero(counts) / max(1, counts.sum()))
+
+    def distinct_without(self, size: int) -> np.ndarray:
+        """`distinct` of the corpus without text i, for each of its `size` texts: (size,)."""
+        everywhere = np.bincount(self.ids)
+        (ids, owners), here = np.unique([self.ids, self.owners], axis=1, return_counts=True)
+        lost = np.bincount(owners[here == everywhere[ids]], minlength=size)  # n-grams that only this text has
+        return (len(everywhere) - lost) / np.maximum(1, len(self.ids) - np.bincount(self.owners, minlength=size))
+
+
+class ReplyMetric(evaluate.Metric):
+    """One string for each prediction and each reference. Data is kept in memory, so that processes cannot clash."""
+
+    columns = ("predictions", "references")
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"keep_in_memory": kwargs.get("num_process", 1) == 1} | kwargs)
+
+    def _info(self):
+        features = datasets.Features({column: datasets.Value("string") for column in self.columns})
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", inputs_description=ReplyMetric.__doc__, features=features
+        )
+
+
+class Rouge(ReplyMetric):
+    """rouge1, rouge2, rougeL and rougeLsum: mean F-measures, 0 to 1."""
+
+    def _compute(self, predictions, references):
+        return {name: float(scores.mean()) for name, scores in rouge_scores(predictions, references).items()}
+
+
+class Meteor(ReplyMetric):
+    """meteor: mean METEOR, 0 to 1."""
+
+    def _compute(self, predictions, references):
+        return {"meteor": float(meteor_scores(predictions, references).mean())}
+
+
+class SacreBleu(ReplyMetric):
+    """sacrebleu: corpus BLEU with the `intl` tokenizer, 0 to 1 (sacrebleu itself says 0 to 100)."""
+
+    def _compute(self, predictions, references):
+        return {"sacrebleu": bleu_of(bleu_statistics(predictions, references).sum(0))}
+
+
+class DistinctN(ReplyMetric):
+    """distinct1 and distinct2: the share of different words and word pairs, 0 to 1; looks at predictions alone."""
+
+    columns = ("predictions",)
+
+    def _compute(self, predictions):
+        return {f"distinct{n}": NGrams(predictions, n).distinct(np.ones(len(predictions))) for n in (1, 2)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+def generate_replies(
+    model: torch.nn.Module,
+    codec: DialogueCodec,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    report: Report | None = None,
+) -> tuple[list[str], list[int]]:
+    """A reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
+
+    Reply i depends on the model, `seed`, i and prompt i alone, not on its batch. Turn dropout off first: model.eval().
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
+    texts, lengths = [""] * len(samples), [0] * len(samples)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        ids, mask = codec.encode_prompts([samples[i].prompt for i in chunk])
+        responses = sample_responses(
+            causal_lm_step(model), codec, ids.to(device), mask.to(device), sampling, uniforms[chunk].to(device)
+        )
+        for i, row, length in zip(chunk, responses.ids.tolist(), responses.mask.sum(-1).tolist()):
+            texts[i], lengths[i] = codec.decode_response(row[:length]), length
+        if report:
+            report(start + len(chunk), len(order))
+    return texts, lengths
+
+
+@dataclass
+class Evaluation:
+    """What one model did on N samples: all that the metrics, and their bootstrap, are made of."""
+
+    texts: list[str]
+    """The replies of the model."""
+    references: list[str]
+    """The human replies."""
+    scores: dict[str, np.ndarray]
+    """Metrics that are means over samples, (N,) each: ROUGE, meteor, mean_output_length, and intent where judged."""
+    bleu: np.ndarray
+    """(N, 10), see bleu_statistics."""
+    ngrams: dict[str, NGrams]
+    """distinct1 and distinct2."""
+    reply_log_likelihoods: np.ndarray
+    """(N,) log-likelihood of each human reply with its marker, in nats."""
+    reply_tokens: np.ndarray
+    """(N,) tokens of each human reply with its marker."""
+    seconds: float
+    """Wall time of generation and metrics together."""
+
+    def metrics(self, weights: np.ndarray | None = None) -> dict[str, float | None]:
+        """Every metric of LABELS, in that order; `intent` is None without a judge.
+
+        `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
+        the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
+        of two models with different tokenizers it cannot be compared. With `weights` (N,), sample i counts that often.
+        """
+        weights = np.ones(len(self.texts)) if weights is None else weights
+        values = {name: float(weights @ scores / weights.sum()) for name, scores in self.scores.items()}
+        values["sacrebleu"] = bleu_of(weights @ self.bleu)
+        values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
+        loss = -(weights @ self.reply_log_likelihoods) / (weights @ self.reply_tokens)
+        values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        return {name: values.get(name) for name in LABELS}
+
+
+def evaluate_model(
+    model: torch.nn.Module,
+    codec: DialogueCodec,
+    samples: Sequence[Sample],
+    judge: IntentJudge | None,
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    report: Report | None = None,
+) -> Evaluation:
+    """Let the model, with dropout off, answer every sample, and score the replies. It stays on its device.
+
+    Intent is the rule of the reward: the share of replies whose act, as the judge sees it, is that of the human reply,
+    an empty reply counting as wrong. It is left out without a judge, or where a sample has no act. The judge works in
+    fp32 whatever autocast is on. Raises ValueError where there is no sample.
+    """
+    if not samples:
+        raise ValueError("there is no sample to evaluate on")
+    started, training = time.perf_counter(), model.training
+    model.eval()
+    texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
+    references = [s.reply for s in samples]
+    scores = rouge_scores(texts, references)
+    scores["meteor"] = meteor_scores(texts, references)
+    scores["mean_output_length"] = np.array(lengths, dtype=float)
+    if judge is not None and all(s.act for s in samples):
+        intent = Intent("")
+        intent.judge, intent.eou_marker = judge, codec.format.eou_marker
+        with torch.autocast(judge.model.device.type, enabled=False):
+            scores["intent"], _ = intent([s.prompt for s in samples], texts, references, [s.act for s in samples])
+    log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
+    model.train(training)
+    return Evaluation(
+        texts,
+        references,
+        scores,
+        bleu_statistics(texts, references),
+        {f"distinct{n}": NGrams(texts, n) for n in (1, 2)},
+        log_likelihoods.double().numpy(),
+        tokens.double().numpy(),
+        time.perf_counter() - started,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two models
+
+
+def paired_difference(
+    policy: Evaluation, baseline: Evaluation, n: int = 1000, seed: int = 0
+) -> dict[str, dict[str, Any] | None]:
+    """For each metric {"value": policy - baseline, "ci95": [low, high], "relative": value / baseline, or None for 0}.
+
+    Intervals are percentiles over `n` resamples of the samples, the same for both models (Koehn, 2004). Not so for
+    distinct-n: whatever a resample draws twice it calls repetition, so its interval would miss the value itself; there
+    it is value +- 1.96 standard errors of the paired jackknife, somewhat wide. None stands for a metric that one of
+    the two lacks. Raises ValueError where the references are not the same.
+    """
+    if policy.references != baseline.references:
+        raise ValueError("the two evaluations are not of the same samples")
+    size, rng = len(policy.references), np.random.default_rng(seed)
+    resampled = []
+    for _ in range(n):
+        weights = np.bincount(rng.integers(size, size=size), minlength=size).astype(float)
+        resampled.append((policy.metrics(weights), baseline.metrics(weights)))
+    ours, theirs = policy.metrics(), baseline.metrics()
+    result: dict[str, dict[str, Any] | None] = {}
+    for name in LABELS:
+        if ours[name] is None or theirs[name] is None:
+            result[name] = None
+            continue
+        value = ours[name] - theirs[name]
+        if name in policy.ngrams:
+            without = policy.ngrams[name].distinct_without(size) - baseline.ngrams[name].distinct_without(size)
+            error = math.sqrt((size - 1) * without.var())
+            interval = [value - 1.96 * error, value + 1.96 * error]
+        else:
+            interval = np.percentile([p[name] - b[name] for p, b in resampled], [2.5, 97.5]).tolist()
+        relative = value / theirs[name] if theirs[name] else None
+        result[name] = {"value": value, "ci95": interval, "relative": relative}
+    return result
+
+
+def compare(
+    policy: Evaluation,
+    baseline: Evaluation | None = None,
+    n_bootstrap: int = 1000,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The metrics of one or two models as one JSON object: policy, baseline, difference (both None without), settings.
+
+    `settings` gets what is known here: number of samples and resamples, seconds for each model, METEOR's synonyms.
+    """
+    seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
+    known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
+    return {
+        "policy": policy.metrics(),
+        "baseline": baseline.metrics() if baseline else None,
+        "difference": paired_difference(policy, baseline, n_bootstrap) if baseline else None,
+        "settings": (settings or {}) | known | {"meteor_synonyms": meteor_uses_synonyms()},
+    }
+
+
+def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline", "policy")) -> str:
+    """What `compare` gave as plain text, a row for each metric; `headings` name the models, the baseline first."""
+    two = result["difference"] is not None
+    rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
+    for name, label in LABELS.items():
+        models = ("baseline", "policy") if two else ("policy",)
+        row = [label] + ["-" if (v := result[m][name]) is None else f"{v:.4f}" for m in models]
+        if two and (difference := result["difference"][name]):
+            low, high = difference["ci95"]
+            star = "*" if low > 0 or high < 0 else " "
+            relative = difference["relative"]
+            row.append(f"{difference['value']:+.4f} [{low:+.4f}, {high:+.4f}] {star}")
+            row.append("-" if relative is None else f"{relative:+.1%}")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    note = " * marks an interval that excludes zero." if two else ""
+    lines.append(f"{result['settings']['samples']} samples.{note}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation of a dialogue model, against a baseline where one is given."""
+
+    model_path: str = tyro.MISSING
+    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name."""
+    baseline_path: str = ""
+    """Model to compare it with, such as the supervised model that PPO started from."""
+    data_path: str = "builtin"
+    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split of the data."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop at the first."""
+    limit: int = 0
+    """Use only the first so many samples (0: all)."""
+    intent_model: str = ""
+    """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
+    output: str = ""
+    """JSON file for metrics, differences and settings; the table is printed in any case."""
+    seed: int = 0
+    """Seed of the sampling; both models get the same random numbers."""
+    batch_size: int = 32
+    """Replies written at a time."""
+    temperature: float = EVAL_SAMPLING.temperature
+    """Divides the logits before sampling."""
+    top_k: int = EVAL_SAMPLING.top_k
+    """Sample from so many most likely tokens (0: all)."""
+    top_p: float = EVAL_SAMPLING.top_p
+    """Sample from the most likely tokens that together have this probability (1: all)."""
+    min_new_tokens: int = EVAL_SAMPLING.min_new_tokens
+    """A reply cannot end earlier."""
+    greedy: bool = EVAL_SAMPLING.greedy
+    """Take the most likely token rather than sample."""
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Run the models under autocast to bf16."""
+
+    def __post_init__(self):
+        for name, least in (("limit", 0), ("batch_size", 1), ("bootstrap", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+
+
+def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
+    """The policy's format `fmt` with the baseline's own marker: the same samples and limits for both.
+
+    Raises UserError where the baseline was made for another number of context utterances.
+    """
+    if not (Path(folder) / FORMAT_FILE).is_file():
+        return fmt
+    own = DialogueFormat.load(folder)
+    if own.context_utterances != fmt.context_utterances:
+        raise UserError(
+            f"the baseline '{folder}' reads {own.context_utterances} utterances of context and the model "
+            f"{fmt.context_utterances}: they have no samples in common. Give a baseline of the same format."
+        )
+    return dataclasses.replace(fmt, eou_marker=own.eou_marker)
+
+
+def progress(label: str) -> Report:
+    """Prints a line for each tenth of the replies."""
+    started, tenths = time.perf_counter(), 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenths
+        if done * 10 // total > tenths:
+            tenths = done * 10 // total
+            print(f"{label}: {done} of {total} replies, {time.perf_counter() - started:.0f} s", flush=True)
+
+    return report
+
+
+def run_evaluation(config: EvalConfig) -> dict[str, Any]:
+    """Check everything that was given, then evaluate, print the table and write `output`."""
+    sampling, device = config.sampling, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output = Path(config.output) if config.output else None
+    if output and (output.is_dir() or any(p.is_file() for p in output.parents)):
+        raise UserError(f"output '{output}' cannot be written: expected the path of a new or existing JSON file.")
+    dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows)
+
+    names = [config.model_path] + ([config.baseline_path] if config.baseline_path else [])
+    models, fmt = {}, None
+    for heading, name in zip(("policy", "baseline"), names):
+        folder = resolve_model(name)
+        fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
+        model = load_pretrained(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, model, folder)
+        samples = make_samples(dialogues, fmt)[: config.limit or None]
+        models[heading] = model, DialogueCodec(tokenizer, fmt), samples
+    counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
+    print(f"{config.split}: {counts}", flush=True)
+    if not samples:
+        raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
+
+    judge, name = None, config.intent_model or ("builtin" if config.data_path == "builtin" else "")
+    if not all(s.act for s in samples):
+        print("intent is not computed: the data has no dialogue acts.")
+    elif not name:
+        print("intent is not computed: no judge was given; name one with --intent-model.")
+    else:
+        judge = IntentJudge(resolve_model(name, "judge"), device)
+
+    evaluations = {}
+    for heading, (model, codec, samples) in models.items():
+        model.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            evaluations[heading] = evaluate_model(
+                model, codec, samples, judge, sampling, config.seed, config.batch_size, progress(heading)
+            )
+        model.cpu()
+    settings = dataclasses.asdict(config) | {"device": str(device)}
+    result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
+    print(format_table(result))
+    if output:
+        write_json(output, result)
+        print(f"written to {output}")
+    return result
+
+
+def main() -> None:
+    config = tyro.cli(EvalConfig, description=__doc__)
+    use_all_cores()
+    run_evaluation(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

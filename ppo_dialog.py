@@ -1,0 +1,1112 @@
+"""PPO for dialogue: fine-tune a language model on conversations with intent, METEOR and KL rewards.
+
+    accelerate launch ppo_dialog.py                                  # the embedded default: a few minutes on a laptop
+    accelerate launch ppo_dialog.py --config configs/daily_dialog.yaml --model-path FOLDER --intent-model FOLDER
+    accelerate launch --num_processes 4 ppo_dialog.py --config ...   # data parallel; `accelerate config` for DeepSpeed
+
+Every update collects a rollout of whole replies, scores them, and improves the policy on them for a few epochs. An
+environment step is one generated token. Results are written to RUN_DIR/EXPERIMENT_NAME.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+from safetensors.torch import save_file, save_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from builtin_models import resolve_model
+from common import (
+    UserError,
+    check_vocabulary,
+    count_parameters,
+    finite,
+    import_path,
+    load_pretrained,
+    load_tokenizer,
+    peak_memory_mb,
+    run_script,
+    use_all_cores,
+    whole_folder,
+    write_json,
+)
+from configuration import load_deepspeed, parse_config, save_yaml
+from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, Sample, load_dialogues, make_samples
+from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table
+from generation import Sampling, log_probs_of, position_ids, restrict, sample_responses
+from intent_classifier import WEAK_JUDGE, IntentJudge, accuracy_on
+from rewards import AdaptiveKL, Reward, judge_sentence, kl_penalty, make_reward, score_episodes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class PPOConfig(FormatOptions):
+    """PPO on dialogues. Names are those of the OpenRL tutorial where it has one."""
+
+    # what is trained, on what
+    model_path: str = "builtin"
+    """Supervised model to start from: hub name, folder, or 'builtin' (trained at first use)."""
+    tokenizer_path: str = ""
+    """Tokenizer, where it is not the model's own."""
+    data_path: str = "builtin"
+    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop at the first."""
+    use_share_model: bool = True
+    """Policy and value share one network; off: a second network of the same start estimates values."""
+    model_class: str = ""
+    """Import path of your own network for policy and value together, called with this configuration."""
+    policy_class: str = ""
+    """Import path of your own policy network (a causal LM's interface), called with this configuration."""
+    critic_class: str = ""
+    """Import path of your own value network, called with this configuration."""
+
+    # rewards
+    reward: str = "default"
+    """'default' (intent and METEOR), a registered name, or the import path of a Reward or function of your own."""
+    reward_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments for a reward of your own."""
+    intent_model: str = "builtin"
+    """Dialogue-act classifier, the judge of the intent reward: hub name, folder or 'builtin'."""
+    intent_coef: float = 0.5
+    """Weight of the intent reward (0: no judge is loaded)."""
+    meteor_coef: float = 0.5
+    """Weight of the METEOR reward."""
+    ref_model: str = ""
+    """Frozen model of the KL penalty; empty: the start, model_path."""
+    kl_coef: float = 0.2
+    """First value of alpha, the KL penalty's coefficient (0: no penalty, and KL is only measured)."""
+    kl_target: float = 0.05
+    """KL per token, in nats, that alpha is steered to."""
+    kl_rate: float = 0.1
+    """How fast alpha moves after each rollout; 0 keeps it."""
+    kl_clip: float = 0.2
+    """Bound on the relative error of KL that moves alpha."""
+
+    # how much
+    total_time_steps: int = 60_000
+    """Environment steps (generated tokens) to train for."""
+    env_num: int = 128
+    """Dialogues at a time, over all processes."""
+    episode_length: int = 20
+    """Environment steps of each dialogue slot in a rollout, counted in full replies of max_new_tokens."""
+    ppo_epoch: int = 4
+    """Passes over each rollout."""
+    num_mini_batch: int = 4
+    """Mini-batches, and optimizer steps, in a pass."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a mini-batch is cut into, to save memory; the gradient stays the same."""
+
+    # PPO
+    lr: float = 3e-4
+    """Learning rate of the policy."""
+    critic_lr: float = 1e-3
+    """Learning rate of the value head or network."""
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    """Whether learning rates stay or fall to zero over total_time_steps."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    gamma: float = 1.0
+    """Discount of a token."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_range: float = 0.2
+    """Clip of the policy's probability ratio."""
+    value_clip_range: float = 0.2
+    """Clip of the value's step, in normalised units."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    target_kl: float | None = None
+    """End the passes over a rollout early once approx_kl is above this."""
+    normalize_advantages: bool = True
+    """Whiten the advantages of a rollout over all its tokens."""
+    normalize_values: bool = True
+    """Let the value network predict returns in units of their running mean and deviation."""
+
+    # sampling in rollouts
+    temperature: float = 1.0
+    """Softmax temperature."""
+    top_k: int = 0
+    """Sample from the k most likely tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    min_new_tokens: int = 0
+    """Tokens before EOS or a one-token marker may come."""
+
+    # engine
+    seed: int = 0
+    """Seed of everything random."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Accelerate's mixed precision; left out: what `accelerate launch` was told."""
+    use_amp: bool = False
+    """The tutorial's switch for mixed precision: fp16 on a GPU, bf16 on a CPU."""
+    use_fp16: bool = False
+    """The tutorial's switch for fp16 under DeepSpeed."""
+    use_deepspeed: bool = False
+    """Train with DeepSpeed, configured by deepspeed_config (or use `accelerate config`)."""
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON file."""
+    use_offload: bool = False
+    """Keep DeepSpeed's optimizer states in CPU memory."""
+
+    # results
+    run_dir: str = "runs"
+    """Folder for runs."""
+    experiment_name: str = "ppo_dialog"
+    """Name of this run's folder in run_dir; an earlier run of that name is kept under another."""
+    log_interval: int = 1
+    """Updates between two printed and tracked lines; metrics.jsonl has every update."""
+    save_interval: int = 50
+    """Updates between two saves of the policy (it is saved at the end in any case)."""
+    track: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Trackers to log to beside metrics.jsonl."""
+    use_wandb: bool = False
+    """The tutorial's switch for `--track wandb`."""
+    wandb_entity: str = ""
+    """Team on wandb."""
+    wandb_project: str = "ppo_dialog"
+    """Project on wandb."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """Offline runs are kept in the run's folder for `wandb sync`."""
+    stats: str = ""
+    """Import path of your own statistics: a function (or class, made once) of (rollout, metrics) -> dict of numbers."""
+    judge_samples: int = 1000
+    """Validation replies on which the judge is measured at start-up (0: all)."""
+    eval_split: Literal["train", "validation", "test"] = "test"
+    """Split of the closing comparison of start and result."""
+    eval_limit: int = 600
+    """Samples of the closing comparison (0: all; negative: no comparison)."""
+
+    def check(self) -> None:
+        """UserError for values that cannot work, before anything is loaded."""
+        at_least = {
+            1: "total_time_steps env_num episode_length ppo_epoch num_mini_batch gradient_accumulation_steps "
+            "log_interval save_interval",
+            0: "lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples",
+        }
+        for low, names in at_least.items():
+            for name in names.split():
+                if not getattr(self, name) >= low or not math.isfinite(getattr(self, name)):
+                    raise UserError(f"{name} is {getattr(self, name)}; expected a number of at least {low}.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a number from 0 to 1.")
+        for name in ("clip_range", "value_clip_range", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
+        if self.model_class and (self.policy_class or self.critic_class):
+            raise UserError("model_class is policy and value together; give it, or policy_class and critic_class.")
+        if self.use_deepspeed and not self.deepspeed_config:
+            raise UserError("use_deepspeed needs deepspeed_config, the name of DeepSpeed's JSON file.")
+        if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
+            raise UserError(f"experiment_name is '{self.experiment_name}'; expected the name of a folder in run_dir.")
+        if self.reward == "default" and not (self.intent_coef or self.meteor_coef):
+            raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
+        self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
+        self.kl_controller()
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
+
+    def kl_controller(self) -> AdaptiveKL:
+        return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_rate, self.kl_clip)
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Everything that follows from env_num, episode_length and the process count, derived in this one place."""
+
+    rounds: int  # replies of each dialogue slot in a rollout
+    replies: int  # replies of this process in a rollout
+    num_mini_batch: int
+    parts: int  # micro-batches that a mini-batch is cut into (gradient accumulation)
+
+    @classmethod
+    def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
+        num_processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
+        if config.env_num % num_processes:
+            raise UserError(f"env_num is {config.env_num}; expected a multiple of the {num_processes} processes.")
+        rounds = max(1, round(config.episode_length / max_new_tokens))
+        replies = rounds * config.env_num // num_processes
+        num_mini_batch = min(config.num_mini_batch, replies)
+        if replies // num_mini_batch < parts:
+            raise UserError(
+                f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; lower gradient_accumulation_steps or num_mini_batch."
+            )
+        return cls(rounds, replies, num_mini_batch, parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy and value
+
+
+class ActorCritic(nn.Module):
+    """A causal LM as policy, with a value for the state before each token.
+
+    Without a critic, the value is a linear head on the hidden state that the language-model head reads, so one pass
+    gives both. `critic(input_ids, attention_mask, position_ids) -> (B, S)` is a network of its own.
+    """
+
+    def __init__(self, policy: nn.Module, critic: nn.Module | None = None):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        if critic is None:
+            lm_head = policy.get_output_embeddings()
+            self.value_head = value_head(lm_head.weight.shape[1])
+            # What the head reads is the last hidden state, normalised, of the positions kept: no model family needs
+            # another line for it, and scaled or capped logits stay the model's own business.
+            lm_head.register_forward_pre_hook(self._keep_hidden)
+
+    def _keep_hidden(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._hidden = inputs[0]
+
+    def forward(self, input_ids, attention_mask, keep: int, past=None, use_cache: bool = False):
+        """Logits (B, keep, V) and values (B, keep) of the last `keep` positions, and the key/value cache.
+
+        input_ids (B, S) follow what is in `past`; attention_mask (B, past + S). While a cache is in use a separate
+        critic is not asked (values are None): it prices finished replies in one pass, see `values_of`.
+        """
+        positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        out = self.policy(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=use_cache,
+            logits_to_keep=keep,
+        )
+        values = None
+        if self.critic is None:
+            values = self.value_head(self._hidden[:, -keep:].float()).squeeze(-1)
+            self._hidden = None
+        elif not use_cache:
+            values = self.critic(input_ids, attention_mask, positions)[:, -keep:]
+        return out.logits[:, -keep:], values, out.past_key_values
+
+    def values_of(self, input_ids, attention_mask, keep: int) -> torch.Tensor:
+        """A separate critic's values (B, keep) of the last `keep` positions."""
+        return self.critic(input_ids, attention_mask, position_ids(attention_mask))[:, -keep:].float()
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        return list((self.value_head if self.critic is None else self.critic).parameters())
+
+
+class Critic(nn.Module):
+    """A value network with the trunk of a pretrained model; it has no vocabulary."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+        self.value_head = value_head(trunk.config.hidden_size)
+
+    def forward(self, input_ids, attention_mask, position_ids):
+        """Values (B, S)."""
+        out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return self.value_head(out.last_hidden_state.float()).squeeze(-1)
+
+
+def value_head(width: int) -> nn.Linear:
+    """Starts at zero: the first values are the mean return, whatever the model's hidden states look like."""
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout makes the update's probabilities differ from those that were sampled from: off, everywhere."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def build_model(config: PPOConfig, name: str) -> ActorCritic:
+    """The network to train, by the configuration: one trunk, two models, or the user's classes."""
+    make = lambda path, what: import_path(path, what)(config)
+    if config.model_class:
+        return make(config.model_class, "model_class")
+    policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name)
+    if config.critic_class:
+        critic = make(config.critic_class, "critic_class")
+    elif config.use_share_model:
+        if getattr(policy, "get_output_embeddings", lambda: None)() is None:
+            raise UserError(
+                f"policy_class '{config.policy_class}' has no get_output_embeddings(), so no value head can read its "
+                "hidden state; give a critic_class as well, or --no-use-share-model."
+            )
+        critic = None
+    else:
+        # fp32 master weights, as the policy's
+        critic = Critic(load_pretrained(AutoModel, name, "model", dtype=torch.float32))
+    return ActorCritic(policy, critic)
+
+
+def load_causal_lm(name: str) -> nn.Module:
+    """A causal LM in fp32: the small steps of fine-tuning vanish in bf16 weights; mixed precision keeps the speed."""
+    return load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+@dataclass
+class Rollout:
+    """N replies. P is the longest prompt, T the longest response; prompts are padded left, responses right."""
+
+    input_ids: torch.Tensor  # (N, P + T)
+    attention_mask: torch.Tensor  # (N, P + T)
+    mask: torch.Tensor  # (N, T) bool: the tokens that were sampled
+    logprobs: torch.Tensor  # (N, T) under the distribution sampled from
+    kl: torch.Tensor  # (N, T) log pi - log pi_ref of the sampled token
+    values: torch.Tensor  # (N, T) of the state before each token, in units of reward
+    support: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p left, see generation.support_of
+    scores: torch.Tensor  # (N,) the reward of the whole reply
+    statistics: dict[str, torch.Tensor]  # (N,) what the reward had to tell
+    prompts: list[str]
+    responses: list[str]
+    references: list[str]
+    seconds: dict[str, float]  # rollout and scoring
+
+    @property
+    def response_length(self) -> int:
+        return self.mask.shape[1]
+
+    @property
+    def response_ids(self) -> torch.Tensor:
+        return self.input_ids[:, -self.response_length :]
+
+
+def collect(
+    model: ActorCritic,
+    ref_model: nn.Module | None,
+    env: DialogueVectorEnv,
+    observations: dict[str, Any],
+    rounds: int,
+    sampling: Sampling,
+    value_scale: RunningMoments,
+    uniforms: torch.Tensor,
+    device: torch.device,
+) -> tuple[Rollout, dict[str, Any]]:
+    """One rollout: `rounds` replies in each of the env's dialogues, and the observations that come next.
+
+    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
+    """
+    parts: list[dict[str, Any]] = []
+    seconds = {"rollout_s": 0.0, "scoring_s": 0.0}
+    for round_uniforms in uniforms:
+        # 1. prompts, without the columns that are padding in all of them
+        started = time.perf_counter()
+        prompt_mask = torch.as_tensor(observations["attention_mask"], device=device)
+        first = int(prompt_mask.any(0).nonzero()[0])
+        prompt_mask = prompt_mask[:, first:]
+        prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
+
+        # 2. responses, with the log-probability and the value of each token as it is sampled
+        def step(ids, mask, past):
+            logits, values, past = model(ids, mask, 1, past, use_cache=True)
+            return logits[:, -1], None if values is None else values[:, -1], past
+
+        with torch.no_grad():
+            out = sample_responses(step, env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device))
+        length = out.ids.shape[1]
+        input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
+        attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
+
+        # 3. what a separate critic and the frozen reference make of them, one pass each over the finished text;
+        #    the last token needs no pass, nothing comes after it
+        with torch.no_grad():
+            values = out.values
+            if getattr(model, "critic", None) is not None:
+                values = model.values_of(input_ids[:, :-1], attention_mask[:, :-1], length)
+            kl = torch.zeros_like(out.logprobs)
+            if ref_model is not None:
+                ref_logits = ref_model(
+                    input_ids=input_ids[:, :-1],
+                    attention_mask=attention_mask[:, :-1],
+                    position_ids=position_ids(attention_mask[:, :-1]),
+                    use_cache=False,
+                    logits_to_keep=length,
+                ).logits[:, -length:]
+                ref_logprobs = log_probs_of(ref_logits, out.ids, sampling.temperature)
+                _, kl = kl_penalty(out.full_logprobs, ref_logprobs, out.mask, coef=0.0)
+        values = value_scale.denormalize(values) * out.mask
+        seconds["rollout_s"] += time.perf_counter() - started
+
+        # 4. the environment scores the replies and hands out the next dialogues
+        started = time.perf_counter()
+        observations, scores, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
+        seconds["scoring_s"] += time.perf_counter() - started
+        final = infos["final_info"]
+        parts.append(
+            dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, ids=out.ids, mask=out.mask, logprobs=out.logprobs)
+            | dict(kl=kl, values=values, support=out.support, scores=torch.as_tensor(scores, dtype=torch.float32))
+            | dict(prompts=final["prompt"], responses=final["response"], references=final["reply"])
+            | dict(statistics={k: v for k, v in final.items() if f"_{k}" in final and k not in EPISODE_FACTS})
+        )
+
+    # 5. the rounds as one batch
+    left, right = lambda x, n, value=0: F.pad(x, (n - x.shape[1], 0), value=value), pad_right
+    prompt_length = max(p["prompt_ids"].shape[1] for p in parts)
+    length = max(p["ids"].shape[1] for p in parts)
+    stack = lambda name, pad, n: torch.cat([pad(p[name], n) for p in parts])
+    mask = stack("mask", right, length)
+    attention = torch.cat([stack("prompt_mask", left, prompt_length), mask.to(parts[0]["prompt_mask"].dtype)], dim=-1)
+    support = None
+    if parts[0]["support"] is not None:
+        width = max(p["support"].shape[-1] for p in parts)
+        support = torch.cat([pad_right(pad_right(p["support"], width, -1, dim=2), length, -1) for p in parts])
+    rollout = Rollout(
+        input_ids=torch.cat([stack("prompt_ids", left, prompt_length), stack("ids", right, length)], dim=-1),
+        attention_mask=attention,
+        mask=mask,
+        logprobs=stack("logprobs", right, length),
+        kl=stack("kl", right, length),
+        values=stack("values", right, length),
+        support=support,
+        scores=torch.cat([p["scores"] for p in parts]).to(device),
+        statistics={
+            name: torch.cat([torch.as_tensor(p["statistics"][name], dtype=torch.float32) for p in parts]).to(device)
+            for name in parts[0]["statistics"]
+        },
+        prompts=[x for p in parts for x in p["prompts"]],
+        responses=[x for p in parts for x in p["responses"]],
+        references=[x.strip() for p in parts for x in p["references"]],
+        seconds=seconds,
+    )
+    return rollout, observations
+
+
+EPISODE_FACTS = ("prompt", "reply", "act", "response")  # of env infos; everything else there is the reward's
+
+
+def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.Tensor:
+    """x padded to n in dimension `dim`."""
+    filler = [0, 0] * (x.dim() - 1 - dim) + [0, n - x.shape[dim]]
+    return F.pad(x, filler, value=value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def token_rewards(rollout: Rollout, kl_coef: float) -> torch.Tensor:
+    """Rewards (N, T): the KL penalty at every token, and the reply's score at its last one."""
+    rewards = -kl_coef * rollout.kl
+    last = rollout.mask.sum(-1) - 1  # (N,)
+    rewards[torch.arange(len(last), device=last.device), last] += rollout.scores
+    return rewards
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns (N, T), 0 where masked. Generalised advantage estimation (Schulman et al., 2016).
+
+    Every reply is a whole episode: after its last token there is no value.
+    """
+    advantages = torch.zeros_like(rewards)
+    following_value = following_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t].to(rewards.dtype)
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following_advantage = here * (delta + gamma * lam * following_advantage)
+        following_value = here * values[:, t]
+        advantages[:, t] = following_advantage
+    return advantages, (advantages + values) * mask
+
+
+def masked_moments(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambda x: x) -> tuple[float, float]:
+    """Mean and (population) variance of x where mask is set; `reduce` sums over processes."""
+    x, mask = x.double(), mask.double()
+    n, total, squares = reduce(torch.stack([mask.sum(), (x * mask).sum(), (x * x * mask).sum()])).tolist()
+    mean = total / n
+    return mean, max(0.0, squares / n - mean * mean)
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambda x: x) -> torch.Tensor:
+    """x with mean 0 and variance 1 over the masked-in entries of all processes, 0 elsewhere."""
+    mean, variance = masked_moments(x, mask, reduce)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+class RunningMoments:
+    """Mean and deviation of returns, an average over updates that forgets; the scale in which values are predicted."""
+
+    def __init__(self, enabled: bool = True, decay: float = 0.9):
+        self.enabled, self.decay = enabled, decay
+        self.weight = self.mean_sum = self.square_sum = 0.0
+
+    def update(self, mean: float, variance: float) -> None:
+        self.weight = self.decay * self.weight + 1 - self.decay
+        self.mean_sum = self.decay * self.mean_sum + (1 - self.decay) * mean
+        self.square_sum = self.decay * self.square_sum + (1 - self.decay) * (variance + mean * mean)
+
+    @property
+    def mean(self) -> float:
+        return self.mean_sum / self.weight if self.enabled and self.weight else 0.0
+
+    @property
+    def std(self) -> float:
+        if not (self.enabled and self.weight):
+            return 1.0
+        return max(1e-4, self.square_sum / self.weight - self.mean**2) ** 0.5
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.std
+
+    def denormalize(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.std + self.mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped loss of each token (N, T), and approx_kl and clipfrac of each.
+
+    approx_kl is the low-variance estimate (r - 1) - log r of KL(old || new) (Schulman, joschu.net/blog/kl-approx).
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    with torch.no_grad():
+        stats = {"approx_kl": ratio - 1 - log_ratio, "clipfrac": ((ratio - 1).abs() > clip_range).float()}
+    return loss, stats
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """Half the squared error of each token's value (N, T), the larger of plain and clipped (Schulman et al., 2017)."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def entropy_of(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
+    """Entropy (N, T), in nats, of the distribution that is sampled from."""
+    logprobs = restrict(logits.float() / temperature, support).log_softmax(-1)
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    value_scale: RunningMoments,
+    config: PPOConfig,
+    sizes: BatchSizes,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """`ppo_epoch` passes over the rollout; means of what happened in them, over tokens and processes."""
+    model.train()
+    old_values, targets = value_scale.normalize(rollout.values), value_scale.normalize(returns)
+    totals: dict[str, torch.Tensor] = {}
+    optimizer_steps, passes = 0, 0
+    for _ in range(config.ppo_epoch):
+        epoch_kl = epoch_tokens = 0.0
+        order = torch.randperm(len(rollout.mask), generator=generator)
+        for mini_batch in order.tensor_split(sizes.num_mini_batch):
+            # tokens of all processes in this mini-batch: each token weighs the same, however the batch is cut
+            tokens = accelerator.reduce(rollout.mask[mini_batch].sum(), reduction="sum")
+            for rows in mini_batch.tensor_split(sizes.parts):
+                with accelerator.accumulate(model):
+                    stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
+                    loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
+                    loss = loss - config.entropy_coef * stats["entropy"]
+                    # Accelerate divides by the parts, and data parallelism by the processes: undo both
+                    scale = sizes.parts * accelerator.num_processes / tokens
+                    accelerator.backward(loss * scale)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                        if norm is not None:
+                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + torch.as_tensor(float(norm))
+                        optimizer_steps += 1
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for name, value in stats.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach().float()
+            epoch_tokens += tokens
+        passes += 1
+        if config.target_kl is not None:
+            kl_so_far = accelerator.reduce(totals["approx_kl"].clone(), reduction="sum") / (passes * epoch_tokens)
+            if kl_so_far > config.target_kl:
+                break
+    grad_norm = float(totals.pop("grad_norm", torch.tensor(float("nan")))) / max(1, optimizer_steps)
+    names = list(totals)
+    summed = accelerator.reduce(torch.stack([totals[n] for n in names]), reduction="sum")
+    means = (summed / (passes * epoch_tokens)).tolist()
+    return dict(zip(names, means)) | {"grad_norm": grad_norm, "passes": passes}
+
+
+def token_stats(
+    model: nn.Module,
+    rollout: Rollout,
+    rows: torch.Tensor,
+    advantages: torch.Tensor,
+    targets: torch.Tensor,
+    old_values: torch.Tensor,
+    config: PPOConfig,
+) -> dict[str, torch.Tensor]:
+    """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
+    mask = rollout.mask[rows]
+    length = int(mask.sum(-1).max())  # no column is computed that is padding in all rows
+    prompt_width = rollout.input_ids.shape[1] - rollout.response_length
+    first = int(rollout.attention_mask[rows].any(0).nonzero()[0])
+    ids = rollout.input_ids[rows, first : prompt_width + length]
+    attention = rollout.attention_mask[rows, first : prompt_width + length]
+    mask = mask[:, :length]
+    support = None if rollout.support is None else rollout.support[rows, :length]
+
+    # the state before token t is the position before it: the last token itself is never an input
+    logits, values, _ = model(ids[:, :-1], attention[:, :-1], length)
+    logprobs = log_probs_of(logits, ids[:, -length:], config.temperature, support)
+    # filler may be outside its row's support; it must not turn the masked sum into NaN
+    logprobs = logprobs.masked_fill(~mask, 0.0)
+    losses, stats = policy_loss(logprobs, rollout.logprobs[rows, :length], advantages[rows, :length], config.clip_range)
+    stats |= {
+        "policy_loss": losses,
+        "value_loss": value_loss(
+            values.float(), old_values[rows, :length], targets[rows, :length], config.value_clip_range
+        ),
+    }
+    with torch.set_grad_enabled(config.entropy_coef > 0):
+        stats["entropy"] = entropy_of(logits, config.temperature, support)
+    return {name: x.masked_fill(~mask, 0.0).sum() for name, x in stats.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
+    """The whole run: load, train, compare, save. Returns the run's folder."""
+    config.check()
+    run = Path(config.run_dir) / config.experiment_name
+    accelerator = make_accelerator(config, run)
+    main = accelerator.is_main_process
+    say = lambda text: accelerator.print(text, flush=True)
+    use_all_cores(accelerator.num_processes)
+    set_seed(config.seed)
+    for note in notes or []:
+        say(f"note: {note}")
+
+    # Data and text format
+    model_folder = resolve_model(config.model_path)
+    fmt = config.dialogue_format(model_folder)
+    sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
+    if sizes.num_mini_batch < config.num_mini_batch:
+        say(
+            f"note: num_mini_batch {config.num_mini_batch} is more than the {sizes.replies} replies of a rollout; using that"
+        )
+    needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
+    dialogues = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in needed}
+    samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
+    for split in needed:
+        skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
+        say(f"{split}: {len(dialogues[split])} dialogues, {len(samples[split])} samples{skipped}")
+    tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
+    codec = DialogueCodec(tokenizer, fmt)
+
+    # Networks
+    model = build_model(config, model_folder)
+    check_model(model, codec, model_folder)
+    disable_dropout(model)
+    ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
+    ref_model = load_causal_lm(ref_folder).eval().requires_grad_(False).to(accelerator.device)
+    check_vocabulary(tokenizer, ref_model, ref_folder)
+    value_parameters = model.value_parameters()
+    of_value = {id(p) for p in value_parameters}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if id(p) not in of_value], "lr": config.lr},
+            {"params": value_parameters, "lr": config.critic_lr},
+        ],
+        weight_decay=config.weight_decay,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    unwrapped = accelerator.unwrap_model(model)
+
+    # Reward and its judge
+    reward = build_reward(config, accelerator.device, fmt.eou_marker)
+    judged = {}
+    if getattr(reward, "judge", None) is not None:
+        judged = measure_judge(reward.judge, samples["validation"], config.judge_samples)
+        say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
+    controller = config.kl_controller()
+    env = DialogueVectorEnv(
+        samples["train"],
+        codec,
+        config.env_num,
+        lambda *episode: score_episodes(reward, *episode),
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+    # Where results go
+    user_stats = make_stats(config.stats)
+    if main:
+        make_run_folder(run)
+        save_yaml(config, run / "config.yaml")
+    start_trackers(config, accelerator, run)
+    if judged:
+        accelerator.log({f"judge_{name}": value for name, value in judged.items()}, step=0)
+    say(
+        f"policy: {count_parameters(unwrapped):,} parameters with value, on {accelerator.device}, "
+        f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
+        f"{sizes.replies * accelerator.num_processes} replies in a rollout, {sizes.num_mini_batch} mini-batches"
+    )
+
+    value_scale = RunningMoments(config.normalize_values)
+    sum_over_processes = lambda x: accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
+    observations, _ = env.reset(seed=config.seed)
+    env_steps = episodes = updates = 0
+    training_seconds = 0.0
+    try:
+        while env_steps < config.total_time_steps:
+            started = time.perf_counter()
+            fraction_left = 1 - env_steps / config.total_time_steps
+            for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+                group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
+
+            # 1. collect replies, with their score and their KL to the reference
+            shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, so that each slot has its own
+            uniforms = torch.rand(shape, generator=generator_of(config.seed, updates, 0))[:, env.slots]
+            unwrapped.eval()
+            with accelerator.autocast():
+                rollout, observations = collect(
+                    unwrapped,
+                    ref_model,
+                    env,
+                    observations,
+                    sizes.rounds,
+                    config.sampling,
+                    value_scale,
+                    uniforms,
+                    accelerator.device,
+                )
+
+            # 2. advantages
+            rewards = token_rewards(rollout, controller.coef)
+            advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
+            value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
+            weights = advantages
+            if config.normalize_advantages:
+                weights = whiten(advantages, rollout.mask, sum_over_processes)
+
+            # 3. improve policy and value
+            update_started = time.perf_counter()
+            order = generator_of(config.seed, updates, 1)
+            losses = update(model, optimizer, accelerator, rollout, weights, returns, value_scale, config, sizes, order)
+            update_seconds = time.perf_counter() - update_started
+
+            # 4. account for it
+            figures = rollout_figures(rollout, rewards, returns, controller.coef, sum_over_processes)
+            controller.update(figures["kl_div"])
+            seconds = time.perf_counter() - started
+            training_seconds += seconds
+            tokens = int(figures.pop("tokens"))
+            env_steps, episodes, updates = env_steps + tokens, episodes + int(figures.pop("episodes")), updates + 1
+            metrics = {
+                "update": updates,
+                "env_steps": env_steps,
+                "episodes": episodes,
+                "fps": tokens / seconds,
+                **figures,
+                **losses,
+                "lr": optimizer.param_groups[0]["lr"],
+                "critic_lr": optimizer.param_groups[1]["lr"],
+                **rollout.seconds,
+                "update_s": update_seconds,
+                "peak_memory_mb": peak_memory_mb(accelerator.device),
+            }
+            if user_stats is not None:
+                metrics |= {name: float(value) for name, value in user_stats(rollout, metrics).items()}
+            if main:
+                with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(finite(metrics)) + "\n")
+            if updates % config.log_interval == 0:
+                say(progress_line(metrics, config))
+                accelerator.log({k: v for k, v in metrics.items() if k != "update"}, step=updates)
+            if main and updates % config.save_interval == 0:
+                save(unwrapped, codec, run)
+    except KeyboardInterrupt:
+        say(f"interrupted after {updates} updates; saving what is trained so far")
+        if main and updates:
+            save(unwrapped, codec, run)
+        raise
+
+    # 5. save, and compare with the start on dialogues that were not trained on
+    speed = env_steps / training_seconds
+    if main:
+        save(unwrapped, codec, run)
+        if config.eval_limit >= 0:
+            start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
+            held_out = samples[config.eval_split][: config.eval_limit or None]
+            compare_with_start(config, getattr(unwrapped, "policy", unwrapped), start, codec, held_out, reward, run)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    say(
+        f"{env_steps:,} environment steps in {training_seconds:.0f} s: {speed:.0f} tokens/s; "
+        f"peak memory {peak_memory_mb(accelerator.device):,.0f} MiB; results in {run}"
+    )
+    say(f"talk to it: python chat.py {run}")
+    return run
+
+
+def make_accelerator(config: PPOConfig, run: Path) -> Accelerator:
+    """Device, mixed precision, processes, DeepSpeed and trackers, as the configuration and the launcher say."""
+    cuda = torch.cuda.is_available()
+    mixed_precision = config.mixed_precision
+    if mixed_precision is None and (config.use_amp or config.use_fp16):
+        mixed_precision = "fp16" if cuda or config.use_fp16 else "bf16"
+    if mixed_precision == "fp16" and not cuda:
+        raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
+    handlers, plugin = [], None
+    if config.use_deepspeed:
+        plugin = deepspeed_plugin(config)
+        if not cuda:  # without the backend named, Accelerate believes that every process is alone
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=trackers or None,
+        project_dir=str(run),
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+
+
+def deepspeed_plugin(config: PPOConfig) -> DeepSpeedPlugin:
+    """The DeepSpeed of the tutorial's switches. Its batch sizes follow from ours: env_num, episode_length, ..."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        raise UserError("use_deepspeed needs the package deepspeed: pip install deepspeed.") from None
+    engine = load_deepspeed(config.deepspeed_config)
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        engine.pop(name, None)
+    # DeepSpeed wants to know a micro-batch; it computes nothing with it but the product that it prints
+    engine["train_micro_batch_size_per_gpu"] = 1
+    engine["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    engine["gradient_clipping"] = config.max_grad_norm
+    if config.use_offload:
+        engine.setdefault("zero_optimization", {})["offload_optimizer"] = {"device": "cpu"}
+    return DeepSpeedPlugin(hf_ds_config=engine)
+
+
+def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
+    """UserError where tokenizer, sequence length and model do not fit together."""
+    policy = getattr(model, "policy", model)
+    if not hasattr(policy, "config"):  # a network of the user's own
+        return
+    if hasattr(policy, "get_input_embeddings"):
+        check_vocabulary(codec.tokenizer, policy, name)
+    positions = getattr(policy.config, "max_position_embeddings", None)
+    needed = codec.format.max_prompt_tokens + codec.format.max_new_tokens
+    if positions is not None and positions < needed:
+        raise UserError(
+            f"model '{name}' has {positions} positions, but max_prompt_tokens {codec.format.max_prompt_tokens} and "
+            f"max_new_tokens {codec.format.max_new_tokens} need {needed}; lower one of them."
+        )
+
+
+def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Reward:
+    args = dict(config.reward_args)
+    if config.reward == "default":
+        judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
+        args = dict(intent_model=judge, intent_coef=config.intent_coef, meteor_coef=config.meteor_coef) | args
+    return make_reward(config.reward, args, device, eou_marker)
+
+
+def measure_judge(judge: IntentJudge, samples: list[Sample], limit: int) -> dict[str, float]:
+    """The judge is measured before it is trusted: how often it is right on human replies; printed."""
+    pairs = [(s.context[-1], s.reply, s.act) for s in samples if s.act][: limit or None]
+    if not pairs:
+        raise UserError(
+            "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, 2 question, "
+            "3 directive, 4 commissive), or switch that reward off with --intent-coef 0."
+        )
+    return accuracy_on(judge, pairs)
+
+
+def make_stats(path: str) -> Callable[[Rollout, dict[str, float]], dict[str, float]] | None:
+    """The user's own statistics: a function of (rollout, metrics) -> {name: number}, or a class made once."""
+    if not path:
+        return None
+    stats = import_path(path, "stats")
+    stats = stats() if inspect.isclass(stats) else stats
+    if not callable(stats):
+        raise UserError(f"stats '{path}' cannot be called with (rollout, metrics).")
+    return stats
+
+
+def generator_of(*stream: int) -> torch.Generator:
+    """A generator of its own for each purpose and update: nothing random depends on what ran before."""
+    state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def rollout_figures(
+    rollout: Rollout, rewards: torch.Tensor, returns: torch.Tensor, alpha: float, reduce: Callable
+) -> dict[str, float]:
+    """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score."""
+    n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
+    penalty = -alpha * rollout.kl.sum(-1)  # (N,)
+    columns = {"episode_reward": rewards.sum(-1), "score": rollout.scores, **rollout.statistics, "reward_kl": penalty}
+    parts = [name for name in columns if name.startswith("reward_")]
+    columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}
+    names = list(columns)
+    means = dict(zip(names, (reduce(torch.stack([columns[c].sum() for c in names])) / n).tolist()))
+    whole = sum(means[f"share_{p.removeprefix('reward_')}"] for p in parts) or 1.0
+    means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
+    _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
+    _, variance = masked_moments(returns, rollout.mask, reduce)
+    return means | {
+        "kl_div": reduce(rollout.kl.sum()).item() / tokens,
+        "alpha": alpha,
+        "mean_output_length": tokens / n,
+        "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
+        "tokens": tokens,
+        "episodes": n,
+    }
+
+
+def progress_line(metrics: dict[str, float], config: PPOConfig) -> str:
+    parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("intent", "meteor") if name in metrics)
+    return (
+        f"update {metrics['update']:>3}  steps {metrics['env_steps']:>7,}/{config.total_time_steps:,}  "
+        f"reward {metrics['episode_reward']:.3f} {f'({parts}) ' if parts else ''}"
+        f"kl {metrics['kl_div']:.4f} alpha {metrics['alpha']:.3f}  length {metrics['mean_output_length']:.1f}  "
+        f"clipfrac {metrics['clipfrac']:.3f} ev {metrics['explained_variance']:.2f}  {metrics['fps']:.0f} tokens/s"
+    )
+
+
+def compare_with_start(
+    config: PPOConfig,
+    policy: nn.Module,
+    start: nn.Module,
+    codec: DialogueCodec,
+    samples: list[Sample],
+    reward: Reward,
+    run: Path,
+) -> None:
+    """Supervised start against the trained policy on held-out samples: the table, and eval.json."""
+    judge = getattr(reward, "judge", None)
+    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
+        judge = IntentJudge(resolve_model(config.intent_model, "judge"), next(policy.parameters()).device)
+    evaluations, scores = [], []
+    for name, model in (("supervised start", start), ("PPO", policy)):
+        print(f"evaluating the {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
+        evaluations.append(evaluate_model(model.eval(), codec, samples, judge, EVAL_SAMPLING, config.seed))
+        columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
+        scores.append(score_episodes(reward, *columns, [s.act for s in samples])[0])
+    before, after = scores
+    error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
+    gain = float((after - before).mean())
+    result = compare(evaluations[1], evaluations[0])
+    result["reward"] = {
+        "policy": float(after.mean()),
+        "baseline": float(before.mean()),
+        "difference": gain,
+        "standard_error": error,
+    }
+    result["settings"] = {"split": config.eval_split, "samples": len(samples), **dataclasses.asdict(EVAL_SAMPLING)}
+    write_json(run / "eval.json", result)
+    print(format_table(result, headings=("supervised", "PPO")))
+    print(
+        f"{config.eval_split} reward: {before.mean():.3f} -> {after.mean():.3f}, "
+        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results: RUN_DIR/EXPERIMENT_NAME
+
+
+def make_run_folder(run: Path) -> None:
+    """A fresh folder for this run; what an earlier run of the same name left there is kept under the next free name."""
+    try:
+        if run.exists() and any(run.iterdir()):
+            kept = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
+            run.rename(kept)
+            print(f"{run} held an earlier run: kept as {kept}", flush=True)
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run's folder '{run}' cannot be made: {error.strerror}.") from error
+
+
+def start_trackers(config: PPOConfig, accelerator: Accelerator, run: Path) -> None:
+    """wandb and TensorBoard through Accelerate."""
+    settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in dataclasses.asdict(config).items()}
+    wandb = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode, dir=str(run))
+    try:
+        accelerator.init_trackers(config.wandb_project, settings, init_kwargs={"wandb": wandb})
+    except Exception as error:  # each tracker has its own: no login, no network, no permission
+        raise UserError(
+            f"a tracker could not start ({str(error).strip().splitlines()[0]}). Without an account or a network use "
+            "--wandb-mode offline, or --track tensorboard."
+        ) from error
+
+
+def save(model: nn.Module, codec: DialogueCodec, run: Path) -> None:
+    """policy/: a plain Hugging Face folder with tokenizer and text format; value.safetensors: the rest of the network.
+
+    A policy of the user's own without `save_pretrained` is kept as policy/model.safetensors.
+    """
+    policy = getattr(model, "policy", model)
+    with whole_folder(run / "policy") as folder:
+        if hasattr(policy, "save_pretrained"):
+            policy.save_pretrained(folder)
+        else:
+            save_model(policy, str(folder / "model.safetensors"))
+        codec.tokenizer.save_pretrained(folder)
+        codec.format.save(folder)
+    rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("policy.")}
+    if rest and policy is not model:
+        save_file(rest, run / "value.safetensors")
+
+
+def main() -> None:
+    config, notes = parse_config(PPOConfig, sys.argv[1:], description=__doc__)
+    train(config, notes)
+
+
+if __name__ == "__main__":
+    run_script(main)

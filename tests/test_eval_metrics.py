@@ -1,0 +1,388 @@
+"""The metrics equal those of the libraries they stand for; differences, replies and the command are as promised."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import nltk
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import rewards
+from common import UserError
+from envs import DialogueCodec, DialogueFormat, load_dialogues, make_samples
+from eval_metrics import (
+    EVAL_SAMPLING,
+    LABELS,
+    DistinctN,
+    EvalConfig,
+    Evaluation,
+    Meteor,
+    NGrams,
+    Rouge,
+    SacreBleu,
+    baseline_format,
+    bleu_statistics,
+    compare,
+    evaluate_model,
+    format_table,
+    generate_replies,
+    meteor_scores,
+    paired_difference,
+    rouge_scores,
+    run_evaluation,
+)
+from generation import reply_log_likelihoods
+from rewards import words
+
+REPOSITORY = Path(__file__).parent.parent
+NLTK_DATA = REPOSITORY.parent / "shared" / "data" / "nltk_data"
+KEYS = [
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "sacrebleu"),
+    *("intent", "mean_output_length", "distinct1", "distinct2", "perplexity"),
+]
+PREDICTIONS = [
+    "I would like a table for two , please .",
+    "",
+    "Çok güzel — naïve café № 5 “quoted” \U0001f600 日本語",
+    "no no\nyes yes yes",
+    "Sure . I'll take the 3.5 % off, and the U.S. one .",
+    "\u200b...?!",
+]
+REFERENCES = [
+    "I'd like a table for two people , please .",
+    "What time is it ?",
+    "Çok güzel bir naïve café № 5 “quoted” \U0001f600 日本",
+    "yes\nno no",
+    "Sure . I will take the 3.5 % off and the U.S. ones .",
+    "Really ?!",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only lose by a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    """METEOR without WordNet, in no time, except where a test loads the data itself."""
+    monkeypatch.setattr(rewards, "_meteor_parts", lambda: (rewards._Stemmer(), rewards._NoWordNet()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    marker = DialogueFormat().eou_marker
+    blank = Tokenizer(models.BPE())
+    blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    blank.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[AddedToken(token, special=True) for token in ("<PAD>", "<EOS>", marker)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    blank.train_from_iterator(REFERENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=blank, pad_token="<PAD>", eos_token="<EOS>", padding_side="left", truncation_side="left"
+    )
+
+
+def random_gpt2(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, n_positions=512)
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))  # in train mode, with dropout
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples(load_dialogues("builtin", "test"), DialogueFormat())[:10]
+
+
+class ActJudge:
+    """Stands in for IntentJudge: an inform, whatever is said."""
+
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+
+    def acts(self, previous, utterances):
+        return [1] * len(utterances)
+
+
+def evaluation(predictions, references, log_likelihood=-20.0):
+    scores = rouge_scores(predictions, references) | {"meteor": meteor_scores(predictions, references)}
+    scores["intent"] = np.array([float(bool(p)) for p in predictions])
+    scores["mean_output_length"] = np.array([float(len(p.split()) + 1) for p in predictions])
+    return Evaluation(
+        texts=list(predictions),
+        references=list(references),
+        scores=scores,
+        bleu=bleu_statistics(predictions, references),
+        ngrams={f"distinct{n}": NGrams(predictions, n) for n in (1, 2)},
+        reply_log_likelihoods=np.linspace(log_likelihood, log_likelihood - 5, len(predictions)),
+        reply_tokens=np.full(len(predictions), 10.0),
+        seconds=1.0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_rouge_is_that_of_rouge_score():
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    rows = [RougeScorer(names).score(r, p) for p, r in zip(PREDICTIONS, REFERENCES)]
+    expected = {name: np.mean([row[name].fmeasure for row in rows]) for name in names}
+    assert Rouge().compute(predictions=PREDICTIONS, references=REFERENCES) == pytest.approx(expected, abs=1e-12)
+    assert expected["rougeL"] != expected["rougeLsum"]  # the sample with line breaks tells them apart
+
+
+def test_sacrebleu_is_that_of_sacrebleu():
+    expected = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES], tokenize="intl").score / 100
+    result = SacreBleu().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert 0.1 < expected < 0.9 and result == {"sacrebleu": expected}
+    assert evaluation(PREDICTIONS, REFERENCES).metrics()["sacrebleu"] == expected
+    # short replies, where the smoothing of missing 4-grams decides, and replies without any match
+    for predictions in (["yes please"] * 6, ["I take it"] + [""] * 5, [""] * 6):
+        expected = sacrebleu.corpus_bleu(predictions, [REFERENCES], tokenize="intl").score / 100
+        assert SacreBleu().compute(predictions=predictions, references=REFERENCES) == {"sacrebleu": expected}
+
+
+def test_meteor_is_that_of_nltk():
+    result = Meteor().compute(predictions=PREDICTIONS, references=REFERENCES)
+    expected = [
+        single_meteor_score(words(r), words(p), wordnet=rewards._NoWordNet()) for p, r in zip(PREDICTIONS, REFERENCES)
+    ]
+    assert expected[1] == 0 and result == {"meteor": pytest.approx(np.mean(expected))}
+
+
+def test_meteor_of_the_published_example(monkeypatch):
+    if not NLTK_DATA.is_dir():
+        pytest.skip(f"WordNet is not at {NLTK_DATA}")
+    monkeypatch.undo()
+    monkeypatch.setattr(nltk.data, "path", [str(NLTK_DATA)])
+    rewards._meteor_parts.cache_clear()
+    try:
+        result = Meteor().compute(
+            predictions=[
+                "It is a guide to action which ensures that the military always obeys the commands of the party"
+            ],
+            references=["It is a guide to action that ensures that the military will forever heed Party commands"],
+        )
+        assert rewards.meteor_uses_synonyms()
+        assert result["meteor"] == pytest.approx(0.6944, abs=5e-5)  # the documentation of NLTK
+    finally:
+        rewards._meteor_parts.cache_clear()
+
+
+def test_distinct_counts_words_and_pairs_within_replies():
+    result = DistinctN().compute(predictions=["Yes yes no", "no yes", "", "no"])
+    assert result == {"distinct1": 2 / 6, "distinct2": 3 / 3}  # (yes yes), (yes no), (no yes); none across replies
+    assert DistinctN().compute(predictions=["", ""]) == {"distinct1": 0.0, "distinct2": 0.0}
+
+
+def test_leaving_a_reply_out_of_distinct():
+    texts = ["a b a", "b c", "", "a a d", "c c"]
+    for n in (1, 2):
+        left_out = [NGrams(texts[:i] + texts[i + 1 :], n).distinct(np.ones(4)) for i in range(5)]
+        assert NGrams(texts, n).distinct_without(5).tolist() == pytest.approx(left_out)
+
+
+@pytest.mark.parametrize("metric", [Rouge, Meteor, SacreBleu, DistinctN])
+def test_adding_in_batches_is_computing_at_once(metric):
+    at_once = metric().compute(predictions=PREDICTIONS, references=REFERENCES)
+    added = metric()
+    for start in (0, 4):
+        added.add_batch(predictions=PREDICTIONS[start : start + 4], references=REFERENCES[start : start + 4])
+    assert added.compute() == at_once
+    for prediction, reference in zip(PREDICTIONS, REFERENCES):
+        added.add(prediction=prediction, reference=reference)
+    assert added.compute() == at_once
+
+
+def test_metrics_combine_without_files_or_words(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path))
+    together = evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN()])
+    together.add_batch(predictions=PREDICTIONS, references=REFERENCES)
+    # a second one at work at the same time, as in another process
+    other = evaluate.combine([SacreBleu(), Rouge()])
+    other.add_batch(predictions=REFERENCES, references=REFERENCES)
+    result = together.compute()
+    assert list(result) == [k for k in KEYS if k not in ("intent", "mean_output_length", "perplexity")]
+    assert other.compute()["sacrebleu"] == pytest.approx(1.0)
+    expected = evaluation(PREDICTIONS, REFERENCES).metrics()
+    assert result == pytest.approx({k: expected[k] for k in result})
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences
+
+
+def test_identical_evaluations_differ_by_exactly_nothing():
+    one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(PREDICTIONS, REFERENCES)
+    for difference in paired_difference(one, other, n=50).values():
+        assert difference == {"value": 0.0, "ci95": [0.0, 0.0], "relative": 0.0}
+
+
+def test_a_better_model_has_its_interval_above_zero():
+    references = REFERENCES * 5
+    better, worse = evaluation(references, references, -20), evaluation(PREDICTIONS * 5, references, -30)
+    difference = paired_difference(better, worse, n=200)
+    assert list(difference) == KEYS == list(LABELS)
+    for name in ("rouge1", "rougeL", "meteor", "sacrebleu"):
+        low, high = difference[name]["ci95"]
+        assert 0 < low < difference[name]["value"] < high
+    assert difference["perplexity"]["ci95"][1] < 0
+    assert difference["perplexity"]["relative"] == pytest.approx(math.exp(2.25) / math.exp(3.25) - 1)
+    assert difference == paired_difference(better, worse, n=200)  # seeded
+
+
+def test_every_interval_holds_its_value():
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{i}" for i in range(60)]
+    replies = lambda size: [" ".join(rng.choice(vocabulary[:size], 8)) for _ in range(80)]
+    references = replies(60)
+    for difference in paired_difference(
+        evaluation(replies(60), references), evaluation(replies(40), references)
+    ).values():
+        assert difference["ci95"][0] <= difference["value"] <= difference["ci95"][1]
+
+
+def test_weights_are_copies_of_samples():
+    weights = np.array([2, 0, 1, 3, 0, 1])
+    repeated = lambda texts: [t for t, w in zip(texts, weights) for _ in range(w)]
+    weighted, copied = evaluation(PREDICTIONS, REFERENCES), evaluation(repeated(PREDICTIONS), repeated(REFERENCES))
+    copied.reply_log_likelihoods = np.repeat(weighted.reply_log_likelihoods, weights)
+    assert weighted.metrics(weights) == pytest.approx(copied.metrics())
+
+
+def test_without_a_judge_intent_is_null_everywhere():
+    one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(REFERENCES, REFERENCES)
+    del other.scores["intent"]
+    result = compare(other, one, n_bootstrap=20, settings={"split": "test"})
+    assert list(result) == ["policy", "baseline", "difference", "settings"]
+    assert result["policy"]["intent"] is None and result["difference"]["intent"] is None
+    assert result["settings"]["samples"] == 6 and result["settings"]["split"] == "test"
+    table = format_table(result, headings=("supervised", "PPO")).splitlines()
+    assert table[0].split()[:2] == ["supervised", "PPO"] and len(table) == 13
+    assert "*" in table[1] and "excludes zero" in table[-1]
+    assert [row.split("  ")[0] for row in table[1:-1]] == list(LABELS.values())
+    alone = compare(other)
+    assert alone["baseline"] is alone["difference"] is None
+    assert format_table(alone).splitlines()[1].split() == ["ROUGE-1", f"{alone['policy']['rouge1']:.4f}"]
+
+
+def test_evaluations_of_other_samples_are_refused():
+    with pytest.raises(ValueError, match="same samples"):
+        paired_difference(evaluation(PREDICTIONS, REFERENCES), evaluation(PREDICTIONS, PREDICTIONS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_replies_do_not_depend_on_batch_or_company(tokenizer, samples):
+    model, codec = random_gpt2(tokenizer).eval(), DialogueCodec(tokenizer, DialogueFormat(max_new_tokens=8))
+    seen = []
+    texts, lengths = generate_replies(
+        model, codec, samples, EVAL_SAMPLING, 3, batch_size=10, report=lambda *done: seen.append(done)
+    )
+    assert seen == [(10, 10)]
+    for batch_size in (1, 4):
+        assert generate_replies(model, codec, samples, EVAL_SAMPLING, 3, batch_size) == (texts, lengths)
+    assert generate_replies(model, codec, samples[:5], EVAL_SAMPLING, 3, 5) == (texts[:5], lengths[:5])
+    assert generate_replies(model, codec, samples, EVAL_SAMPLING, 4, 10)[0] != texts
+    assert all(EVAL_SAMPLING.min_new_tokens <= length <= codec.format.max_new_tokens for length in lengths)
+
+
+def test_evaluating_a_model(tokenizer, samples):
+    model, codec = random_gpt2(tokenizer), DialogueCodec(tokenizer, DialogueFormat(max_new_tokens=8))
+    assert model.training
+    result = evaluate_model(model, codec, samples, ActJudge(), EVAL_SAMPLING, batch_size=8)
+    assert model.training  # left as it came, and evaluated without dropout all the same:
+    model.eval()
+    texts, lengths = generate_replies(model, codec, samples, EVAL_SAMPLING, batch_size=8)
+    metrics = result.metrics()
+    assert list(metrics) == KEYS and result.texts == texts
+    assert metrics["mean_output_length"] == pytest.approx(np.mean(lengths))
+    assert metrics["intent"] == np.mean([bool(t) and s.act == 1 for t, s in zip(texts, samples)])
+    sums, counts = reply_log_likelihoods(model, codec, samples)
+    assert metrics["perplexity"] == pytest.approx(torch.exp(-sums.sum() / counts.sum()).item(), rel=1e-4)
+    unlabelled = [dataclasses.replace(s, act=0) for s in samples[:2]]
+    assert evaluate_model(model, codec, unlabelled, ActJudge(), EVAL_SAMPLING).metrics()["intent"] is None
+
+
+def test_baseline_keeps_its_marker_and_takes_the_limits(tmp_path):
+    fmt = DialogueFormat(max_new_tokens=7)
+    assert baseline_format(str(tmp_path), fmt) == fmt  # no format kept there
+    DialogueFormat(eou_marker="<END>", max_new_tokens=30).save(tmp_path)
+    assert baseline_format(str(tmp_path), fmt) == DialogueFormat(eou_marker="<END>", max_new_tokens=7)
+    DialogueFormat(context_utterances=2).save(tmp_path)
+    with pytest.raises(UserError, match="2 utterances of context"):
+        baseline_format(str(tmp_path), fmt)
+
+
+def test_settings_that_cannot_be_used(tmp_path):
+    for settings, words_of_error in (
+        (dict(limit=-1), "limit is -1"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(bootstrap=0), "bootstrap is 0"),
+        (dict(temperature=0.0), "temperature is 0"),
+        (dict(output=str(tmp_path)), "cannot be written"),
+        (dict(data_path=str(tmp_path / "none")), "does not exist"),
+        (dict(model_path=str(tmp_path / "none")), "does not exist"),
+        (dict(model_path=str(tmp_path)), "without config.json"),
+    ):
+        with pytest.raises(UserError, match=words_of_error):
+            run_evaluation(EvalConfig(**{"model_path": str(tmp_path)} | settings))
+
+
+def test_the_command(tokenizer, tmp_path):
+    """A run folder's policy against a plain folder, with a judge of random weights."""
+    for folder, seed in ((tmp_path / "run" / "policy", 0), (tmp_path / "sft", 1)):
+        random_gpt2(tokenizer, seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        DialogueFormat().save(folder)
+    judge = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=4
+    )
+    BertForSequenceClassification(judge).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    output = tmp_path / "new" / "metrics.json"
+    arguments = f"--model-path {tmp_path}/run --baseline-path {tmp_path}/sft --intent-model {tmp_path}/judge"
+    finished = subprocess.run(
+        [sys.executable, "eval_metrics.py", *arguments.split()]
+        + f"--data-path builtin --split validation --limit 6 --batch-size 2 --bootstrap 50 --output {output}".split(),
+        cwd=REPOSITORY,
+        env=os.environ | {"NLTK_DATA": str(NLTK_DATA), "HF_HUB_OFFLINE": "1", "TORCH_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == "" or "WordNet" in finished.stderr
+    result = json.loads(output.read_text())
+    assert list(result) == ["policy", "baseline", "difference", "settings"]
+    assert list(result["policy"]) == list(result["baseline"]) == list(result["difference"]) == KEYS
+    assert all(list(d) == ["value", "ci95", "relative"] for d in result["difference"].values())
+    assert result["settings"]["samples"] == 6 and result["settings"]["seconds"]["baseline"] > 0
+    assert "policy: 2 of 6 replies" in finished.stdout and "baseline: 6 of 6 replies" in finished.stdout
+    assert format_table(result) in finished.stdout
