@@ -27,8 +27,8 @@ from intent_classifier import IntentConfig, train_intent
 from sft_dialog import SFTConfig, train_sft
 
 VOCABULARY = 1200
-POLICY = dict(n_layer=3, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-POLICY_FIT = dict(lr=2e-3, weight_decay=0.1, batch_size=32, epochs=1.0, warmup_steps=20, eval_every=200, log_every=50)
+POLICY = dict(n_layer=2, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+POLICY_FIT = dict(lr=3e-3, weight_decay=0.1, batch_size=32, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
 JUDGE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
 JUDGE_FIT = dict(lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
 
@@ -42,12 +42,13 @@ def builtin_model(kind: str) -> Path:
     if PartialState().is_local_main_process:
         missing = [k for k in ("policy", "judge") if not (_folder(k) / "config.json").exists()]
         if kind in missing:
-            print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", flush=True)
+            print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", file=sys.stderr)
             plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))}
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 plain.pop(name, None)
             plain["TORCH_NUM_THREADS"] = "1"
-            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain) for k in missing]
+            # their progress goes to stderr: a program's own output (a chat's replies) stays its own
+            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, stdout=2) for k in missing]
             try:
                 failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
             finally:

@@ -38,7 +38,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: a UserError becomes its sentence and exit status 2, Ctrl-C becomes 130, a bug a traceback."""
+    """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback."""
     quiet_libraries()
     try:
         main()
@@ -55,12 +55,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # each retry of a name that is not there is announced
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
     # DDP and torch's own schedulers warn about a copy they make themselves; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
@@ -105,6 +107,18 @@ def import_path(path: str, what: str) -> Any:
 # Models and tokenizers by hub name or folder
 
 
+def _check_name(what: str, name: str) -> None:
+    """UserError for what can only be a mistyped path, before minutes of asking the hub for it."""
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
+            raise UserError(f"{what} '{name}' is the folder of a run that has not saved its policy/ yet.")
+        if not (folder / "config.json").exists():
+            raise UserError(f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.")
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(folder.parts[0]).is_dir():
+        raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
+
+
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
     if Path(name).exists():
         return UserError(f"{what} '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}")
@@ -116,11 +130,7 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
 
 def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.")
-    if os.sep in name and name.count("/") > 1 and not folder.exists():
-        raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
+    _check_name(what, name)
     try:
         return auto_class.from_pretrained(name, use_safetensors=True, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -134,11 +144,10 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_name("tokenizer", name)
     folder = Path(name)
     if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(
-            f"'{name}' holds no tokenizer (no tokenizer.json); give its folder or name with --tokenizer-path."
-        )
+        raise UserError(f"'{name}' holds no tokenizer (no tokenizer.json); name one with --tokenizer-path.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
     except (OSError, ValueError, KeyError) as error:

@@ -1,7 +1,7 @@
 """Configuration: a dataclass, a YAML file that sets its fields, a command line that overrides the file.
 
 The YAML files of OpenRL's dialogue tutorial load as they are printed there, nested and all: each of their keys acts
-under the name it has here, or is answered with a sentence on why it has no meaning (`TUTORIAL_KEYS`, `WITHOUT_MEANING`).
+under the name it has here (`TUTORIAL_KEYS`), or is answered with a sentence on why it has no meaning.
 """
 
 from __future__ import annotations

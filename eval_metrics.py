@@ -37,7 +37,7 @@ from common import UserError, check_vocabulary, load_pretrained, load_tokenizer,
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
 from intent_classifier import IntentJudge
-from rewards import Intent, meteor, meteor_uses_synonyms, words
+from rewards import intent_hits, meteor, meteor_uses_synonyms, words
 
 LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "rouge1": "ROUGE-1",
@@ -256,10 +256,7 @@ def evaluate_model(
     scores["meteor"] = meteor_scores(texts, references)
     scores["mean_output_length"] = np.array(lengths, dtype=float)
     if judge is not None and all(s.act for s in samples):
-        intent = Intent("")
-        intent.judge, intent.eou_marker = judge, codec.format.eou_marker
-        with torch.autocast(judge.model.device.type, enabled=False):
-            scores["intent"], _ = intent([s.prompt for s in samples], texts, references, [s.act for s in samples])
+        scores["intent"] = intent_hits(judge, [s.context[-1] for s in samples], texts, [s.act for s in samples])
     log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
     model.train(training)
     return Evaluation(

@@ -105,8 +105,8 @@ class Responses:
     """Sampled responses, padded on the right. T is the longest of the batch.
 
     ids (B, T) int64, filler is the pad token; mask (B, T) bool, True up to and including the token that ended it;
-    logprobs (B, T) of the distribution sampled from, full_logprobs (B, T) without top-k and top-p (the same tensor where
-    neither is set), values (B, T) of the state before each token, all 0 where masked;
+    logprobs (B, T) of the distribution sampled from, full_logprobs (B, T) without top-k and top-p (the same
+    tensor where neither is set), values (B, T) of the state before each token, all 0 where masked;
     support (B, T, K) int32 or None, see `support_of`.
     """
 
@@ -205,15 +205,17 @@ def reply_log_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihood of each human reply with its marker, summed over its tokens, and its number of tokens: (N,), (N,).
 
-    Replies are priced whole: they are not cut at max_new_tokens.
+    Replies are priced whole, not cut at max_new_tokens; only what the model has no positions for goes.
     """
     device = next(model.parameters()).device
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**20
     sums, counts = torch.zeros(len(samples)), torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         prompt_ids, prompt_mask = codec.encode_prompts([samples[i].prompt for i in chunk])
-        targets = [torch.tensor(codec.encode_target(samples[i].reply)) for i in chunk]
+        room = positions - prompt_ids.shape[1]
+        targets = [torch.tensor(codec.encode_target(samples[i].reply)[:room]) for i in chunk]
         reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
         reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
         ids = torch.cat([prompt_ids, reply_ids], dim=-1).to(device)

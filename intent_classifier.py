@@ -55,7 +55,7 @@ class IntentJudge:
         config = self.model.config
         if config.num_labels < len(ACTS):
             raise UserError(
-                f"intent model '{name}' tells {config.num_labels} classes apart; expected the {len(ACTS)} dialogue acts "
+                f"intent model '{name}' tells {config.num_labels} classes apart; expected the {len(ACTS)} acts "
                 f"{', '.join(ACTS)}. Train one with intent_classifier.py."
             )
         self.as_pair = getattr(config, "intent_input", "concat") == "pair"
@@ -74,7 +74,9 @@ class IntentJudge:
             batch = encode_pairs(
                 self.tokenizer, [previous[i] for i in chunk], [utterances[i] for i in chunk], self.as_pair
             )
-            logits = self.model(**batch.to(self.model.device)).logits
+            device = self.model.device
+            with torch.autocast(device.type, enabled=False):  # a judge whose verdict hangs on the engine is none
+                logits = self.model(**batch.to(device)).logits
             for i, act in zip(chunk, (logits.argmax(-1) + 1).tolist()):
                 acts[i] = act
         return acts

@@ -10,9 +10,6 @@ environment step is one generated token. Results are written to RUN_DIR/EXPERIME
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import itertools
 import json
 import math
 import sys
@@ -26,8 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
-from safetensors.torch import save_file, save_model
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -43,14 +39,21 @@ from common import (
     peak_memory_mb,
     run_script,
     use_all_cores,
-    whole_folder,
-    write_json,
 )
-from configuration import load_deepspeed, parse_config, save_yaml
-from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, Sample, load_dialogues, make_samples
-from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table
+from configuration import parse_config, save_yaml
+from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
+from experiment import (
+    compare_with_start,
+    make_accelerator,
+    make_run_folder,
+    make_stats,
+    measure_judge,
+    progress_line,
+    save,
+    start_trackers,
+)
 from generation import Sampling, log_probs_of, position_ids, restrict, sample_responses
-from intent_classifier import WEAK_JUDGE, IntentJudge, accuracy_on
+from intent_classifier import WEAK_JUDGE
 from rewards import AdaptiveKL, Reward, judge_sentence, kl_penalty, make_reward, score_episodes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +257,8 @@ class BatchSizes:
         num_mini_batch = min(config.num_mini_batch, replies)
         if replies // num_mini_batch < parts:
             raise UserError(
-                f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; lower gradient_accumulation_steps or num_mini_batch."
+                f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
+                "lower gradient_accumulation_steps or num_mini_batch."
             )
         return cls(rounds, replies, num_mini_batch, parts)
 
@@ -638,7 +642,7 @@ def update(
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, passes = 0, 0
     for _ in range(config.ppo_epoch):
-        epoch_kl = epoch_tokens = 0.0
+        epoch_tokens = 0
         order = torch.randperm(len(rollout.mask), generator=generator)
         for mini_batch in order.tensor_split(sizes.num_mini_batch):
             # tokens of all processes in this mini-batch: each token weighs the same, however the batch is cut
@@ -731,7 +735,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
     if sizes.num_mini_batch < config.num_mini_batch:
         say(
-            f"note: num_mini_batch {config.num_mini_batch} is more than the {sizes.replies} replies of a rollout; using that"
+            f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.replies} replies of a rollout: using that"
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     dialogues = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in needed}
@@ -888,48 +892,6 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     return run
 
 
-def make_accelerator(config: PPOConfig, run: Path) -> Accelerator:
-    """Device, mixed precision, processes, DeepSpeed and trackers, as the configuration and the launcher say."""
-    cuda = torch.cuda.is_available()
-    mixed_precision = config.mixed_precision
-    if mixed_precision is None and (config.use_amp or config.use_fp16):
-        mixed_precision = "fp16" if cuda or config.use_fp16 else "bf16"
-    if mixed_precision == "fp16" and not cuda:
-        raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
-    handlers, plugin = [], None
-    if config.use_deepspeed:
-        plugin = deepspeed_plugin(config)
-        if not cuda:  # without the backend named, Accelerate believes that every process is alone
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
-    return Accelerator(
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=trackers or None,
-        project_dir=str(run),
-        deepspeed_plugin=plugin,
-        kwargs_handlers=handlers,
-    )
-
-
-def deepspeed_plugin(config: PPOConfig) -> DeepSpeedPlugin:
-    """The DeepSpeed of the tutorial's switches. Its batch sizes follow from ours: env_num, episode_length, ..."""
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        raise UserError("use_deepspeed needs the package deepspeed: pip install deepspeed.") from None
-    engine = load_deepspeed(config.deepspeed_config)
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        engine.pop(name, None)
-    # DeepSpeed wants to know a micro-batch; it computes nothing with it but the product that it prints
-    engine["train_micro_batch_size_per_gpu"] = 1
-    engine["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    engine["gradient_clipping"] = config.max_grad_norm
-    if config.use_offload:
-        engine.setdefault("zero_optimization", {})["offload_optimizer"] = {"device": "cpu"}
-    return DeepSpeedPlugin(hf_ds_config=engine)
-
-
 def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
     """UserError where tokenizer, sequence length and model do not fit together."""
     policy = getattr(model, "policy", model)
@@ -952,28 +914,6 @@ def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Re
         judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
         args = dict(intent_model=judge, intent_coef=config.intent_coef, meteor_coef=config.meteor_coef) | args
     return make_reward(config.reward, args, device, eou_marker)
-
-
-def measure_judge(judge: IntentJudge, samples: list[Sample], limit: int) -> dict[str, float]:
-    """The judge is measured before it is trusted: how often it is right on human replies; printed."""
-    pairs = [(s.context[-1], s.reply, s.act) for s in samples if s.act][: limit or None]
-    if not pairs:
-        raise UserError(
-            "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, 2 question, "
-            "3 directive, 4 commissive), or switch that reward off with --intent-coef 0."
-        )
-    return accuracy_on(judge, pairs)
-
-
-def make_stats(path: str) -> Callable[[Rollout, dict[str, float]], dict[str, float]] | None:
-    """The user's own statistics: a function of (rollout, metrics) -> {name: number}, or a class made once."""
-    if not path:
-        return None
-    stats = import_path(path, "stats")
-    stats = stats() if inspect.isclass(stats) else stats
-    if not callable(stats):
-        raise UserError(f"stats '{path}' cannot be called with (rollout, metrics).")
-    return stats
 
 
 def generator_of(*stream: int) -> torch.Generator:
@@ -1005,102 +945,6 @@ def rollout_figures(
         "tokens": tokens,
         "episodes": n,
     }
-
-
-def progress_line(metrics: dict[str, float], config: PPOConfig) -> str:
-    parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("intent", "meteor") if name in metrics)
-    return (
-        f"update {metrics['update']:>3}  steps {metrics['env_steps']:>7,}/{config.total_time_steps:,}  "
-        f"reward {metrics['episode_reward']:.3f} {f'({parts}) ' if parts else ''}"
-        f"kl {metrics['kl_div']:.4f} alpha {metrics['alpha']:.3f}  length {metrics['mean_output_length']:.1f}  "
-        f"clipfrac {metrics['clipfrac']:.3f} ev {metrics['explained_variance']:.2f}  {metrics['fps']:.0f} tokens/s"
-    )
-
-
-def compare_with_start(
-    config: PPOConfig,
-    policy: nn.Module,
-    start: nn.Module,
-    codec: DialogueCodec,
-    samples: list[Sample],
-    reward: Reward,
-    run: Path,
-) -> None:
-    """Supervised start against the trained policy on held-out samples: the table, and eval.json."""
-    judge = getattr(reward, "judge", None)
-    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
-        judge = IntentJudge(resolve_model(config.intent_model, "judge"), next(policy.parameters()).device)
-    evaluations, scores = [], []
-    for name, model in (("supervised start", start), ("PPO", policy)):
-        print(f"evaluating the {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        evaluations.append(evaluate_model(model.eval(), codec, samples, judge, EVAL_SAMPLING, config.seed))
-        columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
-        scores.append(score_episodes(reward, *columns, [s.act for s in samples])[0])
-    before, after = scores
-    error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
-    gain = float((after - before).mean())
-    result = compare(evaluations[1], evaluations[0])
-    result["reward"] = {
-        "policy": float(after.mean()),
-        "baseline": float(before.mean()),
-        "difference": gain,
-        "standard_error": error,
-    }
-    result["settings"] = {"split": config.eval_split, "samples": len(samples), **dataclasses.asdict(EVAL_SAMPLING)}
-    write_json(run / "eval.json", result)
-    print(format_table(result, headings=("supervised", "PPO")))
-    print(
-        f"{config.eval_split} reward: {before.mean():.3f} -> {after.mean():.3f}, "
-        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
-        flush=True,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results: RUN_DIR/EXPERIMENT_NAME
-
-
-def make_run_folder(run: Path) -> None:
-    """A fresh folder for this run; what an earlier run of the same name left there is kept under the next free name."""
-    try:
-        if run.exists() and any(run.iterdir()):
-            kept = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
-            run.rename(kept)
-            print(f"{run} held an earlier run: kept as {kept}", flush=True)
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the run's folder '{run}' cannot be made: {error.strerror}.") from error
-
-
-def start_trackers(config: PPOConfig, accelerator: Accelerator, run: Path) -> None:
-    """wandb and TensorBoard through Accelerate."""
-    settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in dataclasses.asdict(config).items()}
-    wandb = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode, dir=str(run))
-    try:
-        accelerator.init_trackers(config.wandb_project, settings, init_kwargs={"wandb": wandb})
-    except Exception as error:  # each tracker has its own: no login, no network, no permission
-        raise UserError(
-            f"a tracker could not start ({str(error).strip().splitlines()[0]}). Without an account or a network use "
-            "--wandb-mode offline, or --track tensorboard."
-        ) from error
-
-
-def save(model: nn.Module, codec: DialogueCodec, run: Path) -> None:
-    """policy/: a plain Hugging Face folder with tokenizer and text format; value.safetensors: the rest of the network.
-
-    A policy of the user's own without `save_pretrained` is kept as policy/model.safetensors.
-    """
-    policy = getattr(model, "policy", model)
-    with whole_folder(run / "policy") as folder:
-        if hasattr(policy, "save_pretrained"):
-            policy.save_pretrained(folder)
-        else:
-            save_model(policy, str(folder / "model.safetensors"))
-        codec.tokenizer.save_pretrained(folder)
-        codec.format.save(folder)
-    rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("policy.")}
-    if rest and policy is not model:
-        save_file(rest, run / "value.safetensors")
 
 
 def main() -> None:

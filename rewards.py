@@ -150,11 +150,14 @@ class Intent(Reward):
                 "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, "
                 "2 question, 3 directive, 4 commissive), or switch the reward off with --intent-coef 0."
             )
-        predicted = self.judge.acts([last_utterance(p, self.eou_marker) for p in prompts], responses)
-        hits = (np.array(predicted) == np.array(acts)).astype(float)
-        # an empty reply says nothing, whatever the judge makes of it
-        hits *= np.array([bool(r) for r in responses])
+        hits = intent_hits(self.judge, [last_utterance(p, self.eou_marker) for p in prompts], responses, acts)
         return hits, {"intent": hits}
+
+
+def intent_hits(judge: IntentJudge, previous: Sequence[str], responses: Sequence[str], acts: Sequence[int]):
+    """(N,) 1.0 where the judge's act for the response, said after `previous`, is the human reply's; an empty one: 0."""
+    predicted = judge.acts(previous, responses)
+    return np.array([float(bool(r) and p == a) for r, p, a in zip(responses, predicted, acts)])
 
 
 class Meteor(Reward):

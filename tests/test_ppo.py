@@ -1,0 +1,426 @@
+"""The mathematics of PPO, against plain loops, hand-computed cases and a second formulation."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from common import UserError
+from envs import DialogueFormat
+from generation import Sampling, draw, log_probs_of, position_ids, sample_responses, support_of
+from ppo_dialog import (
+    ActorCritic,
+    BatchSizes,
+    Critic,
+    PPOConfig,
+    Rollout,
+    RunningMoments,
+    disable_dropout,
+    entropy_of,
+    gae,
+    masked_moments,
+    pad_right,
+    policy_loss,
+    rollout_figures,
+    token_rewards,
+    token_stats,
+    update,
+    value_loss,
+    whiten,
+)
+
+VOCABULARY = 60
+
+
+def small_lm(family: str, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **changes)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    if family == "opt":
+        return OPTForCausalLM(OPTConfig(ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, **sizes))
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True, **sizes))
+
+
+class FakeCodec:
+    """Ids are words, 1 ends a response: what sampling needs of a codec, without a tokenizer."""
+
+    eos_token_id, marker_token_id = 1, None
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    format = DialogueFormat(max_new_tokens=8)
+
+    def ended(self, ids):
+        return ids[-1] == 1
+
+
+def prompts(batch: int = 6, width: int = 9, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts of different lengths; filler is random, it must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (batch, width), generator=generator)
+    lengths = torch.randint(2, width + 1, (batch,), generator=generator)
+    return ids, (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
+
+
+def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0) -> Rollout:
+    """A rollout of the model as `collect` makes it, without an environment."""
+    ids, mask = prompts(seed=seed)
+    uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
+
+    def step(i, m, past):
+        logits, values, past = model(i, m, 1, past, use_cache=True)
+        return logits[:, -1], None if values is None else values[:, -1], past
+
+    out = sample_responses(step, FakeCodec(), ids, mask, sampling, uniforms)
+    input_ids = torch.cat([ids, out.ids], -1)
+    attention = torch.cat([mask, out.mask.long()], -1)
+    values = out.values
+    if model.critic is not None:
+        with torch.no_grad():
+            values = model.values_of(input_ids[:, :-1], attention[:, :-1], out.ids.shape[1])
+    generator = torch.Generator().manual_seed(seed + 1)
+    return Rollout(
+        input_ids=input_ids,
+        attention_mask=attention,
+        mask=out.mask,
+        logprobs=out.logprobs,
+        kl=torch.randn(out.mask.shape, generator=generator) * 0.1 * out.mask,
+        values=values * out.mask,
+        support=out.support,
+        scores=torch.rand(len(ids), generator=generator),
+        statistics={},
+        prompts=[],
+        responses=[],
+        references=[],
+        seconds={},
+    )
+
+
+def with_trained_value(model: ActorCritic) -> ActorCritic:
+    """The value head starts at zero; a test on values wants some."""
+    head = model.value_head if model.critic is None else model.critic.value_head
+    torch.nn.init.normal_(head.weight, std=0.5)
+    disable_dropout(model)
+    return model
+
+
+def shared(family: str = "gpt2") -> ActorCritic:
+    return with_trained_value(ActorCritic(small_lm(family)))
+
+
+def separate(family: str = "gpt2") -> ActorCritic:
+    return with_trained_value(ActorCritic(small_lm(family), Critic(small_lm(family).base_model)))
+
+
+# --- advantages
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.2, 0.4]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    assert torch.allclose(advantages, torch.tensor([[0.5, 0.8, 0.6]]))  # what follows, minus the value
+    assert torch.allclose(returns, torch.ones(1, 3))
+    advantages, _ = gae(rewards, values, mask, gamma=0.5, lam=0.0)  # one-step errors
+    assert torch.allclose(advantages, torch.tensor([[0.5 * 0.2 - 0.5, 0.5 * 0.4 - 0.2, 0.6]]))
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0)])
+def test_gae_is_the_plain_loop_on_each_reply_alone(gamma, lam):
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    lengths = [1, 7, 3, 6, 2]
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for row, n in enumerate(lengths):
+        for t in range(n):
+            expected = 0.0
+            for k in range(t, n):
+                after = values[row, k + 1].item() if k + 1 < n else 0.0
+                expected += (gamma * lam) ** (k - t) * (rewards[row, k] + gamma * after - values[row, k]).item()
+            assert advantages[row, t].item() == pytest.approx(expected, abs=1e-5)
+            assert returns[row, t].item() == pytest.approx(expected + values[row, t].item(), abs=1e-5)
+        assert not advantages[row, n:].any() and not returns[row, n:].any()
+
+
+def test_token_rewards_put_the_score_on_the_last_token():
+    rollout = SimpleNamespace(
+        kl=torch.tensor([[0.1, -0.2, 0.0], [0.3, 0.4, 0.5]]),
+        mask=torch.tensor([[True, True, False], [True, True, True]]),
+        scores=torch.tensor([1.0, 2.0]),
+    )
+    expected = torch.tensor([[-0.05, 0.1 + 1.0, 0.0], [-0.15, -0.2, -0.25 + 2.0]])
+    assert torch.allclose(token_rewards(rollout, 0.5), expected)
+
+
+def test_whitening_looks_at_real_tokens_only():
+    x, mask = torch.randn(4, 6) * 3 + 2, torch.rand(4, 6) > 0.3
+    white = whiten(x.masked_fill(~mask, 1e6), mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-5)
+    assert white[mask].std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    assert not white[~mask].any()
+    mean, variance = masked_moments(x, mask)
+    assert (mean, variance) == pytest.approx((x[mask].mean().item(), x[mask].var(unbiased=False).item()), abs=1e-5)
+
+
+def test_value_scale_follows_returns_and_can_be_off():
+    scale = RunningMoments(decay=0.5)
+    x = torch.tensor([1.0, 5.0])
+    assert torch.equal(scale.normalize(x), x)  # nothing seen yet
+    scale.update(3.0, 4.0)
+    assert (scale.mean, scale.std) == pytest.approx((3.0, 2.0))  # no bias towards zero at the start
+    assert torch.allclose(scale.denormalize(scale.normalize(x)), x)
+    for _ in range(50):
+        scale.update(-1.0, 9.0)
+    assert (scale.mean, scale.std) == pytest.approx((-1.0, 3.0), abs=1e-5)
+    off = RunningMoments(enabled=False)
+    off.update(3.0, 4.0)
+    assert torch.equal(off.denormalize(x), x)
+
+
+# --- losses
+
+
+def test_policy_loss_is_the_smaller_objective():
+    old = torch.zeros(5)
+    new = torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5])
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
+    losses, stats = policy_loss(new, old, advantages, clip_range=0.2)
+    ratio = new.exp().tolist()
+    expected = [-min(r * a, max(0.8, min(1.2, r)) * a) for r, a in zip(ratio, advantages.tolist())]
+    assert losses.tolist() == pytest.approx(expected)
+    assert stats["clipfrac"].tolist() == [0, 1, 1, 1, 1]
+    assert stats["approx_kl"].tolist() == pytest.approx([r - 1 - np.log(r) for r in ratio], abs=1e-6)
+
+
+def test_clipped_tokens_have_no_gradient_where_the_clip_is_pessimistic():
+    new = torch.tensor([0.5, -0.5, -0.5, 0.5], requires_grad=True)
+    losses, _ = policy_loss(new, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    losses.sum().backward()
+    assert new.grad[:2].tolist() == [0, 0] and (new.grad[2:] != 0).all()
+
+
+def test_value_loss_by_hand():
+    values, old, returns = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 2.0])
+    # first: the step is cut to 0.2, error 1.8; second: the step is small, error 1.0
+    assert value_loss(values, old, returns, 0.2).tolist() == pytest.approx([0.5 * 1.8**2, 0.5])
+
+
+def test_entropy_matches_torch_and_support():
+    logits = torch.randn(3, 4, 20)
+    expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+    assert torch.allclose(entropy_of(logits, 0.7, None), expected, atol=1e-5)
+    support = support_of(logits.view(12, 20), Sampling(top_k=5)).view(3, 4, 5)
+    top = torch.distributions.Categorical(logits=logits.topk(5).values)
+    assert torch.allclose(entropy_of(logits, 1.0, support), top.entropy(), atol=1e-5)
+
+
+# --- sampling
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.log(torch.tensor([[0.5, 0.2, 0.3, 0.0]]).clamp(min=1e-30)).expand(4000, 4)
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    counts = torch.bincount(draw(logits, uniforms, Sampling(), None), minlength=4)
+    assert counts.tolist() == pytest.approx([2000, 800, 1200, 0], abs=2)
+    assert (draw(logits, uniforms, Sampling(greedy=True), None) == 0).all()
+    assert draw(logits[:1], torch.tensor([1 - 2**-24]), Sampling(), None).item() == 2  # never probability zero
+
+
+def test_support_is_top_k_then_nucleus():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.97, 0.01, 0.01, 0.01]]))
+    assert support_of(logits, Sampling()) is None
+    assert support_of(logits, Sampling(top_k=2))[0].tolist() == [0, 1]
+    nucleus = support_of(logits, Sampling(top_p=0.7))
+    assert nucleus.tolist() == [[0, 1], [0, -1]]  # the smallest set that reaches 0.7
+    assert support_of(logits, Sampling(top_k=9)).shape == (2, 4)  # more than there are
+
+
+def test_log_probs_of_is_log_softmax():
+    logits, tokens = torch.randn(2, 3, 10), torch.randint(0, 10, (2, 3))
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(log_probs_of(logits, tokens, 0.5), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=0), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)])
+def test_sampling_refuses(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_row_is_the_same_whatever_its_batch_and_padding(family):
+    model = shared(family).eval()
+    ids, mask = prompts()
+    uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
+
+    def step(i, m, past):
+        logits, values, past = model(i, m, 1, past, use_cache=True)
+        return logits[:, -1], values[:, -1], past
+
+    together = sample_responses(step, FakeCodec(), ids, mask, Sampling(), uniforms)
+    assert len({int(n) for n in together.mask.sum(-1)}) > 1  # rows end at different steps
+    for row in range(6):
+        real = mask[row].bool()
+        alone = sample_responses(
+            step, FakeCodec(), ids[row : row + 1, real], mask[row : row + 1, real], Sampling(), uniforms[row : row + 1]
+        )
+        n = int(alone.mask.sum())
+        assert together.ids[row, :n].tolist() == alone.ids[0, :n].tolist()
+        assert together.mask[row].sum() == n
+        assert torch.allclose(together.logprobs[row, :n], alone.logprobs[0, :n], atol=1e-4)
+        assert torch.allclose(together.values[row, :n], alone.values[0, :n], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("make", [shared, separate])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_k=7), Sampling(1.3, top_p=0.8), Sampling(1, 9, 0.9)]
+)
+def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(family, make, sampling):
+    model = make(family)
+    rollout = rolled(model, sampling)
+    config = PPOConfig(temperature=sampling.temperature)
+    zeros = torch.zeros_like(rollout.logprobs)
+    with torch.no_grad():
+        stats = token_stats(model, rollout, torch.arange(6), zeros, rollout.values, rollout.values, config)
+        length = rollout.response_length
+        logits, values, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], length)
+        logprobs = log_probs_of(logits, rollout.response_ids, sampling.temperature, rollout.support)
+    assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert stats["value_loss"].item() == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(logprobs[rollout.mask], rollout.logprobs[rollout.mask], atol=1e-4)
+    assert torch.allclose(values[rollout.mask], rollout.values[rollout.mask], atol=1e-4)
+
+
+def test_positions_count_real_tokens():
+    assert position_ids(torch.tensor([[0, 0, 1, 1, 1]])).tolist() == [[0, 0, 0, 1, 2]]
+
+
+# --- the update
+
+
+def config_for_update(**changes) -> PPOConfig:
+    return PPOConfig(**dict(ppo_epoch=1, num_mini_batch=1, lr=1e-2, critic_lr=1e-2, entropy_coef=0.01) | changes)
+
+
+def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights and statistics after one `update` with SGD, whose step shows the gradient as it is."""
+    Accelerator._shared_state = {}
+    accelerator = Accelerator(gradient_accumulation_steps=parts)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scale = RunningMoments(config.normalize_values)
+    scale.update(0.3, 0.5)
+    advantages, returns = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
+    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts)
+    order = torch.Generator().manual_seed(0)
+    stats = update(model, optimizer, accelerator, rollout, advantages, returns, scale, config, sizes, order)
+    return {k: v.clone() for k, v in model.state_dict().items()}, stats
+
+
+@pytest.mark.parametrize("make", [shared, separate])
+def test_accumulated_parts_equal_the_whole_batch(make):
+    rollout = rolled(make(), Sampling())
+    whole, stats = updated(make, rollout, config_for_update())
+    parts, stats_parts = updated(make, rollout, config_for_update(gradient_accumulation_steps=3), parts=3)
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], atol=1e-5), name
+    assert stats["policy_loss"] == pytest.approx(stats_parts["policy_loss"], abs=1e-5)
+    assert any(not torch.equal(v, make().state_dict()[k]) for k, v in whole.items())  # something was learned
+
+
+def test_padding_changes_no_weight():
+    rollout = rolled(shared(), Sampling())
+    wider = Rollout(**vars(rollout))
+    length = rollout.response_length
+    for name in ("mask", "logprobs", "kl", "values"):
+        setattr(wider, name, pad_right(getattr(rollout, name), length + 3))
+    prompt_ids = torch.nn.functional.pad(rollout.input_ids, (4, 3), value=7)
+    wider.input_ids = prompt_ids
+    wider.attention_mask = torch.nn.functional.pad(rollout.attention_mask, (4, 3))
+    plain, _ = updated(shared, rollout, config_for_update())
+    padded, _ = updated(shared, wider, config_for_update())
+    for name in plain:
+        assert torch.allclose(plain[name], padded[name], atol=1e-5), name
+
+
+def test_first_pass_gradient_is_the_plain_policy_gradient():
+    """At the weights that sampled, PPO's gradient is that of -advantage * log pi, a second formulation of the loss."""
+    rollout = rolled(shared(), Sampling())
+    config = config_for_update(value_coef=0.0, entropy_coef=0.0, max_grad_norm=1e9)
+    after, _ = updated(shared, rollout, config)
+    model = shared()
+    advantages, _ = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
+    logits, _, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], rollout.response_length)
+    logprobs = torch.distributions.Categorical(logits=logits).log_prob(rollout.response_ids)
+    loss = -(advantages * logprobs * rollout.mask).sum() / rollout.mask.sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(after[name], parameter - 0.1 * parameter.grad, atol=1e-5), name
+
+
+def test_early_stop_on_kl_and_dropout_off():
+    rollout = rolled(shared(), Sampling())
+    _, stats = updated(shared, rollout, config_for_update(ppo_epoch=5, target_kl=1e-9))
+    assert stats["passes"] == 2  # the first pass is at KL 0
+    _, stats = updated(shared, rollout, config_for_update(ppo_epoch=5))
+    assert stats["passes"] == 5
+    for family in ("gpt2", "opt", "llama"):
+        model = ActorCritic(small_lm(family))
+        disable_dropout(model)
+        model.train()
+        ids, mask = prompts()
+        assert torch.equal(model(ids, mask, 3)[0], model(ids, mask, 3)[0])
+
+
+def test_update_raises_the_probability_of_what_was_rewarded():
+    rollout = rolled(shared(), Sampling())
+    rollout.kl = rollout.kl * 0
+    rollout.scores = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    rollout.values = rollout.values * 0
+    after, _ = updated(shared, rollout, config_for_update(value_coef=0.0))
+    model = shared()
+    model.load_state_dict(after)
+    with torch.no_grad():
+        logits, _, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], rollout.response_length)
+    change = ((log_probs_of(logits, rollout.response_ids, 1.0) - rollout.logprobs) * rollout.mask).sum(-1)
+    assert change[rollout.scores > 0].mean() > 0 > change[rollout.scores < 0].mean()
+
+
+def test_rollout_figures_add_up():
+    rollout = rolled(shared(), Sampling())
+    rollout.statistics = {"reward_intent": torch.full((6,), 0.3), "intent": torch.full((6,), 0.6)}
+    rewards = token_rewards(rollout, 0.2)
+    figures = rollout_figures(rollout, rewards, rewards, 0.2, lambda x: x)
+    assert figures["episode_reward"] == pytest.approx(
+        (rollout.scores - 0.2 * rollout.kl.sum(-1)).mean().item(), abs=1e-5
+    )
+    assert figures["share_intent"] + figures["share_kl"] == pytest.approx(1)
+    assert figures["kl_div"] == pytest.approx(rollout.kl[rollout.mask].mean().item(), abs=1e-6)
+    assert figures["tokens"] == rollout.mask.sum() and figures["intent"] == pytest.approx(0.6)
+
+
+def test_batch_sizes_are_derived_and_refused():
+    one = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1)
+    tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
+    assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(rounds=6, replies=12, num_mini_batch=12, parts=1)
+    two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1)
+    with pytest.raises(UserError, match="env_num is 3"):
+        BatchSizes.derive(PPOConfig(env_num=3), 20, two)
+    with pytest.raises(UserError, match="cannot be cut"):
+        BatchSizes.derive(tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2))
+
+
+def test_the_value_of_a_separate_critic_leaves_the_policy_alone():
+    rollout = rolled(separate(), Sampling())
+    before = separate().state_dict()
+    rollout.scores, rollout.kl = torch.zeros(6), rollout.kl * 0
+    rollout.values = rollout.values * 0  # no advantage: only the critic has something to learn
+    after, _ = updated(separate, rollout, config_for_update(normalize_values=False, entropy_coef=0.0))
+    moved = {k.split(".")[0] for k in after if not torch.allclose(after[k], before[k], atol=1e-7)}
+    assert moved == {"critic"}
