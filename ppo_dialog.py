@@ -105,13 +105,13 @@ class PPOConfig(FormatOptions):
     """Bound on the relative error of KL that moves alpha."""
 
     # how much
-    total_time_steps: int = 60_000
+    total_time_steps: int = 50_000
     """Environment steps (generated tokens) to train for."""
     env_num: int = 128
     """Dialogues at a time, over all processes."""
     episode_length: int = 20
     """Environment steps of each dialogue slot in a rollout, counted in full replies of max_new_tokens."""
-    ppo_epoch: int = 4
+    ppo_epoch: int = 2
     """Passes over each rollout."""
     num_mini_batch: int = 4
     """Mini-batches, and optimizer steps, in a pass."""
@@ -119,9 +119,9 @@ class PPOConfig(FormatOptions):
     """Parts that a mini-batch is cut into, to save memory; the gradient stays the same."""
 
     # PPO
-    lr: float = 3e-4
+    lr: float = 2e-4
     """Learning rate of the policy."""
-    critic_lr: float = 1e-3
+    critic_lr: float = 3e-3
     """Learning rate of the value head or network."""
     lr_schedule: Literal["constant", "linear"] = "linear"
     """Whether learning rates stay or fall to zero over total_time_steps."""
@@ -199,7 +199,7 @@ class PPOConfig(FormatOptions):
     """Validation replies on which the judge is measured at start-up (0: all)."""
     eval_split: Literal["train", "validation", "test"] = "test"
     """Split of the closing comparison of start and result."""
-    eval_limit: int = 600
+    eval_limit: int = 1500
     """Samples of the closing comparison (0: all; negative: no comparison)."""
 
     def check(self) -> None:
@@ -494,7 +494,7 @@ def collect(
         support=support,
         scores=torch.cat([p["scores"] for p in parts]).to(device),
         statistics={
-            name: torch.cat([torch.as_tensor(p["statistics"][name], dtype=torch.float32) for p in parts]).to(device)
+            name: torch.cat([torch.tensor(p["statistics"][name], dtype=torch.float32) for p in parts]).to(device)
             for name in parts[0]["statistics"]
         },
         prompts=[x for p in parts for x in p["prompts"]],

@@ -1,0 +1,285 @@
+"""The programs as a user runs them, on the built-in corpus: train, look at the results, evaluate, chat, bend."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from builtin_models import builtin_model
+from common import UserError
+from configuration import load_yaml
+from ppo_dialog import PPOConfig, train
+
+ROOT = Path(__file__).parents[1]
+SHORT = dict(total_time_steps=1500, env_num=32, num_mini_batch=2, eval_limit=40, judge_samples=100)
+METRIC_KEYS = (
+    "rouge1 rouge2 rougeL rougeLsum meteor sacrebleu intent mean_output_length distinct1 distinct2 perplexity".split()
+)
+
+
+def run(*command: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, **options)
+
+
+def flags(**settings) -> list[str]:
+    return [part for k, v in settings.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def trained(**settings) -> Path:
+    """`train` in this process, as if it were a fresh one."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return train(PPOConfig(**SHORT | settings))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """Without what depends on the machine's speed and on what else the process has loaded."""
+    moving = ("fps", "rollout_s", "scoring_s", "update_s", "peak_memory_mb")
+    return [{k: v for k, v in row.items() if k not in moving} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory) -> tuple[Path, str]:
+    """`accelerate launch ppo_dialog.py`, shortened: the run's folder and what was printed."""
+    builtin_model("policy")
+    runs = tmp_path_factory.mktemp("runs")
+    command = ["accelerate", "launch", "ppo_dialog.py", *flags(run_dir=runs, **SHORT)]
+    result = run(*command, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return runs / "ppo_dialog", result.stdout + result.stderr
+
+
+def test_the_first_command_shows_progress_and_ends_with_the_table(first_run):
+    _, printed = first_run
+    assert "judge: right on 0.9" in printed
+    assert "update   1  steps" in printed and "tokens/s" in printed and "peak memory" in printed
+    for row in ("ROUGE-1", "ROUGE-Lsum", "METEOR", "SacreBLEU", "intent", "mean output length"):
+        assert row in printed
+    assert "test reward:" in printed and "python chat.py" in printed
+    assert "Warning" not in printed
+
+
+def test_what_a_run_leaves_behind(first_run):
+    folder, _ = first_run
+    rows = lines(folder)
+    assert [row["update"] for row in rows] == list(range(1, len(rows) + 1))
+    wanted = (
+        "fps episode_reward intent meteor kl_div alpha approx_kl clipfrac entropy policy_loss value_loss "
+        "explained_variance mean_output_length lr critic_lr rollout_s scoring_s update_s peak_memory_mb "
+        "share_intent share_meteor share_kl"
+    )
+    assert set(wanted.split()) <= set(rows[0])
+    assert rows[-1]["env_steps"] >= SHORT["total_time_steps"] > rows[-2]["env_steps"]
+    assert sum(rows[0][f"share_{part}"] for part in ("intent", "meteor", "kl")) == pytest.approx(1, abs=1e-5)
+    assert rows[-1]["share_kl"] > 0  # the penalty counts once the policy has moved
+
+    result = json.loads((folder / "eval.json").read_text())
+    for part in ("policy", "baseline", "difference"):
+        assert list(result[part]) == METRIC_KEYS
+    assert result["reward"]["standard_error"] > 0 and result["settings"]["samples"] == 40
+
+    files = {p.name for p in (folder / "policy").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "dialogue_format.json"} <= files
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    start = AutoModelForCausalLM.from_pretrained(builtin_model("policy"))
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters())]
+    assert all(moved)  # every weight was trained
+    assert AutoTokenizer.from_pretrained(folder / "policy")("Hi.<EOU>").input_ids[-1] == 2
+    assert set(load_file(folder / "value.safetensors")) == {"value_head.weight", "value_head.bias"}
+
+
+def test_config_yaml_repeats_the_run_to_the_digit(first_run, tmp_path):
+    folder, _ = first_run
+    values, notes = load_yaml(PPOConfig, str(folder / "config.yaml"))
+    assert notes == [] and PPOConfig(**values).env_num == 32
+    # a process of its own, as the first was: the number of threads changes the last digits of a sum
+    command = [sys.executable, "ppo_dialog.py", "--config", str(folder / "config.yaml"), "--run-dir", str(tmp_path)]
+    assert run(*command, "--eval-limit", "-1").returncode == 0
+    assert timeless(lines(tmp_path / "ppo_dialog")) == timeless(lines(folder))
+    again, first = (load_file(f / "policy" / "model.safetensors") for f in (tmp_path / "ppo_dialog", folder))
+    assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_evaluation_of_a_run_from_the_command_line(first_run, tmp_path):
+    folder, _ = first_run
+    output = tmp_path / "out.json"
+    command = [sys.executable, "eval_metrics.py", "--model-path", str(folder), "--baseline-path", "builtin"]
+    result = run(*command, "--split", "validation", "--limit", "30", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    values = json.loads(output.read_text())
+    assert list(values["policy"]) == METRIC_KEYS and 0 < values["baseline"]["intent"] <= 1
+    assert values["difference"]["meteor"]["ci95"][0] <= values["difference"]["meteor"]["value"]
+
+
+def test_chat_with_a_run(first_run):
+    folder, _ = first_run
+    said = "Hello, what would you like to drink?\nA latte, please.\n"
+    result = run(sys.executable, "chat.py", str(folder), "--greedy", input=said)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
+    assert all(line.strip() and "<" not in line for line in result.stdout.splitlines())
+
+
+def test_a_second_run_of_the_same_name_keeps_the_first(tmp_path, capsys):
+    settings = dict(run_dir=str(tmp_path), total_time_steps=200, eval_limit=-1)
+    trained(**settings)
+    (tmp_path / "ppo_dialog" / "my_notes.txt").write_text("mine")
+    trained(**settings)
+    assert (tmp_path / "ppo_dialog-1" / "my_notes.txt").read_text() == "mine"
+    assert (tmp_path / "ppo_dialog" / "metrics.jsonl").exists()
+    assert "kept as" in capsys.readouterr().out
+
+
+OWN_PARTS = """
+    import numpy as np
+    import torch
+    from torch import nn
+    from ppo_dialog import ActorCritic, Critic, load_causal_lm
+    from builtin_models import resolve_model
+    from rewards import Reward
+
+    class Politeness(Reward):
+        def __init__(self, weight=1.0):
+            self.weight = weight
+        def __call__(self, prompts, responses, references, acts):
+            assert len(prompts) == len(acts) and all(p.endswith(self.eou_marker) for p in prompts)
+            polite = np.array(["please" in r.lower() for r in responses], float)
+            return self.weight * polite, {"polite": polite}
+
+    def brevity(prompts, responses, references, acts):
+        return [1 / (1 + len(r.split())) for r in responses]
+
+    class Shared(ActorCritic):
+        def __init__(self, config):
+            super().__init__(load_causal_lm(resolve_model(config.model_path)))
+
+    def policy(config):
+        return load_causal_lm(resolve_model(config.model_path))
+
+    class BagOfTokens(nn.Module):
+        "A critic without a transformer: a running sum of token embeddings."
+        def __init__(self, config):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(1200, 16), nn.Linear(16, 1)
+        def forward(self, input_ids, attention_mask, position_ids):
+            x = self.embedding(input_ids) * attention_mask.unsqueeze(-1)
+            return self.head(x.cumsum(1)).squeeze(-1)
+
+    class Stats:
+        def __call__(self, rollout, metrics):
+            return {"longest": rollout.mask.sum(-1).max(), "double_kl": 2 * metrics["kl_div"]}
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    """A user's file outside the repository."""
+    file = tmp_path / "own_parts.py"
+    file.write_text(textwrap.dedent(OWN_PARTS))
+    return str(file)
+
+
+def test_own_reward_statistics_and_networks(own, tmp_path):
+    settings = dict(run_dir=str(tmp_path), eval_limit=-1)
+    folder = trained(reward=f"{own}:Politeness", reward_args={"weight": 2.0}, stats=f"{own}:Stats", **settings)
+    row = lines(folder)[-1]
+    assert row["score"] == pytest.approx(2 * row["polite"]) and row["longest"] <= 20
+    assert row["double_kl"] == pytest.approx(2 * row["kl_div"]) and "intent" not in row
+    folder = trained(
+        reward=f"{own}:brevity", policy_class=f"{own}:policy", critic_class=f"{own}:BagOfTokens", **settings
+    )
+    assert {"critic.embedding.weight", "critic.head.weight"} <= set(load_file(folder / "value.safetensors"))
+    folder = trained(model_class=f"{own}:Shared", **settings)
+    assert (folder / "policy" / "model.safetensors").exists()
+
+
+def test_two_models_accumulation_sampling_and_bf16_together(tmp_path):
+    folder = trained(
+        run_dir=str(tmp_path),
+        use_share_model=False,
+        gradient_accumulation_steps=2,
+        top_k=20,
+        temperature=0.9,
+        use_amp=True,
+        entropy_coef=0.01,
+        episode_length=40,
+        track=("tensorboard",),
+        eval_limit=-1,
+    )
+    rows = lines(folder)
+    assert rows[0]["approx_kl"] < 0.05 and rows[0]["episodes"] == 64
+    assert "critic.value_head.weight" in load_file(folder / "value.safetensors")
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = trained(run_dir=str(tmp_path), use_wandb=True, wandb_mode="offline", total_time_steps=300, eval_limit=-1)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_longer_run_raises_the_reward(tmp_path):
+    """Learning itself, cheaply: brevity is easy to reward, and replies get shorter."""
+    own = tmp_path / "short.py"
+    own.write_text("def brevity(prompts, responses, references, acts):\n    return [-len(r) / 50 for r in responses]\n")
+    folder = trained(
+        run_dir=str(tmp_path), reward=f"{own}:brevity", kl_coef=0.0, total_time_steps=9000, lr=3e-4, eval_limit=-1
+    )
+    rows = lines(folder)
+    first, last = (sum(r["score"] for r in part) / len(part) for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.1 and rows[-1]["mean_output_length"] < 0.7 * rows[0]["mean_output_length"]
+
+
+def test_ctrl_c_saves_what_is_trained(tmp_path):
+    settings = flags(**SHORT | dict(total_time_steps=10**9, run_dir=tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "ppo_dialog.py", *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "ppo_dialog" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert (tmp_path / "ppo_dialog" / "policy" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["ppo_dialog.py", "--model-path", "no/such/model/folder"], "does not exist"),
+        (["ppo_dialog.py", "--data-path", "./nowhere"], "does not exist"),
+        (["ppo_dialog.py", "--reward", "defualt"], "Did you mean 'default'?"),
+        (["ppo_dialog.py", "--env-num", "0"], "env_num is 0"),
+        (["sft_dialog.py", "--model-path", "builtin-not", "--data-path", "README.md"], "none of the forms"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_and_status_2(arguments, sentence, tmp_path):
+    result = run(sys.executable, *arguments, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 2, result.stderr
+    assert sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_unknown_key_of_a_configuration_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"ppo_epochs": 3}))
+    with pytest.raises(UserError, match="ppo_epoch"):
+        load_yaml(PPOConfig, str(file))
+    assert "ppo_epoch" in {f.name for f in dataclasses.fields(PPOConfig)}

@@ -1,0 +1,444 @@
+"""Rewards: METEOR with and without WordNet, the judge, the weighted sum, one's own rewards, and the KL penalty."""
+
+import re
+import sys
+import time
+from types import SimpleNamespace
+
+import nltk
+import numpy as np
+import pytest
+import torch
+from nltk.translate.meteor_score import single_meteor_score
+from transformers import BertConfig, BertForSequenceClassification
+
+import rewards
+from common import UserError
+from envs import DialogueFormat
+from intent_classifier import IntentJudge, pairs_of
+from rewards import (
+    REWARDS,
+    AdaptiveKL,
+    DialogueReward,
+    Intent,
+    Meteor,
+    Reward,
+    judge_sentence,
+    kl_penalty,
+    last_utterance,
+    make_reward,
+    meteor,
+    meteor_uses_synonyms,
+    register_reward,
+    score_episodes,
+    words,
+)
+
+RESPONSE = "It is a guide to action which ensures that the military always obeys the commands of the party"
+REFERENCE = "It is a guide to action that ensures that the military will forever heed Party commands"
+PROMPTS = ["Hello there .<EOU>How are you ? <EOU>", "What time is it ? <EOU>", "Sure . <EOU>", "Good bye ! <EOU>"]
+RESPONSES = ["Fine , thanks .", "It is six .", "Could I have a table ?", ""]
+REFERENCES = ["Fine . And you ?", "Half past six .", "Please follow me .", "See you soon ."]
+ACTS = [1, 2, 3, 4]
+
+
+@pytest.fixture(autouse=True)
+def fresh_meteor():
+    """Each test looks for WordNet anew."""
+    rewards._meteor_parts.cache_clear()
+    yield
+    rewards._meteor_parts.cache_clear()
+
+
+@pytest.fixture
+def no_wordnet(monkeypatch):
+    """No data on this machine, and a download that fails at once; the list gets its calls."""
+    calls = []
+
+    def missing(name, paths=None):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", missing)
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: calls.append(args) or False)
+    return calls
+
+
+@pytest.fixture
+def wordnet(shared, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [str(shared / "data" / "nltk_data")])
+
+
+@pytest.fixture
+def judge_folder(tmp_path, tiny_tokenizer):
+    """A function that makes the folder of a classifier of random weights."""
+
+    def make(name="judge", num_labels=4, **config):
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        network = BertConfig(
+            vocab_size=len(tiny_tokenizer),
+            pad_token_id=tiny_tokenizer.pad_token_id,
+            num_labels=num_labels,
+            initializer_range=0.5,
+            **sizes,
+            **config,
+        )
+        BertForSequenceClassification(network).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# METEOR
+
+
+def test_meteor_of_the_published_example(wordnet):
+    assert meteor_uses_synonyms()
+    assert meteor(RESPONSE, REFERENCE) == pytest.approx(0.6944, abs=5e-5)
+    assert meteor(REFERENCE, REFERENCE) > 0.999 and meteor("", REFERENCE) == meteor("zebra", "lion tamer") == 0
+
+
+def test_synonyms_count_as_in_nltk(wordnet):
+    # NLTK looks for synonyms of what is left after stemming: "auto" is found, "automobil" would not be
+    assert meteor("the auto", "the car") > 0.4 > meteor("the lion", "the car")
+    for response, reference in zip([*RESPONSES, RESPONSE], [*REFERENCES, REFERENCE]):
+        assert meteor(response, reference) == single_meteor_score(words(reference), words(response))
+
+
+def test_meteor_without_wordnet_says_so_once_and_scores_words_and_stems(no_wordnet, capfd):
+    score = meteor(RESPONSE, REFERENCE)
+    assert 0.6 < score < 0.6945  # synonyms can only add
+    assert meteor("running", "run") == meteor("run", "run") > 0  # stems
+    assert meteor("auto", "car") == 0 and not meteor_uses_synonyms()
+    captured = capfd.readouterr()
+    assert len(no_wordnet) == 1 and captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("METEOR: no WordNet data here")
+    assert "python -m nltk.downloader wordnet" in captured.err and "NLTK_DATA" in captured.err
+
+
+def test_a_download_that_hangs_is_given_up(no_wordnet, monkeypatch, capfd):
+    monkeypatch.setattr(rewards, "DOWNLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: time.sleep(3))
+    start = time.monotonic()
+    assert meteor("yes", "yes") > 0
+    assert time.monotonic() - start < 2 and capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_download_that_works_is_used(shared, monkeypatch, capfd):
+    monkeypatch.setattr(nltk.data, "path", [])
+    folder = str(shared / "data" / "nltk_data")
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: nltk.data.path.append(folder))
+    assert meteor(RESPONSE, REFERENCE) == pytest.approx(0.6944, abs=5e-5)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.xfail(reason="found() lets zipfile.BadZipFile through where it is first asked", strict=True)
+def test_a_torn_download_is_done_without(tmp_path, monkeypatch, capfd):
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "wordnet.zip").write_bytes(b"PK\x03\x04torn")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
+    assert meteor("running fast", "run fast") > 0.9
+    assert "WordNet" in capfd.readouterr().err
+
+
+def test_meteor_reward_is_meteor_of_each(no_wordnet):
+    scores, statistics = Meteor()(PROMPTS, RESPONSES, REFERENCES, ACTS)
+    assert scores.tolist() == [meteor(r, ref) for r, ref in zip(RESPONSES, REFERENCES)]
+    assert statistics["meteor"] is scores and scores[3] == 0 and 0 < scores[1] < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intent
+
+
+@pytest.mark.parametrize("config", [{"intent_input": "pair"}, {}], ids=["pair", "one text"])
+def test_intent_is_whether_the_judge_hears_the_act(judge_folder, config):
+    folder = judge_folder(**config)
+    intent = Intent(folder)
+    intent.setup("cpu", "<EOU>")
+    previous = [last_utterance(prompt, "<EOU>") for prompt in PROMPTS]
+    judge = IntentJudge(folder)
+    assert judge.as_pair == bool(config)
+    heard = judge.acts(previous, RESPONSES)
+    assert set(heard) <= {1, 2, 3, 4}
+    # the answer on one reply does not depend on those beside it, nor on the size of the batch
+    assert heard == [judge.acts([p], [r])[0] for p, r in zip(previous, RESPONSES)]
+    assert heard == judge.acts(previous, RESPONSES, batch_size=3)
+    hits, statistics = intent(PROMPTS, RESPONSES, REFERENCES, heard)
+    assert hits.tolist() == [1, 1, 1, 0]  # the last reply is empty
+    assert statistics["intent"].tolist() == hits.tolist()
+    wrong = [act % 4 + 1 for act in heard]
+    assert intent(PROMPTS, RESPONSES, REFERENCES, wrong)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_intent_needs_acts_and_four_classes(judge_folder, tmp_path):
+    intent = Intent(judge_folder())
+    intent.setup("cpu", "<EOU>")
+    with pytest.raises(UserError, match="no dialogue acts.*--intent-coef 0"):
+        intent(PROMPTS, RESPONSES, REFERENCES, [1, 0, 3, 4])
+    with pytest.raises(UserError, match="tells 3 classes apart; expected the 4 .*acts inform, question"):
+        IntentJudge(judge_folder("three", num_labels=3))
+    for name, fault in ((tmp_path / "none", "does not exist"), (tmp_path, "without config.json")):
+        with pytest.raises(UserError, match=f"intent model '{name}' .*{fault}"):
+            IntentJudge(str(name))
+
+
+def test_last_utterance():
+    assert last_utterance("Hi .<EOU>How are you ? <EOU>", "<EOU>") == "How are you ? "
+    assert last_utterance(DialogueFormat(eou_marker="|").prompt(["a", "b"]), "|") == "b "
+    assert last_utterance(" <EOU>", "<EOU>") == last_utterance("", "<EOU>") == ""
+
+
+def test_pairs_of_leaves_out_unlabelled_utterances():
+    dialogue = SimpleNamespace(utterances=("a", "b", "c"), acts=(1, 0, 3))
+    assert pairs_of([dialogue]) == [("", "a", 1), ("b", "c", 3)]
+
+
+def test_judge_sentence_warns_of_a_weak_judge():
+    assert "WARNING" not in judge_sentence(0.8, 0.7)
+    assert "right on 0.600" in judge_sentence(0.6, 0.7) and "WARNING: below 0.7" in judge_sentence(0.6, 0.7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weighted sum
+
+
+def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
+    folder = judge_folder(intent_input="pair")
+    args = dict(intent_model=folder, intent_coef=0.25, meteor_coef=2.0)
+    reward = make_reward("default", args, "cpu", "<EOU>")
+    scores, statistics = score_episodes(reward, PROMPTS, RESPONSES, REFERENCES, ACTS)
+    intent, meteors = statistics["intent"], statistics["meteor"]
+    assert scores == pytest.approx(0.25 * intent + 2.0 * meteors)
+    assert statistics["reward_intent"] == pytest.approx(0.25 * intent)
+    assert statistics["reward_meteor"] == pytest.approx(2.0 * meteors)
+    assert isinstance(reward.judge, IntentJudge)
+    alone = Intent(folder)
+    alone.setup("cpu", "<EOU>")
+    assert intent.tolist() == alone(PROMPTS, RESPONSES, REFERENCES, ACTS)[0].tolist()
+    halves = make_reward("default", dict(intent_model=folder), "cpu", "<EOU>")
+    assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS)[0] == pytest.approx(0.5 * (intent + meteors))
+
+
+def test_weight_0_loads_nothing(no_wordnet, judge_folder, monkeypatch):
+    reward = make_reward("default", dict(intent_model="/no/such/judge", intent_coef=0), "cpu", "<EOU>")
+    assert reward.judge is None
+    scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, [0, 0, 0, 0])  # needs no acts either
+    assert scores == pytest.approx(0.5 * statistics["meteor"]) and set(statistics) == {"meteor", "reward_meteor"}
+    monkeypatch.setattr(rewards, "meteor", None)  # not asked
+    reward = make_reward("default", dict(intent_model=judge_folder(), meteor_coef=0.0), "cpu", "<EOU>")
+    scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, ACTS)
+    assert set(statistics) == {"intent", "reward_intent"} and set(scores) <= {0.0, 0.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards of one's own
+
+OWN = """
+import numpy as np
+from rewards import Reward
+
+
+class Polite(Reward):
+    def __init__(self, word="please"):
+        self.word = word
+
+    def __call__(self, prompts, responses, references, acts):
+        polite = np.array([float(self.word in r.lower()) for r in responses])
+        return polite, {"polite": polite}
+
+
+def brevity(prompts, responses, references, acts, scale=1.0):
+    return [scale / (1 + len(r.split())) for r in responses]
+
+
+CONSTANT = 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """A user's file in the working directory, outside the repository; what importing it leaves behind is undone."""
+    file = tmp_path / "my_own_rewards.py"
+    file.write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    yield file
+    for name in set(sys.modules) - known:
+        if getattr(sys.modules[name], "__file__", None) and sys.modules[name].__file__.startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("where", ["my_own_rewards.py", "my_own_rewards", "{folder}/my_own_rewards.py"])
+def test_own_class_and_function_by_path(own_file, where):
+    where = where.format(folder=own_file.parent)
+    replies = ["Please go on .", "No"]
+    polite = make_reward(f"{where}:Polite", {}, "cpu", "<END>")
+    assert isinstance(polite, Reward) and (polite.device, polite.eou_marker) == ("cpu", "<END>")
+    scores, statistics = score_episodes(polite, ["", ""], replies, ["", ""], [0, 0])
+    assert scores.tolist() == statistics["polite"].tolist() == [1, 0]
+    curt = make_reward(f"{where}:Polite", {"word": "no"}, "cpu", "<EOU>")
+    assert score_episodes(curt, ["", ""], replies, ["", ""], [0, 0])[0].tolist() == [0, 1]
+    brevity = make_reward(f"{where}:brevity", {"scale": 10}, "cpu", "<EOU>")
+    scores, statistics = score_episodes(brevity, ["", ""], replies, ["", ""], [0, 0])
+    assert scores.tolist() == [2, 5] and statistics == {}
+
+
+@pytest.mark.parametrize(
+    "name, args, fault",
+    [
+        ("defualt", {}, "reward 'defualt' is not known.*Did you mean 'default'"),
+        ("my_own_rewards:polite", {}, "defines no 'polite'.*Did you mean 'Polite'"),
+        ("my_own_rewards.py:Polit", {}, "defines no 'Polit'.*Did you mean 'Polite'"),
+        ("my_own_reward:Polite", {}, "no module 'my_own_reward' can be imported from"),
+        ("my_own_rewards.Sub:Polite", {}, "no module 'my_own_rewards.Sub' can be imported from"),
+        ("other.py:Polite", {}, "there is no file 'other.py'"),
+        ("my_own_rewards:", {}, "expected an import path 'module:Name'"),
+        (":Polite", {}, "expected an import path 'module:Name'"),
+        ("my_own_rewards:CONSTANT", {}, "is a int; expected a class or a function"),
+        ("my_own_rewards:Polite", {"wrod": 1}, r"cannot be made from reward_args \{'wrod': 1\}: .*wrod"),
+        ("default", {"intent_coef": 1}, "cannot be made from reward_args .*'intent_model'"),
+        pytest.param(
+            *("my_own_rewards:brevity", {"scael": 1}, "reward_args .*scael"),
+            marks=pytest.mark.xfail(reason="a function's arguments are not checked before its first call", strict=True),
+        ),
+    ],
+)
+def test_rewards_that_cannot_be_made(own_file, name, args, fault):
+    with pytest.raises(UserError, match=fault):
+        make_reward(name, args, "cpu", "<EOU>")
+
+
+def test_a_missing_import_in_the_users_file_is_no_missing_file(own_file):
+    own_file.write_text("import not_installed_anywhere\n")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        make_reward("my_own_rewards:Polite", {}, "cpu", "<EOU>")
+
+
+@pytest.mark.xfail(reason="the user's file takes the name 'rewards' in sys.modules, and so imports itself", strict=True)
+def test_the_users_file_may_be_called_rewards(own_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rewards", rewards)  # put back afterwards
+    (own_file.parent / "rewards.py").write_text(OWN)
+    reward = make_reward("rewards.py:Polite", {}, "cpu", "<EOU>")
+    assert isinstance(reward, Reward) and sys.modules["rewards"] is rewards
+
+
+def test_registered_rewards(monkeypatch):
+    monkeypatch.setattr(rewards, "REWARDS", dict(REWARDS))
+
+    @register_reward("CustomReward")
+    class Custom(Reward):
+        def __call__(self, prompts, responses, references, acts):
+            return np.ones(len(responses)), {}
+
+    @register_reward("length")
+    def length(prompts, responses, references, acts):
+        return torch.tensor([len(r) for r in responses]), {"one": 1}
+
+    assert isinstance(make_reward("CustomReward", {}, "cpu", "<EOU>"), Custom)
+    scores, statistics = score_episodes(make_reward("length", {}, "cpu", "<EOU>"), PROMPTS, RESPONSES, REFERENCES, ACTS)
+    assert scores.tolist() == [len(r) for r in RESPONSES] and scores.dtype == np.float64
+    assert statistics["one"].tolist() == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="expected CustomReward, default, length.*Did you mean 'CustomReward'"):
+        make_reward("CustomRewards", {}, "cpu", "<EOU>")
+
+
+def test_an_object_without_setup_will_do(own_file):
+    own_file.write_text(
+        "class Bare:\n    def __call__(self, p, responses, references, acts):\n        return [1], {}\n"
+    )
+    assert score_episodes(make_reward("my_own_rewards:Bare", {}, "cpu", ""), [""], ["a"], [""], [0])[0].tolist() == [1]
+
+
+def defect(value, fault, reason):
+    return pytest.param(value, fault, marks=pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.mark.parametrize(
+    "value, fault",
+    [
+        (([1.0, 2.0], {}), r"scores of shape \(2,\) for 4 replies"),
+        ((1.0, {}), r"scores of shape \(\) for 4 replies"),
+        ((np.zeros((4, 1)), {}), r"scores of shape \(4, 1\) for 4 replies"),
+        (([0, 1, float("nan"), 0], {}), "gave nan for the reply 'Could I have a table"),
+        (([0, float("inf"), 0, 0], {}), "gave inf for the reply 'It is six"),
+        defect(np.zeros(4), "scores and statistics", "an array without statistics from a Reward class"),
+        defect(None, "scores and statistics", "a Reward class that forgets to return"),
+        defect(([0, 1, "x", 0], {}), "number", "scores that are no numbers"),
+        defect((np.zeros(4), {"odd": [1, 2]}), "odd", "a statistic of the wrong shape"),
+    ],
+)
+def test_scores_that_cannot_be_used(value, fault):
+    with pytest.raises(UserError, match=fault):
+        score_episodes(lambda *episode: value, PROMPTS, RESPONSES, REFERENCES, ACTS)
+
+
+def test_default_is_registered_and_reads_as_documented():
+    assert REWARDS["default"] is DialogueReward
+    assert re.search(r"class Politeness\(Reward\)", rewards.__doc__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KL penalty
+
+
+@pytest.mark.parametrize(
+    "kl, coef",
+    [
+        (0.1, 0.2 * (1 + 0.1 * 0.2)),  # twice the target: an error of 1, clipped to 0.2
+        (0.051, 0.2 * (1 + 0.1 * 0.02)),
+        (0.05, 0.2),
+        (0.045, 0.2 * (1 - 0.1 * 0.1)),
+        (0.0, 0.2 * (1 - 0.1 * 0.2)),
+        (-3.0, 0.2 * (1 - 0.1 * 0.2)),  # a sample of the divergence may be negative
+    ],
+)
+def test_adaptive_kl_by_hand(kl, coef):
+    controller = AdaptiveKL(coef=0.2, target=0.05, rate=0.1, clip=0.2)
+    controller.update(kl)
+    assert controller.coef == pytest.approx(coef, rel=1e-12)
+
+
+def test_adaptive_kl_over_rollouts():
+    controller = AdaptiveKL()
+    for _ in range(10):
+        controller.update(1.0)
+    assert controller.coef == pytest.approx(0.2 * 1.02**10)
+    for _ in range(10):
+        controller.update(0.0)
+    assert controller.coef == pytest.approx(0.2 * 1.02**10 * 0.98**10)
+    fixed, none = AdaptiveKL(rate=0.0), AdaptiveKL(coef=0.0)
+    fixed.update(9.0), none.update(9.0)
+    assert (fixed.coef, none.coef) == (0.2, 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [({"coef": -0.1}, "kl_coef is -0.1"), ({"rate": -1}, "kl_rate is -1"), ({"target": 0.0}, "kl_target is 0.0")],
+)
+def test_adaptive_kl_refuses(settings, fault):
+    with pytest.raises(UserError, match=fault):
+        AdaptiveKL(**settings)
+
+
+def test_kl_penalty_by_hand_and_0_where_masked():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -9.0, -9.0]])
+    reference = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -1.0, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    penalties, kl = kl_penalty(logprobs, reference, mask, 0.2)
+    assert kl.tolist() == [[0.5, -1.0, 0.0], [0.5, 0.0, 0.0]]
+    assert penalties.flatten().tolist() == pytest.approx([-0.1, 0.2, 0.0, -0.1, 0.0, 0.0])
+    assert not kl_penalty(logprobs, reference, mask, 0.0)[0].any()
+
+
+def test_kl_penalty_is_the_divergence_on_average():
+    torch.manual_seed(0)
+    policy, reference = torch.randn(5).log_softmax(-1), torch.randn(5).log_softmax(-1)
+    tokens = torch.multinomial(policy.exp(), 200_000, replacement=True)
+    _, kl = kl_penalty(policy[tokens], reference[tokens], torch.ones(200_000), 1.0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
