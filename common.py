@@ -82,9 +82,10 @@ def import_path(path: str, what: str) -> Any:
         file = Path(module_name)
         if not file.is_file():
             raise UserError(f"{what} is '{path}', but there is no file '{file}'.")
-        spec = importlib.util.spec_from_file_location(file.stem, file)
+        name = f"user_file_{file.stem}"  # a name of its own: the file may be called as one of ours is
+        spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
     else:
         if os.getcwd() not in sys.path:

@@ -42,6 +42,7 @@ TUTORIAL_VALUES = {
     "policy_class": {"PolicyNetworkGPT": ""},
     "critic_class": {"ValueNetworkGPT": ""},
 }
+SECTIONS = ("env", "env.args", "reward_class", "reward_class.args", "vec_info_class", "model_dict")
 WITHOUT_MEANING = {
     "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
     "hidden_size": "the sizes of the network are those of the model in model_path",
@@ -108,13 +109,16 @@ def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any]
             flat[name] = known.get(value, value) if isinstance(value, str) else value
         elif path.startswith("reward_class.args."):
             reward_args[path.removeprefix("reward_class.args.")] = value
-        elif isinstance(value, dict) and path in ("env", "env.args", "reward_class", "vec_info_class", "model_dict"):
+        elif isinstance(value, dict) and path in SECTIONS:
             for key, inner in value.items():
                 visit(f"{path}.{key}", inner)
-        elif path == "reward_class.args" and isinstance(value, dict | None):
-            for key, inner in (value or {}).items():
-                visit(f"{path}.{key}", inner)
+        elif path == "reward_class.args" and value is None:
+            pass  # `args:` with nothing after it
         else:
+            if path in SECTIONS:
+                raise UserError(
+                    f"'{file}' sets {path} to {value!r}; expected keys of its own under it, such as 'id: ...'."
+                )
             valid = fields | {p.split(".")[0] for p in TUTORIAL_KEYS}
             raise UserError(f"'{file}' sets '{path}', which is not a setting.{nearest(path.split('.')[-1], valid)}")
 
@@ -148,7 +152,7 @@ def load_deepspeed(file: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"deepspeed_config '{file}' does not exist.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8").replace("\t", "  "))  # YAML takes no tabs
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' is not JSON that can be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -157,6 +161,8 @@ def load_deepspeed(file: str) -> dict[str, Any]:
     def numbers(value: Any) -> Any:  # YAML 1.1 reads 5e7 as text
         if isinstance(value, dict):
             return {k: numbers(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [numbers(v) for v in value]
         if isinstance(value, str):
             try:
                 number = float(value)

@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import random
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,9 @@ def _checked(row: dict[str, Any]) -> Dialogue:
             raise ValueError(f"{len(utterances)} utterances but {len(values)} values in '{column}'")
         try:
             numbers = tuple(int(v) for v in values)
-        except (TypeError, ValueError):
+            if any(not isinstance(v, str) and n != v for n, v in zip(numbers, values)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"'{column}' should hold whole numbers, found {values!r:.60}") from None
         for value in numbers:
             if not low <= value <= high:
@@ -123,7 +126,8 @@ def _checked(row: dict[str, Any]) -> Dialogue:
             raise ValueError(f"utterance {i + 1} is not text but {utterance!r:.40}")
         if not utterance.strip():
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is empty")
-        if "\ufffd" in utterance:  # what undecodable bytes become when a file is read
+        # U+FFFD is what undecodable bytes become when a file is read; JSON can hold half of a surrogate pair
+        if "\ufffd" in utterance or any("\ud800" <= c <= "\udfff" for c in utterance):
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is not valid UTF-8")
     return Dialogue(tuple(utterances), *labels)
 
@@ -143,9 +147,16 @@ def _as_list(value: Any, column: str) -> list[Any]:
                 parsed = parse(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-            if isinstance(parsed, (list, tuple)):
+            if isinstance(parsed, (list, tuple)) and not (parse is ast.literal_eval and _lacks_commas(text)):
                 return list(parsed)
     raise ValueError(f"'{column}' should be a list, found {value!r:.60}")
+
+
+def _lacks_commas(text: str) -> bool:
+    """Whether two strings stand side by side: numpy prints lists so, and Python would read 'a' 'b' as one string."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    kinds = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.NEWLINE)]
+    return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:])
 
 
 def _rows(data_path: str, split: str) -> Iterator[Row]:
@@ -180,6 +191,8 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
             texts = {n: (str(candidate / n), (candidate / n).read_bytes()) for n in _release_names(split, candidate)}
             return (yield from _release_rows(texts, split))
     if (folder / f"{split}.zip").is_file():
+        if not zipfile.is_zipfile(folder / f"{split}.zip"):
+            raise UserError(f"'{folder / f'{split}.zip'}' is not a zip archive that can be read.")
         with zipfile.ZipFile(folder / f"{split}.zip") as archive:
             names = {Path(n).name: n for n in archive.namelist()}
             texts = {
@@ -308,6 +321,8 @@ def _json_rows(file: Path) -> Iterator[Row]:
             yield from _dataset_rows(_objects(json.loads(text)), str(file))
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        except RecursionError as error:
+            raise UserError(f"{file}: not valid JSON of dialogues, it is nested too deep.") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -466,7 +481,12 @@ class DialogueCodec:
         last = int(response_ids[-1])
         if last == self.eos_token_id:
             return True
-        return bool(self.may_end[last]) and self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+        # a model may embed more ids than the tokenizer has; they stand for nothing
+        return (
+            last < len(self.may_end)
+            and bool(self.may_end[last])
+            and self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+        )
 
     def decode_response(self, response_ids: Sequence[int]) -> str:
         """The text of a response, without marker, EOS and surrounding blanks. Negative ids are padding."""
@@ -524,6 +544,7 @@ class DialogueVectorEnv(VectorEnv):
         self.single_action_space = spaces.Box(-1, vocabulary - 1, (fmt.max_new_tokens,), np.int64)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.statistics: tuple[str, ...] = ()  # names of what the reward had to tell in the last step
         self.seed, self.rounds, self._current, self._epoch_order = 0, 0, None, (None, None)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -550,7 +571,10 @@ class DialogueVectorEnv(VectorEnv):
             )
         final_info = self._infos(finished) | _column("response", responses)
         for name, values in statistics.items():
+            if name in final_info:
+                raise UserError(f"the reward calls a statistic '{name}', which the environment uses itself; rename it.")
             final_info |= _column(name, values)
+        self.statistics = tuple(statistics)
         observations, infos = self._next_dialogues()
         everyone = np.ones(self.num_envs, dtype=bool)
         infos |= {"final_obs": final_obs, "_final_obs": everyone, "final_info": final_info, "_final_info": everyone}
@@ -566,8 +590,11 @@ class DialogueVectorEnv(VectorEnv):
 
     def _sample(self, position: int) -> Sample:
         epoch, index = divmod(position, len(self.samples))
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        if self._epoch_order[0] != (self.seed, epoch):
+            self._epoch_order = (
+                (self.seed, epoch),
+                np.random.default_rng([self.seed, epoch]).permutation(len(self.samples)),
+            )
         return self.samples[self._epoch_order[1][index]]
 
     def _infos(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ class Sampling:
     greedy: bool = False
 
     def __post_init__(self):
-        if self.temperature <= 0:
+        if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; expected more than 0 (greedy decoding is an option).")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")

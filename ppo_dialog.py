@@ -5,7 +5,8 @@
     accelerate launch --num_processes 4 ppo_dialog.py --config ...   # data parallel; `accelerate config` for DeepSpeed
 
 Every update collects a rollout of whole replies, scores them, and improves the policy on them for a few epochs. An
-environment step is one generated token. Results are written to RUN_DIR/EXPERIMENT_NAME.
+environment step is one generated token. Results are written to RUN_DIR/EXPERIMENT_NAME. `--config FILE.yaml` sets any
+of the options below, and those given on the command line override the file.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from experiment import (
     save,
     start_trackers,
 )
-from generation import Sampling, log_probs_of, position_ids, restrict, sample_responses
+from generation import DecodeStep, Sampling, log_probs_of, position_ids, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
-from rewards import AdaptiveKL, Reward, judge_sentence, kl_penalty, make_reward, score_episodes
+from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -207,7 +208,7 @@ class PPOConfig(FormatOptions):
         at_least = {
             1: "total_time_steps env_num episode_length ppo_epoch num_mini_batch gradient_accumulation_steps "
             "log_interval save_interval",
-            0: "lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples",
+            0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -216,8 +217,8 @@ class PPOConfig(FormatOptions):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a number from 0 to 1.")
-        for name in ("clip_range", "value_clip_range", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        for name in ("clip_range", "value_clip_range", "max_grad_norm", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
         if self.model_class and (self.policy_class or self.critic_class):
             raise UserError("model_class is policy and value together; give it, or policy_class and critic_class.")
@@ -405,23 +406,22 @@ class Rollout:
         return self.input_ids[:, -self.response_length :]
 
 
+@torch.no_grad()
 def collect(
     model: ActorCritic,
-    ref_model: nn.Module | None,
+    ref_model: nn.Module,
     env: DialogueVectorEnv,
     observations: dict[str, Any],
-    rounds: int,
     sampling: Sampling,
     value_scale: RunningMoments,
     uniforms: torch.Tensor,
     device: torch.device,
 ) -> tuple[Rollout, dict[str, Any]]:
-    """One rollout: `rounds` replies in each of the env's dialogues, and the observations that come next.
+    """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
 
     `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
     """
-    parts: list[dict[str, Any]] = []
-    seconds = {"rollout_s": 0.0, "scoring_s": 0.0}
+    parts: list[Rollout] = []
     for round_uniforms in uniforms:
         # 1. prompts, without the columns that are padding in all of them
         started = time.perf_counter()
@@ -431,81 +431,82 @@ def collect(
         prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
 
         # 2. responses, with the log-probability and the value of each token as it is sampled
-        def step(ids, mask, past):
-            logits, values, past = model(ids, mask, 1, past, use_cache=True)
-            return logits[:, -1], None if values is None else values[:, -1], past
-
-        with torch.no_grad():
-            out = sample_responses(step, env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device))
+        out = sample_responses(
+            decode_step(model), env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device)
+        )
         length = out.ids.shape[1]
         input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
         attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
 
         # 3. what a separate critic and the frozen reference make of them, one pass each over the finished text;
         #    the last token needs no pass, nothing comes after it
-        with torch.no_grad():
-            values = out.values
-            if getattr(model, "critic", None) is not None:
-                values = model.values_of(input_ids[:, :-1], attention_mask[:, :-1], length)
-            kl = torch.zeros_like(out.logprobs)
-            if ref_model is not None:
-                ref_logits = ref_model(
-                    input_ids=input_ids[:, :-1],
-                    attention_mask=attention_mask[:, :-1],
-                    position_ids=position_ids(attention_mask[:, :-1]),
-                    use_cache=False,
-                    logits_to_keep=length,
-                ).logits[:, -length:]
-                ref_logprobs = log_probs_of(ref_logits, out.ids, sampling.temperature)
-                _, kl = kl_penalty(out.full_logprobs, ref_logprobs, out.mask, coef=0.0)
-        values = value_scale.denormalize(values) * out.mask
-        seconds["rollout_s"] += time.perf_counter() - started
+        read = dict(input_ids=input_ids[:, :-1], attention_mask=attention_mask[:, :-1])
+        separate_critic = getattr(model, "critic", None) is not None
+        values = model.values_of(**read, keep=length) if separate_critic else out.values
+        positions = position_ids(read["attention_mask"])
+        ref_logits = ref_model(**read, position_ids=positions, use_cache=False, logits_to_keep=length).logits
+        ref_logprobs = log_probs_of(ref_logits[:, -length:], out.ids, sampling.temperature)
+        sampled = time.perf_counter()
 
         # 4. the environment scores the replies and hands out the next dialogues
-        started = time.perf_counter()
         observations, scores, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
-        seconds["scoring_s"] += time.perf_counter() - started
         final = infos["final_info"]
+        as_column = lambda x: torch.tensor(x, dtype=torch.float32, device=device)
         parts.append(
-            dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, ids=out.ids, mask=out.mask, logprobs=out.logprobs)
-            | dict(kl=kl, values=values, support=out.support, scores=torch.as_tensor(scores, dtype=torch.float32))
-            | dict(prompts=final["prompt"], responses=final["response"], references=final["reply"])
-            | dict(statistics={k: v for k, v in final.items() if f"_{k}" in final and k not in EPISODE_FACTS})
+            Rollout(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                mask=out.mask,
+                logprobs=out.logprobs,
+                kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
+                values=value_scale.denormalize(values) * out.mask,
+                support=out.support,
+                scores=as_column(scores),
+                statistics={name: as_column(final[name]) for name in env.statistics},
+                prompts=list(final["prompt"]),
+                responses=list(final["response"]),
+                references=[reply.strip() for reply in final["reply"]],
+                seconds={"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled},
+            )
         )
+    return join(parts), observations
 
-    # 5. the rounds as one batch
-    left, right = lambda x, n, value=0: F.pad(x, (n - x.shape[1], 0), value=value), pad_right
-    prompt_length = max(p["prompt_ids"].shape[1] for p in parts)
-    length = max(p["ids"].shape[1] for p in parts)
-    stack = lambda name, pad, n: torch.cat([pad(p[name], n) for p in parts])
-    mask = stack("mask", right, length)
-    attention = torch.cat([stack("prompt_mask", left, prompt_length), mask.to(parts[0]["prompt_mask"].dtype)], dim=-1)
+
+def decode_step(model: ActorCritic) -> DecodeStep:
+    """One step of sampling: logits and value of the last position."""
+
+    def step(input_ids, attention_mask, past):
+        logits, values, past = model(input_ids, attention_mask, 1, past, use_cache=True)
+        return logits[:, -1], None if values is None else values[:, -1], past
+
+    return step
+
+
+def join(parts: list[Rollout]) -> Rollout:
+    """Rounds as one batch: prompts padded on the left, responses on the right, to the longest."""
+    width = max(r.input_ids.shape[1] - r.response_length for r in parts)
+    length = max(r.response_length for r in parts)
+
+    def text(rollout: Rollout, x: torch.Tensor) -> torch.Tensor:
+        prompt, response = x[:, : -rollout.response_length], x[:, -rollout.response_length :]
+        return torch.cat([F.pad(prompt, (width - prompt.shape[1], 0)), pad_right(response, length)], dim=-1)
+
     support = None
-    if parts[0]["support"] is not None:
-        width = max(p["support"].shape[-1] for p in parts)
-        support = torch.cat([pad_right(pad_right(p["support"], width, -1, dim=2), length, -1) for p in parts])
-    rollout = Rollout(
-        input_ids=torch.cat([stack("prompt_ids", left, prompt_length), stack("ids", right, length)], dim=-1),
-        attention_mask=attention,
-        mask=mask,
-        logprobs=stack("logprobs", right, length),
-        kl=stack("kl", right, length),
-        values=stack("values", right, length),
-        support=support,
-        scores=torch.cat([p["scores"] for p in parts]).to(device),
-        statistics={
-            name: torch.cat([torch.tensor(p["statistics"][name], dtype=torch.float32) for p in parts]).to(device)
-            for name in parts[0]["statistics"]
+    if parts[0].support is not None:
+        most = max(r.support.shape[-1] for r in parts)
+        support = torch.cat([pad_right(pad_right(r.support, most, -1, dim=2), length, -1) for r in parts])
+    return Rollout(
+        **{name: torch.cat([text(r, getattr(r, name)) for r in parts]) for name in ("input_ids", "attention_mask")},
+        **{
+            name: torch.cat([pad_right(getattr(r, name), length) for r in parts])
+            for name in ("mask", "logprobs", "kl", "values")
         },
-        prompts=[x for p in parts for x in p["prompts"]],
-        responses=[x for p in parts for x in p["responses"]],
-        references=[x.strip() for p in parts for x in p["references"]],
-        seconds=seconds,
+        support=support,
+        scores=torch.cat([r.scores for r in parts]),
+        statistics={name: torch.cat([r.statistics[name] for r in parts]) for name in parts[0].statistics},
+        **{name: [x for r in parts for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
+        seconds={name: sum(r.seconds[name] for r in parts) for name in parts[0].seconds},
     )
-    return rollout, observations
-
-
-EPISODE_FACTS = ("prompt", "reply", "act", "response")  # of env infos; everything else there is the reward's
 
 
 def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.Tensor:
@@ -817,7 +818,6 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                     ref_model,
                     env,
                     observations,
-                    sizes.rounds,
                     config.sampling,
                     value_scale,
                     uniforms,

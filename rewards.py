@@ -11,15 +11,17 @@ A reward looks at whole replies, a batch at a time:
         return np.array([1 / (1 + len(r.split())) for r in responses])
 
 The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply, and a KL penalty for each
-token with an adaptive coefficient (`kl_penalty`, `AdaptiveKL`), which PPO adds whatever the reward is.
+token with an adaptive coefficient (`token_kl`, `AdaptiveKL`), which PPO adds whatever the reward is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -90,13 +92,18 @@ def make_reward(name: str, args: Mapping[str, Any], device: torch.device | str, 
             f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, or the import path of your own, "
             f"such as my_rewards:Politeness.{nearest(name, REWARDS)}"
         )
-    if inspect.isclass(target):
+
+    def check_arguments(target: Callable[..., Any], positional: list[None]) -> None:
         try:
-            inspect.signature(target).bind(**args)
+            inspect.signature(target).bind(*positional, **args)
         except TypeError as error:
             raise UserError(f"reward '{name}' cannot be made from reward_args {dict(args)}: {error}.") from error
+
+    if inspect.isclass(target):
+        check_arguments(target, [])
         reward = target(**args)
     elif callable(target):
+        check_arguments(target, [None] * 4)
         reward = FunctionReward(target, args)
     else:
         raise UserError(f"reward '{name}' is a {type(target).__name__}; expected a class or a function.")
@@ -118,8 +125,16 @@ class FunctionReward(Reward):
 
 def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts) -> Scores:
     """Call a reward and check what comes back: one finite number for each reply, else UserError."""
-    scores, statistics = reward(prompts, responses, references, acts)
-    scores = np.asarray(scores, dtype=np.float64)
+    result = reward(prompts, responses, references, acts)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise UserError(
+            f"the reward returned a {type(result).__name__}; expected scores and statistics, (array, dict)."
+        )
+    try:
+        scores = np.asarray(result[0], dtype=np.float64)
+        statistics = {k: np.asarray(v, np.float64) for k, v in result[1].items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the reward gave something that is no number: {error}.") from error
     if scores.shape != (len(responses),):
         raise UserError(
             f"the reward gave scores of shape {scores.shape} for {len(responses)} replies; one each is due."
@@ -127,7 +142,12 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
     if not np.isfinite(scores).all():
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
-    return scores, {k: np.broadcast_to(np.asarray(v, np.float64), scores.shape) for k, v in statistics.items()}
+    for name, values in statistics.items():
+        if values.shape not in ((), scores.shape):
+            raise UserError(
+                f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies; one each is due."
+            )
+    return scores, {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,16 +257,11 @@ def _meteor_parts() -> tuple[_Stemmer, Any]:
     """Stemmer and WordNet; the data is looked for, then downloaded once, then done without, with one sentence."""
 
     def found() -> bool:
-        try:
-            nltk.data.find("corpora/wordnet")
-            return True
-        except LookupError:
-            pass
-        try:
-            nltk.data.find("corpora/wordnet.zip")
-            return True
-        except LookupError:
-            return False
+        for form in ("corpora/wordnet", "corpora/wordnet.zip"):
+            with contextlib.suppress(LookupError, zipfile.BadZipFile):
+                nltk.data.find(form)
+                return True
+        return False
 
     if not found():
         # In a thread of its own: where there is no network, looking up the host alone can take a minute.
@@ -297,10 +312,10 @@ class AdaptiveKL:
     """
 
     def __init__(self, coef: float = 0.2, target: float = 0.05, rate: float = 0.1, clip: float = 0.2):
-        for name, value in (("kl_coef", coef), ("kl_rate", rate)):
-            if value < 0:
+        for name, value in (("kl_coef", coef), ("kl_rate", rate), ("kl_clip", clip)):
+            if not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value}; expected 0 or more.")
-        if target <= 0:
+        if not 0 < target < float("inf"):
             raise UserError(f"kl_target is {target}; expected more than 0 (kl_rate 0 keeps the coefficient fixed).")
         self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
 
@@ -309,15 +324,12 @@ class AdaptiveKL:
         self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
 
 
-def kl_penalty(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, coef: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token rewards -coef * kl (B, T), and kl = log pi(a|s) - log pi_ref(a|s) itself, both 0 where masked.
+def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log pi(a|s) - log pi_ref(a|s) of each sampled token (B, T), 0 where masked; PPO's penalty is -alpha times this.
 
     A sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
     """
-    kl = (logprobs - ref_logprobs) * mask
-    return -coef * kl, kl
+    return (logprobs - ref_logprobs) * mask
 
 
 def judge_sentence(accuracy: float, weak_below: float) -> str:

@@ -32,7 +32,7 @@ SPLITS = ("train", "validation", "test")
 ROWS = [
     {"dialog": ["Hi , Jim . ", " What's up ?", "Not much ."], "act": [1, 2, 1], "emotion": [0, 0, 4]},
     {"dialog": ["Où est la gare ? — “là-bas”"], "act": [2], "emotion": [0]},
-    {"dialog": ['He said "go" .', "日本語 \U0001f600", "[odd] , yes"], "act": [1, 4, 3], "emotion": [6, 5, 0]},
+    {"dialog": ['He said "go" "now" .', "日本語 \U0001f600", "[odd] , yes"], "act": [1, 4, 3], "emotion": [6, 5, 0]},
     {"dialog": ["Could you wait ?", "It's fine ."], "act": [3, 4], "emotion": [0, 1]},
     {"dialog": ["Good bye ."], "act": [1], "emotion": [2]},
     {"dialog": ["See you .", "Bye\\n"], "act": [4, 4], "emotion": [3, 0]},
@@ -231,10 +231,6 @@ def test_any_text_survives_csv_and_json(dialogs):
 GOOD_LINE = '{"dialog": ["Hi .", "Bye ."], "act": [1, 1], "emotion": [0, 0]}'
 
 
-def mark_defect(*values, reason):
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
 BAD_LINES = [
     ('{"dialog": ["Hi .", "Bye ."], "act": [1]}', "2 utterances but 1 values in 'act'"),
     ('{"dialog": ["Hi ."], "act": [1], "emotion": [0, 1]}', "1 utterances but 2 values in 'emotion'"),
@@ -251,9 +247,9 @@ BAD_LINES = [
     ('{"dialog": ["Hi ."', "not valid JSON"),
     ("[1, 2]", "expected an object"),
     (b'{"dialog": ["caf\xe9 ."]}', "utterance 1 of 1 is not valid UTF-8"),
-    mark_defect('{"dialog": ["Hi ."], "act": [Infinity]}', "'act' should hold", reason="int(inf) is an OverflowError"),
-    mark_defect('{"dialog": ["Hi ."], "act": [1.5]}', "'act' should hold whole numbers", reason="1.5 is read as 1"),
-    mark_defect('{"dialog": ["Hi \\ud800"]}', "utterance 1 of 1 is not valid", reason="half a surrogate pair is taken"),
+    ('{"dialog": ["Hi ."], "act": [Infinity]}', "'act' should hold"),
+    ('{"dialog": ["Hi ."], "act": [1.5]}', "'act' should hold whole numbers"),
+    ('{"dialog": ["Hi \\ud800"]}', "utterance 1 of 1 is not valid"),
 ]
 
 
@@ -278,7 +274,6 @@ def test_a_bad_json_line_is_named_or_skipped(line, fault, tmp_path):
         ("Hi .,1", "'dialog' should be a list"),
         ('"[""Hi .""', "'dialog' should be a list"),
         (b'"[""caf\xe9 .""]",1', "utterance 1 of 1 is not valid UTF-8"),
-        mark_defect("\"['Hi .' 'Bye .']\",", "'dialog' should be a list", reason="numpy's repr is read as one text"),
     ],
 )
 def test_a_bad_csv_line_is_named_or_skipped(line, fault, tmp_path):
@@ -289,6 +284,12 @@ def test_a_bad_csv_line_is_named_or_skipped(line, fault, tmp_path):
         load_dialogues(str(tmp_path), "train")
     dialogues = load_dialogues(str(tmp_path), "train", skip_bad_rows=True)
     assert len(dialogues) == 1 and len(dialogues.skipped) == 1
+
+
+def test_a_list_as_numpy_prints_it_is_not_one_utterance(tmp_path):
+    (tmp_path / "train.csv").write_text("dialog\n\"['Hi .' 'Bye .']\"\n")  # DataFrame.to_csv of a loaded dataset
+    with pytest.raises(UserError, match=r"train\.csv, line 2: 'dialog' should be a list"):
+        load_dialogues(str(tmp_path), "train")
 
 
 def test_rows_of_an_array_or_a_table_are_counted(tmp_path):
@@ -377,14 +378,12 @@ def test_an_archive_without_the_release(tmp_path):
         load_dialogues(str(tmp_path), "train")
 
 
-@pytest.mark.xfail(reason="a torn train.zip is a BadZipFile, with a traceback", strict=True)
 def test_a_torn_archive(tmp_path):
     (tmp_path / "train.zip").write_bytes(b"PK\x03\x04torn")
     with pytest.raises(UserError, match=r"train\.zip"):
         load_dialogues(str(tmp_path), "train")
 
 
-@pytest.mark.xfail(reason="a RecursionError of the JSON array reader passes through", strict=True)
 def test_an_array_nested_too_deep(tmp_path):
     (tmp_path / "train.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not valid JSON"):
@@ -541,7 +540,6 @@ def test_a_marker_of_ones_own():
     assert codec.decode_response(ids) == codec.decode_response(ids[:-1]) == "Sure ."
 
 
-@pytest.mark.xfail(reason="may_end has no entry for ids that the model embeds beyond the tokenizer's", strict=True)
 def test_ids_beyond_the_tokenizer_end_nothing(codec):
     ids = [*tokens(codec, "Sure ."), len(codec.tokenizer) + 3]  # Qwen and others pad their vocabulary
     assert not codec.ended(ids)
@@ -662,7 +660,6 @@ def test_the_seed_decides_the_order(small_codec, samples):
     assert list(env.reset()[1]["prompt"]) == order[2]
 
 
-@pytest.mark.xfail(reason="reset(seed=...) keeps the permutation of the seed before", strict=True)
 def test_a_new_seed_takes_effect_in_the_same_env(small_codec, samples):
     env = DialogueVectorEnv(samples, small_codec, 4)
     play(env, 5, seed=0)

@@ -18,6 +18,7 @@ from ppo_dialog import (
     PPOConfig,
     Rollout,
     RunningMoments,
+    decode_step,
     disable_dropout,
     entropy_of,
     gae,
@@ -69,11 +70,7 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0) -> Rollout:
     ids, mask = prompts(seed=seed)
     uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
 
-    def step(i, m, past):
-        logits, values, past = model(i, m, 1, past, use_cache=True)
-        return logits[:, -1], None if values is None else values[:, -1], past
-
-    out = sample_responses(step, FakeCodec(), ids, mask, sampling, uniforms)
+    out = sample_responses(decode_step(model), FakeCodec(), ids, mask, sampling, uniforms)
     input_ids = torch.cat([ids, out.ids], -1)
     attention = torch.cat([mask, out.mask.long()], -1)
     values = out.values
@@ -256,10 +253,7 @@ def test_a_row_is_the_same_whatever_its_batch_and_padding(family):
     ids, mask = prompts()
     uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
 
-    def step(i, m, past):
-        logits, values, past = model(i, m, 1, past, use_cache=True)
-        return logits[:, -1], values[:, -1], past
-
+    step = decode_step(model)
     together = sample_responses(step, FakeCodec(), ids, mask, Sampling(), uniforms)
     assert len({int(n) for n in together.mask.sum(-1)}) > 1  # rows end at different steps
     for row in range(6):

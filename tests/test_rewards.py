@@ -24,13 +24,13 @@ from rewards import (
     Meteor,
     Reward,
     judge_sentence,
-    kl_penalty,
     last_utterance,
     make_reward,
     meteor,
     meteor_uses_synonyms,
     register_reward,
     score_episodes,
+    token_kl,
     words,
 )
 
@@ -134,7 +134,6 @@ def test_a_download_that_works_is_used(shared, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.xfail(reason="found() lets zipfile.BadZipFile through where it is first asked", strict=True)
 def test_a_torn_download_is_done_without(tmp_path, monkeypatch, capfd):
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "wordnet.zip").write_bytes(b"PK\x03\x04torn")
@@ -302,10 +301,7 @@ def test_own_class_and_function_by_path(own_file, where):
         ("my_own_rewards:CONSTANT", {}, "is a int; expected a class or a function"),
         ("my_own_rewards:Polite", {"wrod": 1}, r"cannot be made from reward_args \{'wrod': 1\}: .*wrod"),
         ("default", {"intent_coef": 1}, "cannot be made from reward_args .*'intent_model'"),
-        pytest.param(
-            *("my_own_rewards:brevity", {"scael": 1}, "reward_args .*scael"),
-            marks=pytest.mark.xfail(reason="a function's arguments are not checked before its first call", strict=True),
-        ),
+        ("my_own_rewards:brevity", {"scael": 1}, "reward_args .*scael"),
     ],
 )
 def test_rewards_that_cannot_be_made(own_file, name, args, fault):
@@ -319,7 +315,6 @@ def test_a_missing_import_in_the_users_file_is_no_missing_file(own_file):
         make_reward("my_own_rewards:Polite", {}, "cpu", "<EOU>")
 
 
-@pytest.mark.xfail(reason="the user's file takes the name 'rewards' in sys.modules, and so imports itself", strict=True)
 def test_the_users_file_may_be_called_rewards(own_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "rewards", rewards)  # put back afterwards
     (own_file.parent / "rewards.py").write_text(OWN)
@@ -354,10 +349,6 @@ def test_an_object_without_setup_will_do(own_file):
     assert score_episodes(make_reward("my_own_rewards:Bare", {}, "cpu", ""), [""], ["a"], [""], [0])[0].tolist() == [1]
 
 
-def defect(value, fault, reason):
-    return pytest.param(value, fault, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
 @pytest.mark.parametrize(
     "value, fault",
     [
@@ -366,10 +357,10 @@ def defect(value, fault, reason):
         ((np.zeros((4, 1)), {}), r"scores of shape \(4, 1\) for 4 replies"),
         (([0, 1, float("nan"), 0], {}), "gave nan for the reply 'Could I have a table"),
         (([0, float("inf"), 0, 0], {}), "gave inf for the reply 'It is six"),
-        defect(np.zeros(4), "scores and statistics", "an array without statistics from a Reward class"),
-        defect(None, "scores and statistics", "a Reward class that forgets to return"),
-        defect(([0, 1, "x", 0], {}), "number", "scores that are no numbers"),
-        defect((np.zeros(4), {"odd": [1, 2]}), "odd", "a statistic of the wrong shape"),
+        (np.zeros(4), "scores and statistics"),
+        (None, "scores and statistics"),
+        (([0, 1, "x", 0], {}), "number"),
+        ((np.zeros(4), {"odd": [1, 2]}), "odd"),
     ],
 )
 def test_scores_that_cannot_be_used(value, fault):
@@ -425,20 +416,17 @@ def test_adaptive_kl_refuses(settings, fault):
         AdaptiveKL(**settings)
 
 
-def test_kl_penalty_by_hand_and_0_where_masked():
+def test_token_kl_by_hand_and_0_where_masked():
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -9.0, -9.0]])
     reference = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -1.0, -1.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    penalties, kl = kl_penalty(logprobs, reference, mask, 0.2)
-    assert kl.tolist() == [[0.5, -1.0, 0.0], [0.5, 0.0, 0.0]]
-    assert penalties.flatten().tolist() == pytest.approx([-0.1, 0.2, 0.0, -0.1, 0.0, 0.0])
-    assert not kl_penalty(logprobs, reference, mask, 0.0)[0].any()
+    assert token_kl(logprobs, reference, mask).tolist() == [[0.5, -1.0, 0.0], [0.5, 0.0, 0.0]]
 
 
-def test_kl_penalty_is_the_divergence_on_average():
+def test_token_kl_is_the_divergence_on_average():
     torch.manual_seed(0)
     policy, reference = torch.randn(5).log_softmax(-1), torch.randn(5).log_softmax(-1)
     tokens = torch.multinomial(policy.exp(), 200_000, replacement=True)
-    _, kl = kl_penalty(policy[tokens], reference[tokens], torch.ones(200_000), 1.0)
+    kl = token_kl(policy[tokens], reference[tokens], torch.ones(200_000))
     exact = (policy.exp() * (policy - reference)).sum()
     assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
