@@ -6,6 +6,7 @@ under the name it has here (`TUTORIAL_KEYS`), or is answered with a sentence on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Sequence
@@ -132,6 +133,13 @@ def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any]
 def _typed(cls: type, name: str, value: Any, file: str) -> Any:
     """The value in the type of its field: YAML reads `1e-6` as text, for one."""
     expected = typing.get_type_hints(cls)[name]
+    if name == "mixed_precision" and value is False:  # YAML 1.1 reads a bare `no` as false
+        value = "no"
+    if name == "track" and isinstance(value, str):
+        value = [value]
+    if expected is int and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # `1e5` is text to YAML
+            value = float(value)
     try:
         return pydantic.TypeAdapter(expected).validate_python(value)
     except pydantic.ValidationError:

@@ -321,15 +321,15 @@ def _json_rows(file: Path) -> Iterator[Row]:
             yield from _dataset_rows(_objects(json.loads(text)), str(file))
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-        except RecursionError as error:
-            raise UserError(f"{file}: not valid JSON of dialogues, it is nested too deep.") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            raise UserError(f"{file}: not valid JSON of dialogues ({error}).") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield f"{file}, line {number}", _objects([json.loads(line)])[0]
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield f"{file}, line {number}", {"_error": f"not valid JSON ({error})"}
 
 
@@ -481,12 +481,9 @@ class DialogueCodec:
         last = int(response_ids[-1])
         if last == self.eos_token_id:
             return True
-        # a model may embed more ids than the tokenizer has; they stand for nothing
-        return (
-            last < len(self.may_end)
-            and bool(self.may_end[last])
-            and self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
-        )
+        if last >= len(self.may_end) or not self.may_end[last]:  # a model may embed ids that the tokenizer lacks
+            return False
+        return self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
 
     def decode_response(self, response_ids: Sequence[int]) -> str:
         """The text of a response, without marker, EOS and surrounding blanks. Negative ids are padding."""
@@ -559,7 +556,8 @@ class DialogueVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before step()")
         if len(actions) != self.num_envs:
             raise UserError(f"step() was given {len(actions)} responses for {self.num_envs} dialogues.")
-        responses = [a.strip() if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
+        said = lambda text: text.split(self.codec.format.eou_marker.strip())[0].strip()
+        responses = [said(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
         finished, final_obs = self._current, self._observations
         rewards, statistics = np.zeros(self.num_envs), {}
         if self.reward is not None:

@@ -133,7 +133,7 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
     try:
         scores = np.asarray(result[0], dtype=np.float64)
         statistics = {k: np.asarray(v, np.float64) for k, v in result[1].items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the reward gave something that is no number: {error}.") from error
     if scores.shape != (len(responses),):
         raise UserError(
@@ -144,9 +144,7 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
         raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
     for name, values in statistics.items():
         if values.shape not in ((), scores.shape):
-            raise UserError(
-                f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies; one each is due."
-            )
+            raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")
     return scores, {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
 
 
@@ -315,6 +313,8 @@ class AdaptiveKL:
         for name, value in (("kl_coef", coef), ("kl_rate", rate), ("kl_clip", clip)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value}; expected 0 or more.")
+        if rate * clip >= 1:
+            raise UserError(f"kl_rate {rate} times kl_clip {clip} is {rate * clip}; expected less than 1.")
         if not 0 < target < float("inf"):
             raise UserError(f"kl_target is {target}; expected more than 0 (kl_rate 0 keeps the coefficient fixed).")
         self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
