@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,10 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
     handlers, plugin = [], None
     if config.use_deepspeed:
         plugin = deepspeed_plugin(config)
+        # one process, started without DeepSpeed's launcher: what that launcher would have set
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
+            os.environ.setdefault(name, str(value))
         if not cuda:  # without the backend named, Accelerate believes that every process is alone
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
@@ -53,6 +59,12 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:

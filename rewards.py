@@ -181,6 +181,10 @@ def intent_hits(judge: IntentJudge, previous: Sequence[str], responses: Sequence
 class Meteor(Reward):
     """METEOR of the response against the human reply (Banerjee & Lavie, 2005), 0 to 1."""
 
+    def setup(self, device, eou_marker):
+        super().setup(device, eou_marker)
+        _meteor_parts()  # whether synonyms count is said before training starts
+
     def __call__(self, prompts, responses, references, acts):
         scores = np.array([meteor(response, reference) for response, reference in zip(responses, references)])
         return scores, {"meteor": scores}

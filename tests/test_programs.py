@@ -220,9 +220,11 @@ def test_two_models_accumulation_sampling_and_bf16_together(tmp_path):
         episode_length=40,
         track=("tensorboard",),
         eval_limit=-1,
+        lr=1e-6,
     )
     rows = lines(folder)
-    assert rows[0]["approx_kl"] < 0.05 and rows[0]["episodes"] == 64
+    # at a standstill nothing but bf16's rounding parts the sampled from the recomputed probabilities
+    assert rows[0]["approx_kl"] < 1e-3 and rows[0]["episodes"] == 64
     assert "critic.value_head.weight" in load_file(folder / "value.safetensors")
     assert list(folder.rglob("events.out.tfevents*"))
 
@@ -238,7 +240,7 @@ def test_a_longer_run_raises_the_reward(tmp_path):
     own = tmp_path / "short.py"
     own.write_text("def brevity(prompts, responses, references, acts):\n    return [-len(r) / 50 for r in responses]\n")
     folder = trained(
-        run_dir=str(tmp_path), reward=f"{own}:brevity", kl_coef=0.0, total_time_steps=9000, lr=3e-4, eval_limit=-1
+        run_dir=str(tmp_path), reward=f"{own}:brevity", kl_coef=0.0, total_time_steps=6000, lr=5e-4, eval_limit=-1
     )
     rows = lines(folder)
     first, last = (sum(r["score"] for r in part) / len(part) for part in (rows[:3], rows[-3:]))
@@ -268,7 +270,7 @@ def test_ctrl_c_saves_what_is_trained(tmp_path):
         (["ppo_dialog.py", "--data-path", "./nowhere"], "does not exist"),
         (["ppo_dialog.py", "--reward", "defualt"], "Did you mean 'default'?"),
         (["ppo_dialog.py", "--env-num", "0"], "env_num is 0"),
-        (["sft_dialog.py", "--model-path", "builtin-not", "--data-path", "README.md"], "none of the forms"),
+        (["sft_dialog.py", "--model-path", "not-on-the-hub"], "neither a folder on this machine nor a model"),
     ],
 )
 def test_mistakes_end_in_a_sentence_and_status_2(arguments, sentence, tmp_path):
