@@ -108,6 +108,10 @@ def import_path(path: str, what: str) -> Any:
 # Models and tokenizers by hub name or folder
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _check_name(what: str, name: str) -> None:
     """UserError for what can only be a mistyped path, before minutes of asking the hub for it."""
     folder = Path(name)
@@ -122,7 +126,7 @@ def _check_name(what: str, name: str) -> None:
 
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
     if Path(name).exists():
-        return UserError(f"{what} '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}")
+        return UserError(f"{what} '{name}' cannot be loaded: {first_line(error)}")
     return UserError(
         f"{what} '{name}' is neither a folder on this machine nor a model that the hub could give "
         f"({type(error).__name__}). Give the path of a Hugging Face folder, or a hub name while online."
@@ -148,7 +152,8 @@ def load_tokenizer(name: str) -> Any:
     _check_name("tokenizer", name)
     folder = Path(name)
     if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"'{name}' holds no tokenizer (no tokenizer.json); name one with --tokenizer-path.")
+        raise UserError(f"'{name}' holds no tokenizer (no tokenizer.json); save one there, or give --tokenizer-path.")
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
     except (OSError, ValueError, KeyError) as error:
@@ -166,7 +171,7 @@ def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but model '{name}' embeds only {rows}; "
-            "give the tokenizer that belongs to the model with --tokenizer-path."
+            "give the tokenizer that belongs to the model."
         )
 
 

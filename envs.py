@@ -547,7 +547,7 @@ class DialogueVectorEnv(VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Observations and infos of the first dialogues; a seed restarts the order, none goes on in it."""
         if seed is not None:
-            gym.Env.reset(self, seed=seed)
+            super().reset(seed=seed)
             self.seed, self.rounds = seed, 0
         return self._next_dialogues()
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from builtin_models import resolve_model
-from common import UserError, import_path, whole_folder, write_json
+from common import UserError, first_line, import_path, whole_folder, write_json
 from configuration import load_deepspeed
 from envs import DialogueCodec, Sample
 from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table
@@ -89,6 +89,14 @@ def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:
 # Judge and the user's own statistics
 
 
+def judge_of(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
+    """The judge of the reward; for a reward without one, the one that the closing comparison asks, where one fits."""
+    judge = getattr(reward, "judge", None)
+    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
+        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
+    return judge
+
+
 def measure_judge(judge: IntentJudge, samples: list[Sample], limit: int) -> dict[str, float]:
     """The judge is measured before it is trusted: how often it is right on human replies; printed."""
     pairs = [(s.context[-1], s.reply, s.act) for s in samples if s.act][: limit or None]
@@ -109,6 +117,16 @@ def make_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]]
     if not callable(stats):
         raise UserError(f"stats '{path}' cannot be called with (rollout, metrics).")
     return stats
+
+
+def checked_stats(stats: Any, metrics: dict[str, float]) -> dict[str, float]:
+    """What the user's statistics gave, as numbers under names that are still free; UserError otherwise."""
+    if not isinstance(stats, dict):
+        raise UserError(f"stats returned a {type(stats).__name__}; expected a dict of name and number.")
+    taken = sorted(set(stats) & set(metrics))
+    if taken:
+        raise UserError(f"stats returned '{taken[0]}', a name that is taken already; rename it.")
+    return {name: float(value) for name, value in stats.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,17 +153,18 @@ def start_trackers(config: Any, accelerator: Accelerator, run: Path) -> None:
         accelerator.init_trackers(config.wandb_project, settings, init_kwargs={"wandb": wandb})
     except Exception as error:  # each tracker has its own: no login, no network, no permission
         raise UserError(
-            f"a tracker could not start ({str(error).strip().splitlines()[0]}). Without an account or a network use "
+            f"a tracker could not start ({first_line(error)}). Without an account or a network use "
             "--wandb-mode offline, or --track tensorboard."
         ) from error
 
 
-def save(model: nn.Module, codec: DialogueCodec, run: Path) -> None:
-    """policy/: a plain Hugging Face folder with tokenizer and text format; value.safetensors: the rest of the network.
+def save(model: nn.Module, codec: DialogueCodec, value_scale: Any, run: Path) -> None:
+    """policy/: a plain Hugging Face folder with tokenizer and text format; value.safetensors: the rest of the network,
+    with mean and deviation of the returns it predicts in units of as metadata.
 
     A policy of the user's own without `save_pretrained` is kept as policy/model.safetensors.
     """
-    policy = getattr(model, "policy", model)
+    policy = model.policy
     with whole_folder(run / "policy") as folder:
         if hasattr(policy, "save_pretrained"):
             policy.save_pretrained(folder)
@@ -154,8 +173,9 @@ def save(model: nn.Module, codec: DialogueCodec, run: Path) -> None:
         codec.tokenizer.save_pretrained(folder)
         codec.format.save(folder)
     rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("policy.")}
-    if rest and policy is not model:
-        save_file(rest, run / "value.safetensors")
+    if rest:
+        scale = {"mean": str(value_scale.mean), "std": str(value_scale.std)}
+        save_file(rest, run / "value.safetensors", metadata=scale)
 
 
 def progress_line(metrics: dict[str, float], config: Any) -> str:
@@ -175,12 +195,10 @@ def compare_with_start(
     codec: DialogueCodec,
     samples: list[Sample],
     reward: Reward,
+    judge: IntentJudge | None,
     run: Path,
 ) -> None:
     """Supervised start against the trained policy on held-out samples: the table, and eval.json."""
-    judge = getattr(reward, "judge", None)
-    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
-        judge = IntentJudge(resolve_model(config.intent_model, "judge"), next(policy.parameters()).device)
     evaluations, scores = [], []
     for name, model in (("the supervised start", start), ("the PPO result", policy)):
         print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)

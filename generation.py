@@ -208,7 +208,7 @@ def reply_log_likelihoods(
     Replies are priced whole, not cut at max_new_tokens; only what the model has no positions for goes.
     """
     device = next(model.parameters()).device
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**20
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**20
     sums, counts = torch.zeros(len(samples)), torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
     for start in range(0, len(order), batch_size):

@@ -88,7 +88,7 @@ def encode_pairs(tokenizer, previous: Sequence[str], utterances: Sequence[str], 
     if as_pair:
         # the spacing of the data ("Sure . ") and that of decoded text ("Sure .") must look the same to the judge
         return tokenizer([p.strip() for p in previous], [u.strip() for u in utterances], **options)
-    return tokenizer([p + u for p, u in zip(previous, utterances)], **options)
+    return tokenizer([f"{p.strip()} {u.strip()}" for p, u in zip(previous, utterances)], **options)
 
 
 def accuracy_on(judge: IntentJudge, pairs: Sequence[tuple[str, str, int]]) -> dict[str, float]:
@@ -133,7 +133,9 @@ class IntentConfig(FitConfig):
     eval_samples: int = 2000
     """Validation pairs in each look during training (0: all); the final report uses all."""
     lr: float = 1e-4
+    """Peak learning rate of AdamW; it warms up, then falls linearly to zero."""
     batch_size: int = 32
+    """Pairs in an optimizer step, per process and accumulation step."""
 
 
 def train_intent(config: IntentConfig) -> Path:

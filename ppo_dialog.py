@@ -44,7 +44,9 @@ from common import (
 from configuration import parse_config, save_yaml
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
+    checked_stats,
     compare_with_start,
+    judge_of,
     make_accelerator,
     make_run_folder,
     make_stats,
@@ -77,7 +79,7 @@ class PPOConfig(FormatOptions):
     use_share_model: bool = True
     """Policy and value share one network; off: a second network of the same start estimates values."""
     model_class: str = ""
-    """Import path of your own network for policy and value together, called with this configuration."""
+    """Import path of your own network for policy and value together (what ActorCritic has), called with this."""
     policy_class: str = ""
     """Import path of your own policy network (a causal LM's interface), called with this configuration."""
     critic_class: str = ""
@@ -156,8 +158,6 @@ class PPOConfig(FormatOptions):
     """Sample from the k most likely tokens (0: all)."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this probability."""
-    min_new_tokens: int = 0
-    """Tokens before EOS or a one-token marker may come."""
 
     # engine
     seed: int = 0
@@ -233,7 +233,7 @@ class PPOConfig(FormatOptions):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
     def kl_controller(self) -> AdaptiveKL:
         return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_rate, self.kl_clip)
@@ -305,7 +305,8 @@ class ActorCritic(nn.Module):
         )
         values = None
         if self.critic is None:
-            values = self.value_head(self._hidden[:, -keep:].float()).squeeze(-1)
+            hidden = self._hidden[:, -keep:].to(self.value_head.weight.dtype)
+            values = self.value_head(hidden).squeeze(-1).float()
             self._hidden = None
         elif not use_cache:
             values = self.critic(input_ids, attention_mask, positions)[:, -keep:]
@@ -325,16 +326,17 @@ class Critic(nn.Module):
     def __init__(self, trunk: nn.Module):
         super().__init__()
         self.trunk = trunk
-        self.value_head = value_head(trunk.config.hidden_size)
+        # OPT-350m projects its last hidden state to another width
+        self.value_head = value_head(getattr(trunk.config, "word_embed_proj_dim", None) or trunk.config.hidden_size)
 
     def forward(self, input_ids, attention_mask, position_ids):
         """Values (B, S)."""
         out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return self.value_head(out.last_hidden_state.float()).squeeze(-1)
+        return self.value_head(out.last_hidden_state.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
 def value_head(width: int) -> nn.Linear:
-    """Starts at zero: the first values are the mean return, whatever the model's hidden states look like."""
+    """Starts at zero: whatever the hidden states look like, the first values are 0, then near the mean return."""
     head = nn.Linear(width, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -353,7 +355,14 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
     """The network to train, by the configuration: one trunk, two models, or the user's classes."""
     make = lambda path, what: import_path(path, what)(config)
     if config.model_class:
-        return make(config.model_class, "model_class")
+        model = make(config.model_class, "model_class")
+        missing = [name for name in ("policy", "value_parameters") if not hasattr(model, name)]
+        if missing:
+            raise UserError(
+                f"model_class '{config.model_class}' has no {' and no '.join(missing)}; expected what ActorCritic has: "
+                "`policy` (a causal LM), `value_parameters()` and its `forward`. Subclassing it is the shortest way."
+            )
+        return model
     policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name)
     if config.critic_class:
         critic = make(config.critic_class, "critic_class")
@@ -547,7 +556,7 @@ def gae(
 
 def masked_moments(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambda x: x) -> tuple[float, float]:
     """Mean and (population) variance of x where mask is set; `reduce` sums over processes."""
-    x, mask = x.double(), mask.double()
+    x, mask = x.cpu().double(), mask.cpu().double()  # not every accelerator has float64
     n, total, squares = reduce(torch.stack([mask.sum(), (x * mask).sum(), (x * x * mask).sum()])).tolist()
     mean = total / n
     return mean, max(0.0, squares / n - mean * mean)
@@ -631,19 +640,21 @@ def update(
     accelerator: Accelerator,
     rollout: Rollout,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
-    value_scale: RunningMoments,
+    targets: torch.Tensor,
+    old_values: torch.Tensor,
     config: PPOConfig,
     sizes: BatchSizes,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """`ppo_epoch` passes over the rollout; means of what happened in them, over tokens and processes."""
+    """`ppo_epoch` passes over the rollout; means of what happened in them, over tokens and processes.
+
+    advantages, targets (returns) and old_values are (N, T), the last two in the units that the network predicts.
+    """
     model.train()
-    old_values, targets = value_scale.normalize(rollout.values), value_scale.normalize(returns)
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, passes = 0, 0
     for _ in range(config.ppo_epoch):
-        epoch_tokens = 0
+        epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         order = torch.randperm(len(rollout.mask), generator=generator)
         for mini_batch in order.tensor_split(sizes.num_mini_batch):
             # tokens of all processes in this mini-batch: each token weighs the same, however the batch is cut
@@ -668,8 +679,8 @@ def update(
             epoch_tokens += tokens
         passes += 1
         if config.target_kl is not None:
-            kl_so_far = accelerator.reduce(totals["approx_kl"].clone(), reduction="sum") / (passes * epoch_tokens)
-            if kl_so_far > config.target_kl:
+            kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / epoch_tokens
+            if kl_of_pass > config.target_kl:
                 break
     grad_norm = float(totals.pop("grad_norm", torch.tensor(float("nan")))) / max(1, optimizer_steps)
     names = list(totals)
@@ -744,6 +755,10 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     for split in needed:
         skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
         say(f"{split}: {len(dialogues[split])} dialogues, {len(samples[split])} samples{skipped}")
+        if not samples[split]:
+            raise UserError(
+                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample."
+            )
     tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
     codec = DialogueCodec(tokenizer, fmt)
 
@@ -768,9 +783,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
 
     # Reward and its judge
     reward = build_reward(config, accelerator.device, fmt.eou_marker)
-    judged = {}
-    if getattr(reward, "judge", None) is not None:
-        judged = measure_judge(reward.judge, samples["validation"], config.judge_samples)
+    judge, judged = judge_of(reward, config, accelerator.device), {}
+    if judge is not None:
+        judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
     controller = config.kl_controller()
     env = DialogueVectorEnv(
@@ -797,7 +812,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     )
 
     value_scale = RunningMoments(config.normalize_values)
-    sum_over_processes = lambda x: accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
+    alone = accelerator.num_processes == 1
+    sum_over_processes = lambda x: x if alone else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
     observations, _ = env.reset(seed=config.seed)
     env_steps = episodes = updates = 0
     training_seconds = 0.0
@@ -827,7 +843,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
             # 2. advantages
             rewards = token_rewards(rollout, controller.coef)
             advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
+            old_values = value_scale.normalize(rollout.values)  # the network's own output, in the scale it was made in
             value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
+            targets = value_scale.normalize(returns)
             weights = advantages
             if config.normalize_advantages:
                 weights = whiten(advantages, rollout.mask, sum_over_processes)
@@ -835,7 +853,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
             # 3. improve policy and value
             update_started = time.perf_counter()
             order = generator_of(config.seed, updates, 1)
-            losses = update(model, optimizer, accelerator, rollout, weights, returns, value_scale, config, sizes, order)
+            learn_from = rollout, weights, targets, old_values
+            losses = update(model, optimizer, accelerator, *learn_from, config, sizes, order)
             update_seconds = time.perf_counter() - update_started
 
             # 4. account for it
@@ -859,7 +878,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 "peak_memory_mb": peak_memory_mb(accelerator.device),
             }
             if user_stats is not None:
-                metrics |= {name: float(value) for name, value in user_stats(rollout, metrics).items()}
+                metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
             if main:
                 with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(finite(metrics)) + "\n")
@@ -867,21 +886,23 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 say(progress_line(metrics, config))
                 accelerator.log({k: v for k, v in metrics.items() if k != "update"}, step=updates)
             if main and updates % config.save_interval == 0:
-                save(unwrapped, codec, run)
+                save(unwrapped, codec, value_scale, run)
     except KeyboardInterrupt:
         say(f"interrupted after {updates} updates; saving what is trained so far")
         if main and updates:
-            save(unwrapped, codec, run)
+            save(unwrapped, codec, value_scale, run)
         raise
 
     # 5. save, and compare with the start on dialogues that were not trained on
     speed = env_steps / training_seconds
     if main:
-        save(unwrapped, codec, run)
+        save(unwrapped, codec, value_scale, run)
         if config.eval_limit >= 0:
             start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
             held_out = samples[config.eval_split][: config.eval_limit or None]
-            compare_with_start(config, getattr(unwrapped, "policy", unwrapped), start, codec, held_out, reward, run)
+            compare_with_start(
+                config, getattr(unwrapped, "policy", unwrapped), start, codec, held_out, reward, judge, run
+            )
     accelerator.wait_for_everyone()
     accelerator.end_training()
     say(
@@ -929,6 +950,8 @@ def rollout_figures(
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
     columns = {"episode_reward": rewards.sum(-1), "score": rollout.scores, **rollout.statistics, "reward_kl": penalty}
+    if not any(name.startswith("reward_") for name in rollout.statistics):
+        columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]
     columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}
     names = list(columns)

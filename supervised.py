@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -38,8 +38,8 @@ class FitConfig:
     """Stop after so many minutes of training (0: no limit); the learning rate reaches zero by then."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Accelerate's mixed precision; bf16 pays on recent CPUs and GPUs."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Accelerate's mixed precision (bf16 pays on recent CPUs and GPUs); left out: what `accelerate launch` was told."""
     eval_every: int = 250
     """Optimizer steps between two looks at the validation split; the best weights are kept."""
     log_every: int = 25
@@ -113,7 +113,8 @@ def fit(
         for batch in loader:
             progress = step / total
             if config.max_minutes:
-                progress = max(progress, minutes() / config.max_minutes)
+                # one clock for all processes: they must agree on the rate and on when to stop
+                progress = broadcast_object_list([max(progress, minutes() / config.max_minutes)])[0]
             if progress >= 1:
                 total = step
                 break

@@ -428,7 +428,6 @@ REFUSED = dict(
     max_grad_norm=(0.0, NAN),
     top_k=(-1,),
     top_p=(0.0, 1.1, NAN),
-    min_new_tokens=(-1,),
     experiment_name=("", ".", "..", "a/b", "/tmp"),
 )
 

@@ -312,7 +312,8 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     advantages, returns = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
     sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts)
     order = torch.Generator().manual_seed(0)
-    stats = update(model, optimizer, accelerator, rollout, advantages, returns, scale, config, sizes, order)
+    targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
+    stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, order)
     return {k: v.clone() for k, v in model.state_dict().items()}, stats
 
 
