@@ -182,7 +182,7 @@ def progress_line(metrics: dict[str, float], config: Any) -> str:
     parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("intent", "meteor") if name in metrics)
     return (
         f"update {metrics['update']:>3}  steps {metrics['env_steps']:>7,}/{config.total_time_steps:,}  "
-        f"reward {metrics['episode_reward']:.3f} {f'({parts}) ' if parts else ''}"
+        f"score {metrics['score']:.3f} {f'({parts}) ' if parts else ''}"
         f"kl {metrics['kl_div']:.4f} alpha {metrics['alpha']:.3f}  length {metrics['mean_output_length']:.1f}  "
         f"clipfrac {metrics['clipfrac']:.3f} ev {metrics['explained_variance']:.2f}  {metrics['fps']:.0f} tokens/s"
     )
