@@ -383,8 +383,13 @@ class DialogueFormat:
             raise UserError("eou_marker is blank; expected text such as '<EOU>' that ends an utterance.")
 
     def prompt(self, utterances: Sequence[str]) -> str:
-        """The last utterances joined by the marker, then a blank and the marker."""
-        return self.eou_marker.join(utterances[-self.context_utterances :]) + " " + self.eou_marker
+        """The last utterances joined by the marker, then a blank and the marker.
+
+        A dialogue that has just begun (in a chat) has fewer than `context_utterances`. Models know such contexts from
+        the beginnings of longer prompts, where no blank stands before the marker.
+        """
+        end = " " + self.eou_marker if len(utterances) >= self.context_utterances else self.eou_marker
+        return self.eou_marker.join(utterances[-self.context_utterances :]) + end
 
     def target(self, reply: str) -> str:
         """What the model should write after the prompt."""

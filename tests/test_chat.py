@@ -185,8 +185,9 @@ def test_dialogue_format_and_reset(folder):
     agent.reset()
     agent.reply("d")
     texts = agent.tokenizer.batch_decode(prompts)
-    assert texts[:2] == ["a <EOU>", "a<EOU>one<EOU>b <EOU>"]
-    assert texts[2:] == ["a<EOU>one<EOU>b<EOU>two<EOU>c <EOU>", "d <EOU>"]
+    # the blank before the last marker belongs to prompts of full length, as in training
+    assert texts[:2] == ["a<EOU>", "a<EOU>one<EOU>b<EOU>"]
+    assert texts[2:] == ["a<EOU>one<EOU>b<EOU>two<EOU>c <EOU>", "d<EOU>"]
 
 
 def test_only_the_last_context_utterances_are_shown_and_spaced_as_asked(folder):
