@@ -187,7 +187,7 @@ def test_intent_needs_acts_and_four_classes(judge_folder, tmp_path):
 
 def test_last_utterance():
     assert last_utterance("Hi .<EOU>How are you ? <EOU>", "<EOU>") == "How are you ? "
-    assert last_utterance(DialogueFormat(eou_marker="|").prompt(["a", "b"]), "|") == "b "
+    assert last_utterance(DialogueFormat(eou_marker="|").prompt(["a", "b"]), "|") == "b"
     assert last_utterance(" <EOU>", "<EOU>") == last_utterance("", "<EOU>") == ""
 
 
