@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from common import UserError
 from envs import DialogueCodec, Sample
+from packing import logits_at, position_ids
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -40,11 +42,6 @@ class Sampling:
             raise UserError(f"min_new_tokens is {self.min_new_tokens}; expected 0 or more.")
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, S) that count real tokens only, so that left padding moves nothing."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def support_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
     """The token ids (B, K), int32, that top-k and top-p leave to sample from; -1 fills rows with fewer. None: all.
 
@@ -67,12 +64,13 @@ def log_probs_of(
 ) -> torch.Tensor:
     """Log-probabilities (...) of `tokens` (...) under softmax(logits / temperature), logits (..., V).
 
-    With `support` (..., K) the softmax is over those ids alone (-1 is filler). The normaliser is a logsumexp, so no
-    second tensor of vocabulary size is made.
+    With `support` (..., K) the softmax is over those ids alone (-1 is filler).
     """
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
+    if support is None:  # one kernel forward and one backward over the vocabulary
+        return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - restrict(logits, support).logsumexp(-1)
 
@@ -94,9 +92,8 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, suppo
         return logits.argmax(-1)
     cdf = (restrict(logits.float(), support) / sampling.temperature).softmax(-1).cumsum(-1)
     total = cdf[:, -1:]
-    index = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * total, right=True)
-    last = (cdf >= total).int().argmax(-1, keepdim=True)  # rounding must not pick a token of probability 0
-    index = torch.minimum(index, last)
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not pick what follows the last likely token
+    index = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
     return (index if support is None else support.long().gather(-1, index)).squeeze(-1)
 
 
@@ -171,7 +168,7 @@ def sample_responses(
         full_logprobs = logprobs
     else:
         width = max(s.shape[1] for s in supports)
-        support = torch.stack([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-1) for s in supports], dim=1)
+        support = torch.stack([F.pad(s, (0, width - s.shape[1]), value=-1) for s in supports], dim=1)
     return Responses(
         ids[:, :length],
         mask[:, :length],
@@ -218,17 +215,22 @@ def reply_log_likelihoods(
         targets = [torch.tensor(codec.encode_target(samples[i].reply)[:room]) for i in chunk]
         reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
         reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
-        ids = torch.cat([prompt_ids, reply_ids], dim=-1).to(device)
-        mask = torch.cat([prompt_mask, reply_mask], dim=-1).to(device)
-        length = reply_ids.shape[1]
-        # the logits that predict the reply are those of the last prompt position and of all but its last token
-        logits = model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=position_ids(mask[:, :-1]),
-            logits_to_keep=length,
-            use_cache=False,
-        ).logits
-        logprobs = log_probs_of(logits, ids[:, -length:], temperature=1.0).cpu() * reply_mask
-        sums[chunk], counts[chunk] = logprobs.sum(-1), reply_mask.sum(-1).float()
+        inputs = inputs_of(torch.cat([prompt_ids, reply_ids], -1), torch.cat([prompt_mask, reply_mask], -1), reply_mask)
+        logits = logits_at(model, *(x.to(device) for x in inputs))
+        flat = log_probs_of(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
+        sums[chunk] = torch.stack([logprobs.sum() for logprobs in flat.split(reply_mask.sum(-1).tolist())])
+        counts[chunk] = reply_mask.sum(-1).float()
     return sums, counts
+
+
+def inputs_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a network reads to price responses: input_ids, attention_mask and the positions to keep, (B, S - 1) each.
+
+    input_ids, attention_mask (B, S), of which the last T columns are the response's, response_mask (B, T). The state
+    before a token is the position before it, so the last token of a text is no input.
+    """
+    keep = torch.zeros_like(attention_mask[:, 1:], dtype=torch.bool)
+    keep[:, -response_mask.shape[1] :] = response_mask
+    return input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -55,8 +55,9 @@ from experiment import (
     save,
     start_trackers,
 )
-from generation import DecodeStep, Sampling, log_probs_of, position_ids, restrict, sample_responses
+from generation import Sampling, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
+from packing import allow_packing, cut, logits_at, position_ids, unpadded
 from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +120,9 @@ class PPOConfig(FormatOptions):
     num_mini_batch: int = 4
     """Mini-batches, and optimizer steps, in a pass."""
     gradient_accumulation_steps: int = 1
-    """Parts that a mini-batch is cut into, to save memory; the gradient stays the same."""
+    """Parts that a mini-batch is cut into at least; the gradient stays the same."""
+    micro_batch_tokens: int = 0
+    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 2,048 on a CPU, 16,384 on a GPU)."""
 
     # PPO
     lr: float = 2e-4
@@ -208,7 +211,8 @@ class PPOConfig(FormatOptions):
         at_least = {
             1: "total_time_steps env_num episode_length ppo_epoch num_mini_batch gradient_accumulation_steps "
             "log_interval save_interval",
-            0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples",
+            0: "micro_batch_tokens seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef "
+            "kl_coef judge_samples",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -246,7 +250,8 @@ class BatchSizes:
     rounds: int  # replies of each dialogue slot in a rollout
     replies: int  # replies of this process in a rollout
     num_mini_batch: int
-    parts: int  # micro-batches that a mini-batch is cut into (gradient accumulation)
+    parts: int  # micro-batches that a mini-batch is at least cut into (gradient accumulation)
+    micro_batch: int  # tokens of a micro-batch
 
     @classmethod
     def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
@@ -261,7 +266,8 @@ class BatchSizes:
                 f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
                 "lower gradient_accumulation_steps or num_mini_batch."
             )
-        return cls(rounds, replies, num_mini_batch, parts)
+        micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 2048)
+        return cls(rounds, replies, num_mini_batch, parts, micro_batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,33 +294,42 @@ class ActorCritic(nn.Module):
     def _keep_hidden(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hidden = inputs[0]
 
-    def forward(self, input_ids, attention_mask, keep: int, past=None, use_cache: bool = False):
-        """Logits (B, keep, V) and values (B, keep) of the last `keep` positions, and the key/value cache.
+    def forward(self, input_ids, attention_mask, keep):
+        """Logits (n, V) and values (n,) at the n positions that keep (B, S) marks, row after row.
 
-        input_ids (B, S) follow what is in `past`; attention_mask (B, past + S). While a cache is in use a separate
-        critic is not asked (values are None): it prices finished replies in one pass, see `values_of`.
+        input_ids, attention_mask (B, S), padded on either side: what is padding costs nothing, see packing.py.
         """
-        positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        inputs, select = unpadded(self.policy, input_ids, attention_mask, keep)
+        logits = select(self.policy(**inputs, use_cache=False).logits)
+        if self.critic is not None:
+            return logits, self.values_of(input_ids, attention_mask, keep)
+        return logits, self._values(select)
+
+    def decode(self, input_ids, attention_mask, past=None):
+        """Logits (B, V) and values (B,) of the last position, and the key/value cache.
+
+        input_ids (B, s) follow what is in `past`; attention_mask (B, past + s). A separate critic is not asked (values
+        are None): it prices finished replies in one pass, see `values_of`.
+        """
         out = self.policy(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=positions,
+            position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
             past_key_values=past,
-            use_cache=use_cache,
-            logits_to_keep=keep,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        values = None
-        if self.critic is None:
-            hidden = self._hidden[:, -keep:].to(self.value_head.weight.dtype)
-            values = self.value_head(hidden).squeeze(-1).float()
-            self._hidden = None
-        elif not use_cache:
-            values = self.critic(input_ids, attention_mask, positions)[:, -keep:]
-        return out.logits[:, -keep:], values, out.past_key_values
+        values = self._values(lambda hidden: hidden[:, -1]) if self.critic is None else None
+        return out.logits[:, -1], values, out.past_key_values
 
-    def values_of(self, input_ids, attention_mask, keep: int) -> torch.Tensor:
-        """A separate critic's values (B, keep) of the last `keep` positions."""
-        return self.critic(input_ids, attention_mask, position_ids(attention_mask))[:, -keep:].float()
+    def _values(self, select: Callable) -> torch.Tensor:
+        hidden, self._hidden = select(self._hidden), None
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
+    def values_of(self, input_ids, attention_mask, keep) -> torch.Tensor:
+        """A separate critic's values (n,) at the kept positions."""
+        inputs, select = unpadded(self.critic, input_ids, attention_mask, keep, head=False)
+        return select(self.critic(**inputs)).float()
 
     def value_parameters(self) -> list[nn.Parameter]:
         return list((self.value_head if self.critic is None else self.critic).parameters())
@@ -325,14 +340,15 @@ class Critic(nn.Module):
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.config = trunk, trunk.config
         # OPT-350m projects its last hidden state to another width
         self.value_head = value_head(getattr(trunk.config, "word_embed_proj_dim", None) or trunk.config.hidden_size)
 
-    def forward(self, input_ids, attention_mask, position_ids):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **packing):
         """Values (B, S)."""
-        out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return self.value_head(out.last_hidden_state.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packing)
+        hidden = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
 def value_head(width: int) -> nn.Linear:
@@ -375,13 +391,17 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
         critic = None
     else:
         # fp32 master weights, as the policy's
-        critic = Critic(load_pretrained(AutoModel, name, "model", dtype=torch.float32))
+        trunk = load_pretrained(AutoModel, name, "model", dtype=torch.float32)
+        allow_packing(trunk)
+        critic = Critic(trunk)
     return ActorCritic(policy, critic)
 
 
 def load_causal_lm(name: str) -> nn.Module:
     """A causal LM in fp32: the small steps of fine-tuning vanish in bf16 weights; mixed precision keeps the speed."""
-    return load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32)
+    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32)
+    allow_packing(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,6 +431,10 @@ class Rollout:
         return self.mask.shape[1]
 
     @property
+    def prompt_mask(self) -> torch.Tensor:
+        return self.attention_mask[:, : -self.response_length]
+
+    @property
     def response_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.response_length :]
 
@@ -424,11 +448,13 @@ def collect(
     sampling: Sampling,
     value_scale: RunningMoments,
     uniforms: torch.Tensor,
+    micro_batch: int,
     device: torch.device,
 ) -> tuple[Rollout, dict[str, Any]]:
     """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
 
-    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
+    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness; finished replies are read
+    `micro_batch` tokens at a time.
     """
     parts: list[Rollout] = []
     for round_uniforms in uniforms:
@@ -440,21 +466,22 @@ def collect(
         prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
 
         # 2. responses, with the log-probability and the value of each token as it is sampled
-        out = sample_responses(
-            decode_step(model), env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device)
-        )
-        length = out.ids.shape[1]
+        out = sample_responses(model.decode, env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device))
         input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
         attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
 
-        # 3. what a separate critic and the frozen reference make of them, one pass each over the finished text;
-        #    the last token needs no pass, nothing comes after it
-        read = dict(input_ids=input_ids[:, :-1], attention_mask=attention_mask[:, :-1])
-        separate_critic = getattr(model, "critic", None) is not None
-        values = model.values_of(**read, keep=length) if separate_critic else out.values
-        positions = position_ids(read["attention_mask"])
-        ref_logits = ref_model(**read, position_ids=positions, use_cache=False, logits_to_keep=length).logits
-        ref_logprobs = log_probs_of(ref_logits[:, -length:], out.ids, sampling.temperature)
+        # 3. what a separate critic and the frozen reference make of the finished text
+        values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
+        if getattr(model, "critic", None) is not None:
+            values = torch.zeros_like(out.values)
+        lengths = attention_mask.sum(-1)
+        for rows in cut(torch.arange(len(lengths), device=device), lengths, -(-int(lengths.sum()) // micro_batch)):
+            mask = out.mask[rows]
+            inputs = inputs_of(input_ids[rows], attention_mask[rows], mask)
+            logprobs = log_probs_of(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
+            ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
+            if values is not out.values:
+                values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
         sampled = time.perf_counter()
 
         # 4. the environment scores the replies and hands out the next dialogues
@@ -479,16 +506,6 @@ def collect(
             )
         )
     return join(parts), observations
-
-
-def decode_step(model: ActorCritic) -> DecodeStep:
-    """One step of sampling: logits and value of the last position."""
-
-    def step(input_ids, attention_mask, past):
-        logits, values, past = model(input_ids, attention_mask, 1, past, use_cache=True)
-        return logits[:, -1], None if values is None else values[:, -1], past
-
-    return step
 
 
 def join(parts: list[Rollout]) -> Rollout:
@@ -604,7 +621,7 @@ class RunningMoments:
 def policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped loss of each token (N, T), and approx_kl and clipfrac of each.
+    """PPO's clipped loss of each token (n,), and approx_kl and clipfrac of each.
 
     approx_kl is the low-variance estimate (r - 1) - log r of KL(old || new) (Schulman, joschu.net/blog/kl-approx).
     """
@@ -619,13 +636,13 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """Half the squared error of each token's value (N, T), the larger of plain and clipped (Schulman et al., 2017)."""
+    """Half the squared error of each token's value (n,), the larger of plain and clipped (Schulman et al., 2017)."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def entropy_of(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
-    """Entropy (N, T), in nats, of the distribution that is sampled from."""
+    """Entropy (n,), in nats, of the distribution that is sampled from."""
     logprobs = restrict(logits.float() / temperature, support).log_softmax(-1)
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
 
@@ -653,24 +670,31 @@ def update(
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, passes = 0, 0
+    lengths = rollout.attention_mask.sum(-1).cpu()  # (N,)
     for _ in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         order = torch.randperm(len(rollout.mask), generator=generator)
         for mini_batch in order.tensor_split(sizes.num_mini_batch):
-            # tokens of all processes in this mini-batch: each token weighs the same, however the batch is cut
-            tokens = accelerator.reduce(rollout.mask[mini_batch].sum(), reduction="sum")
-            for rows in mini_batch.tensor_split(sizes.parts):
+            # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
+            # all processes: each token weighs the same, however the batch is cut.
+            parts = max(sizes.parts, -(-int(lengths[mini_batch].sum()) // sizes.micro_batch))
+            ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
+            tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
+            tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
+            accelerator.step, accelerator.gradient_accumulation_steps = 0, parts
+            # Accelerate divides by the parts (DeepSpeed by those it was made with), data parallelism by the processes
+            divided = sizes.parts if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
+            scale = divided * accelerator.num_processes / tokens
+            for rows in cut(mini_batch, lengths[mini_batch], parts):
                 with accelerator.accumulate(model):
                     stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
                     loss = loss - config.entropy_coef * stats["entropy"]
-                    # Accelerate divides by the parts, and data parallelism by the processes: undo both
-                    scale = sizes.parts * accelerator.num_processes / tokens
                     accelerator.backward(loss * scale)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                         if norm is not None:
-                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + torch.as_tensor(float(norm))
+                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + torch.as_tensor(norm).float()
                         optimizer_steps += 1
                     optimizer.step()
                     optimizer.zero_grad()
@@ -700,29 +724,19 @@ def token_stats(
 ) -> dict[str, torch.Tensor]:
     """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
     mask = rollout.mask[rows]
-    length = int(mask.sum(-1).max())  # no column is computed that is padding in all rows
-    prompt_width = rollout.input_ids.shape[1] - rollout.response_length
-    first = int(rollout.attention_mask[rows].any(0).nonzero()[0])
-    ids = rollout.input_ids[rows, first : prompt_width + length]
-    attention = rollout.attention_mask[rows, first : prompt_width + length]
-    mask = mask[:, :length]
-    support = None if rollout.support is None else rollout.support[rows, :length]
-
-    # the state before token t is the position before it: the last token itself is never an input
-    logits, values, _ = model(ids[:, :-1], attention[:, :-1], length)
-    logprobs = log_probs_of(logits, ids[:, -length:], config.temperature, support)
-    # filler may be outside its row's support; it must not turn the masked sum into NaN
-    logprobs = logprobs.masked_fill(~mask, 0.0)
-    losses, stats = policy_loss(logprobs, rollout.logprobs[rows, :length], advantages[rows, :length], config.clip_range)
+    at_tokens = lambda x: x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
+    support = None if rollout.support is None else at_tokens(rollout.support)
+    logits, values = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+    logprobs = log_probs_of(logits, at_tokens(rollout.response_ids), config.temperature, support)
+    old_logprobs = at_tokens(rollout.logprobs)
+    losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(advantages), config.clip_range)
     stats |= {
         "policy_loss": losses,
-        "value_loss": value_loss(
-            values.float(), old_values[rows, :length], targets[rows, :length], config.value_clip_range
-        ),
+        "value_loss": value_loss(values, at_tokens(old_values), at_tokens(targets), config.value_clip_range),
+        # without a bonus on it, the sampled tokens' own log-probabilities estimate the entropy, and cost nothing
+        "entropy": entropy_of(logits, config.temperature, support) if config.entropy_coef else -old_logprobs,
     }
-    with torch.set_grad_enabled(config.entropy_coef > 0):
-        stats["entropy"] = entropy_of(logits, config.temperature, support)
-    return {name: x.masked_fill(~mask, 0.0).sum() for name, x in stats.items()}
+    return {name: x.sum() for name, x in stats.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -777,6 +791,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
             {"params": value_parameters, "lr": config.critic_lr},
         ],
         weight_decay=config.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     unwrapped = accelerator.unwrap_model(model)
@@ -837,6 +852,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                     config.sampling,
                     value_scale,
                     uniforms,
+                    sizes.micro_batch,
                     accelerator.device,
                 )
 
@@ -958,12 +974,18 @@ def rollout_figures(
     means = dict(zip(names, (reduce(torch.stack([columns[c].sum() for c in names])) / n).tolist()))
     whole = sum(means[f"share_{p.removeprefix('reward_')}"] for p in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
+    prompt_tokens, prompt_positions = reduce(
+        rollout.prompt_mask.new_tensor([rollout.prompt_mask.sum(), rollout.prompt_mask.numel()])
+    ).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
     return means | {
         "kl_div": reduce(rollout.kl.sum()).item() / tokens,
         "alpha": alpha,
+        "mean_prompt_length": prompt_tokens / n,
         "mean_output_length": tokens / n,
+        # the prompts' pass is the one that is padded, see packing.py
+        "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
         "tokens": tokens,
         "episodes": n,

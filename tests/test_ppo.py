@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from common import UserError
 from envs import DialogueFormat
-from generation import Sampling, draw, log_probs_of, position_ids, sample_responses, support_of
+from generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
+from packing import allow_packing, position_ids
 from ppo_dialog import (
     ActorCritic,
     BatchSizes,
@@ -18,7 +19,6 @@ from ppo_dialog import (
     PPOConfig,
     Rollout,
     RunningMoments,
-    decode_step,
     disable_dropout,
     entropy_of,
     gae,
@@ -70,13 +70,14 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0) -> Rollout:
     ids, mask = prompts(seed=seed)
     uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
 
-    out = sample_responses(decode_step(model), FakeCodec(), ids, mask, sampling, uniforms)
+    out = sample_responses(model.decode, FakeCodec(), ids, mask, sampling, uniforms)
     input_ids = torch.cat([ids, out.ids], -1)
     attention = torch.cat([mask, out.mask.long()], -1)
     values = out.values
     if model.critic is not None:
         with torch.no_grad():
-            values = model.values_of(input_ids[:, :-1], attention[:, :-1], out.ids.shape[1])
+            flat = model.values_of(*inputs_of(input_ids, attention, out.mask))
+        values = torch.zeros(out.mask.shape).masked_scatter(out.mask, flat)
     generator = torch.Generator().manual_seed(seed + 1)
     return Rollout(
         input_ids=input_ids,
@@ -103,12 +104,27 @@ def with_trained_value(model: ActorCritic) -> ActorCritic:
     return model
 
 
-def shared(family: str = "gpt2") -> ActorCritic:
-    return with_trained_value(ActorCritic(small_lm(family)))
+def shared(family: str = "gpt2", packed: bool = True) -> ActorCritic:
+    policy = small_lm(family)
+    assert not packed or allow_packing(policy)
+    return with_trained_value(ActorCritic(policy))
 
 
-def separate(family: str = "gpt2") -> ActorCritic:
-    return with_trained_value(ActorCritic(small_lm(family), Critic(small_lm(family).base_model)))
+def separate(family: str = "gpt2", packed: bool = True) -> ActorCritic:
+    policy, trunk = small_lm(family), small_lm(family).base_model
+    assert not packed or (allow_packing(policy) and allow_packing(trunk))
+    return with_trained_value(ActorCritic(policy, Critic(trunk)))
+
+
+def plain_logprobs(model: ActorCritic, rollout: Rollout) -> torch.Tensor:
+    """Log-probabilities (N, T) of the responses by the model alone: padded, whole vocabulary, nothing of ours."""
+    out = model.policy(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=position_ids(rollout.attention_mask),
+    )
+    logits = out.logits[:, -rollout.response_length - 1 : -1]
+    return torch.distributions.Categorical(logits=logits).log_prob(rollout.response_ids)
 
 
 # --- advantages
@@ -253,7 +269,7 @@ def test_a_row_is_the_same_whatever_its_batch_and_padding(family):
     ids, mask = prompts()
     uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
 
-    step = decode_step(model)
+    step = model.decode
     together = sample_responses(step, FakeCodec(), ids, mask, Sampling(), uniforms)
     assert len({int(n) for n in together.mask.sum(-1)}) > 1  # rows end at different steps
     for row in range(6):
@@ -270,23 +286,28 @@ def test_a_row_is_the_same_whatever_its_batch_and_padding(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize("make", [shared, separate])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(0.7, top_k=7), Sampling(1.3, top_p=0.8), Sampling(1, 9, 0.9)]
 )
-def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(family, make, sampling):
-    model = make(family)
+def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(family, make, packed, sampling):
+    model = make(family, packed)
     rollout = rolled(model, sampling)
     config = PPOConfig(temperature=sampling.temperature)
     zeros = torch.zeros_like(rollout.logprobs)
+    mask = rollout.mask
     with torch.no_grad():
         stats = token_stats(model, rollout, torch.arange(6), zeros, rollout.values, rollout.values, config)
-        length = rollout.response_length
-        logits, values, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], length)
-        logprobs = log_probs_of(logits, rollout.response_ids, sampling.temperature, rollout.support)
+        logits, values = model(*inputs_of(rollout.input_ids, rollout.attention_mask, mask))
+        support = None if rollout.support is None else rollout.support[mask]
+        logprobs = log_probs_of(logits, rollout.response_ids[mask], sampling.temperature, support)
     assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
     assert stats["value_loss"].item() == pytest.approx(0, abs=1e-6)
-    assert torch.allclose(logprobs[rollout.mask], rollout.logprobs[rollout.mask], atol=1e-4)
-    assert torch.allclose(values[rollout.mask], rollout.values[rollout.mask], atol=1e-4)
+    assert torch.allclose(logprobs, rollout.logprobs[mask], atol=1e-4)
+    assert torch.allclose(values, rollout.values[mask], atol=1e-4)
+    if sampling == Sampling():
+        assert torch.allclose(logprobs, plain_logprobs(model, rollout)[mask], atol=1e-4)
+        assert stats["entropy"].item() == pytest.approx(-logprobs.sum().item(), abs=1e-3)  # estimated, see token_stats
 
 
 def test_positions_count_real_tokens():
@@ -310,7 +331,7 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     scale = RunningMoments(config.normalize_values)
     scale.update(0.3, 0.5)
     advantages, returns = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
-    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts)
+    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts, config.micro_batch_tokens or 2048)
     order = torch.Generator().manual_seed(0)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
     stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, order)
@@ -318,13 +339,21 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
 
 
 @pytest.mark.parametrize("make", [shared, separate])
-def test_accumulated_parts_equal_the_whole_batch(make):
+def test_parts_micro_batches_and_packing_change_nothing(make):
     rollout = rolled(make(), Sampling())
     whole, stats = updated(make, rollout, config_for_update())
-    parts, stats_parts = updated(make, rollout, config_for_update(gradient_accumulation_steps=3), parts=3)
-    for name in whole:
-        assert torch.allclose(whole[name], parts[name], atol=1e-5), name
-    assert stats["policy_loss"] == pytest.approx(stats_parts["policy_loss"], abs=1e-5)
+    unpacked = lambda: make(packed=False)
+    others = [
+        updated(make, rollout, config_for_update(gradient_accumulation_steps=3), parts=3),
+        updated(make, rollout, config_for_update(micro_batch_tokens=20)),
+        updated(make, rollout, config_for_update(micro_batch_tokens=1)),  # a reply at a time
+        updated(unpacked, rollout, config_for_update()),
+        updated(unpacked, rollout, config_for_update(micro_batch_tokens=20)),
+    ]
+    for weights, statistics in others:
+        for name in whole:
+            assert torch.allclose(whole[name], weights[name], atol=1e-5), name
+        assert stats["policy_loss"] == pytest.approx(statistics["policy_loss"], abs=1e-5)
     assert any(not torch.equal(v, make().state_dict()[k]) for k, v in whole.items())  # something was learned
 
 
@@ -350,9 +379,7 @@ def test_first_pass_gradient_is_the_plain_policy_gradient():
     after, _ = updated(shared, rollout, config)
     model = shared()
     advantages, _ = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
-    logits, _, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], rollout.response_length)
-    logprobs = torch.distributions.Categorical(logits=logits).log_prob(rollout.response_ids)
-    loss = -(advantages * logprobs * rollout.mask).sum() / rollout.mask.sum()
+    loss = -(advantages * plain_logprobs(model, rollout) * rollout.mask).sum() / rollout.mask.sum()
     loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -370,7 +397,7 @@ def test_early_stop_on_kl_and_dropout_off():
         disable_dropout(model)
         model.train()
         ids, mask = prompts()
-        assert torch.equal(model(ids, mask, 3)[0], model(ids, mask, 3)[0])
+        assert torch.equal(model(ids, mask, mask.bool())[0], model(ids, mask, mask.bool())[0])
 
 
 def test_update_raises_the_probability_of_what_was_rewarded():
@@ -382,8 +409,7 @@ def test_update_raises_the_probability_of_what_was_rewarded():
     model = shared()
     model.load_state_dict(after)
     with torch.no_grad():
-        logits, _, _ = model(rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1], rollout.response_length)
-    change = ((log_probs_of(logits, rollout.response_ids, 1.0) - rollout.logprobs) * rollout.mask).sum(-1)
+        change = ((plain_logprobs(model, rollout) - rollout.logprobs) * rollout.mask).sum(-1)
     assert change[rollout.scores > 0].mean() > 0 > change[rollout.scores < 0].mean()
 
 
@@ -401,14 +427,18 @@ def test_rollout_figures_add_up():
 
 
 def test_batch_sizes_are_derived_and_refused():
-    one = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1)
+    one = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, device=torch.device("cpu"))
     tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
-    assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(rounds=6, replies=12, num_mini_batch=12, parts=1)
-    two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1)
+    assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(
+        rounds=6, replies=12, num_mini_batch=12, parts=1, micro_batch=2048
+    )
+    two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="env_num is 3"):
         BatchSizes.derive(PPOConfig(env_num=3), 20, two)
     with pytest.raises(UserError, match="cannot be cut"):
-        BatchSizes.derive(tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2))
+        BatchSizes.derive(
+            tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2, device=torch.device("cpu"))
+        )
 
 
 def test_the_value_of_a_separate_critic_leaves_the_policy_alone():

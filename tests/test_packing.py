@@ -1,0 +1,147 @@
+"""Batches without padding: the same numbers as with it, in every family, and a way back where a model cannot."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import packing
+from common import fuse_gelu, turn_head
+from packing import allow_packing, cut, logits_at, packs, position_ids, unpadded
+
+V = 40
+SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+FAMILIES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=4)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=32, word_embed_proj_dim=8, **SIZES)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES)),
+    "qwen": lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **SIZES)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Texts padded on either side, with filler that must not matter, and positions to keep; one text keeps none."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, V, (4, 8), generator=generator)
+    spans = [(3, 8), (0, 8), (1, 6), (7, 8)]
+    mask = torch.tensor([[int(a <= i < b) for i in range(8)] for a, b in spans])
+    keep = torch.zeros(4, 8, dtype=torch.bool)
+    keep[0, 7] = keep[1, 3] = keep[1, 6] = keep[3, 7] = True
+    return ids, mask, keep
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("one_call", [False, True])
+def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_call, monkeypatch):
+    if one_call:  # what other devices than the CPU do
+        monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    ids, mask, keep = batch()
+    expected = []
+    for row in range(len(ids)):
+        real = mask[row].bool()
+        expected.append(model(input_ids=ids[row : row + 1, real]).logits[0][keep[row, real]])
+    expected = torch.cat(expected)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    assert allow_packing(model) and packs(model)
+    logits = logits_at(model, ids, mask, keep)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+
+
+def test_only_kept_positions_reach_the_vocabulary_and_no_padding_any_layer():
+    model = FAMILIES["gpt2"]()
+    ids, mask, keep = batch()
+    seen = {}
+    model.lm_head.register_forward_pre_hook(lambda m, x: seen.update(head=x[0].shape))
+    model.transformer.h[0].mlp.register_forward_pre_hook(lambda m, x: seen.update(layer=x[0].shape))
+    allow_packing(model)
+    logits_at(model, ids, mask, keep)
+    assert seen["head"] == (1, int(keep.sum()), 16) and seen["layer"] == (1, int(mask.sum()), 16)
+
+
+def test_a_model_that_packs_still_takes_padded_batches_and_a_cache():
+    model = FAMILIES["llama"]().eval()
+    ids, mask, _ = batch()
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask))
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        allow_packing(model)
+        assert torch.allclose(model(**inputs).logits[mask.bool()], plain[mask.bool()], atol=1e-5)
+        whole = model(input_ids=ids[1:2]).logits
+        first = model(input_ids=ids[1:2, :5], use_cache=True)
+        then = model(input_ids=ids[1:2, 5:], past_key_values=first.past_key_values).logits
+    assert torch.allclose(torch.cat([first.logits, then], 1), whole, atol=1e-5)
+
+
+def test_models_that_cannot_pack_stay_padded_with_the_same_results():
+    window = MistralForCausalLM(MistralConfig(num_key_value_heads=2, sliding_window=3, **SIZES)).eval()
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=4)).eval()
+    ids, mask, keep = batch()
+    for model in (window, bloom):
+        assert not allow_packing(model) and not packs(model)
+        with torch.no_grad():
+            logits = logits_at(model, ids, mask, keep)
+            expected = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[keep]
+        assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
+    ids, mask, keep = batch()
+    inputs, select = unpadded(torch.nn.Linear(1, 1), ids[2:3], mask[2:3], keep[2:3] | (mask[2:3] > 0))
+    assert inputs["input_ids"].shape == (1, 5) and inputs["logits_to_keep"] == 5
+    assert select(torch.arange(5)[None]).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 30))
+@settings(deadline=None, max_examples=200)
+def test_cut_keeps_every_row_once_in_parts_of_like_size(lengths, parts):
+    parts = min(parts, len(lengths))
+    rows = torch.arange(len(lengths)) + 100
+    pieces = cut(rows, torch.tensor(lengths), parts)
+    assert len(pieces) == parts and all(len(piece) for piece in pieces)
+    assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
+    together = [lengths[int(i) - 100] for i in torch.cat(pieces)]
+    assert together == sorted(together)
+    sums = [sum(lengths[int(i) - 100] for i in piece) for piece in pieces]
+    assert max(sums) <= sum(lengths) / parts + 2 * max(lengths)
+
+
+def test_faster_kernels_are_the_same_functions():
+    torch.manual_seed(0)
+    model = FAMILIES["gpt2"]().eval()
+    ids = torch.randint(0, V, (2, 7))
+    expected = model(input_ids=ids).logits
+    expected.square().sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    fuse_gelu(model)
+    turn_head(model)
+    assert type(model.transformer.h[0].mlp.act) is torch.nn.GELU
+    logits = model(input_ids=ids).logits
+    assert logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-6)
+    logits.square().sum().backward()
+    assert torch.allclose(model.lm_head.weight.grad, gradient, atol=1e-5)
