@@ -122,7 +122,7 @@ class PPOConfig(FormatOptions):
     gradient_accumulation_steps: int = 1
     """Parts that a mini-batch is cut into at least; the gradient stays the same."""
     micro_batch_tokens: int = 0
-    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 2,048 on a CPU, 16,384 on a GPU)."""
+    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 1,024 on a CPU, 16,384 on a GPU)."""
 
     # PPO
     lr: float = 2e-4
@@ -266,7 +266,7 @@ class BatchSizes:
                 f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
                 "lower gradient_accumulation_steps or num_mini_batch."
             )
-        micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 2048)
+        micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
         return cls(rounds, replies, num_mini_batch, parts, micro_batch)
 
 

@@ -39,8 +39,8 @@ NAMES = {
 class CompareConfig:
     """What is compared."""
 
-    size: Literal["S", "M"] = "S"
-    """As throughput.py's."""
+    size: Literal["tiny", "S", "M"] = "S"
+    """As throughput.py's; the peers know S and M."""
     peers: str = str(ROOT.parent / "shared" / "peers")
     """Folder of the peers' drivers."""
     envs: str = ""
@@ -117,12 +117,14 @@ def table(results: list[dict[str, dict[str, float]]], config: CompareConfig) -> 
 
 def compare(config: CompareConfig) -> str:
     """All rounds; the table."""
-    wanted = {"peers": config.peers, "inputs": config.inputs}
+    wanted = {"inputs": config.inputs}
     if {"trl", "openrl"} & set(config.systems):
-        wanted["envs"] = config.envs
+        wanted |= {"peers": config.peers, "envs": config.envs}
     for name, folder in wanted.items():
         if not folder or not Path(folder).is_dir():
             raise UserError(f"--{name} is '{folder}'; expected a folder, see the README of the peers' drivers.")
+    if config.size == "tiny" and {"trl", "openrl"} & set(config.systems):
+        raise UserError("the peers' drivers know the sizes S and M; compare tiny with --systems shared separate.")
     if config.prompts % 8 or config.rounds < 1 or config.iterations < 2:
         raise UserError("prompts must be a multiple of 8, rounds at least 1 and iterations at least 2.")
     log = Path(config.log) if config.log else None

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --size S                     # 4 layers of 256; --size M: GPT-2 small
     python benchmarks/throughput.py --size M --separate-critic --json
+    python benchmarks/throughput.py --size S --without packing   # what one of the measures against waste brings
 
 Runs `ppo_dialog.train` itself on a policy with random weights (speed does not depend on them) and reads the run's
 metrics.jsonl; the first update, a warm-up, is dropped and the median taken of the others. MFU is the floating-point
@@ -39,6 +40,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import common
+import ppo_dialog
 from common import UserError, load_tokenizer, run_script
 from envs import Dialogue, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from ppo_dialog import PPOConfig, train
@@ -52,6 +55,20 @@ SIZES = {
     "S": ((4, 256, 4), (2, 128, 2)),
     "M": ((12, 768, 12), (6, 384, 6)),
     "OPT-1.3B": ((24, 2048, 32), (6, 384, 6)),
+}
+
+
+ADAMW = torch.optim.AdamW
+Measure = Literal["packing", "kept_memory", "fused_gelu", "turned_head", "fused_adamw", "estimated_entropy"]
+
+# Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
+MEASURES = {
+    "packing": (ppo_dialog, "allow_packing", lambda model: False),
+    "kept_memory": (common, "keep_freed_memory", lambda: None),
+    "fused_gelu": (common, "fuse_gelu", lambda model: None),
+    "turned_head": (common, "turn_head", lambda model: None),
+    "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
+    "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }
 
 
@@ -85,6 +102,8 @@ class ThroughputConfig:
     """GPT-2's tokenizer, hub name or folder; empty: a byte-pair tokenizer trained on the dialogues."""
     threads: int = 2
     """CPU threads."""
+    without: tuple[Measure, ...] = ()
+    """Measures against waste to do without."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -187,6 +206,7 @@ def run_work(config: ThroughputConfig, folder: Path) -> tuple[list[dict], float,
             lr=1e-7,
             critic_lr=1e-7,
             mixed_precision=config.mixed_precision,
+            entropy_coef=1e-12 if "estimated_entropy" in config.without else 0.0,
             judge_samples=64,
             eval_limit=-1,
             run_dir=str(folder / "runs"),
@@ -251,6 +271,8 @@ def measure(config: ThroughputConfig) -> dict[str, float | str]:
     if config.updates < 2:
         raise UserError(f"updates is {config.updates}; expected at least 2, as the first is dropped.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for module, name, stand_in in (MEASURES[m] for m in config.without if MEASURES[m]):
+        setattr(module, name, stand_in)
     torch.set_num_threads(config.threads)
     os.environ["TORCH_NUM_THREADS"] = str(config.threads)
     before = matmul_rate(device)
@@ -272,6 +294,7 @@ def measure(config: ThroughputConfig) -> dict[str, float | str]:
     return {
         "size": config.size,
         "critic": "separate" if config.separate_critic else "shared",
+        "without": ",".join(config.without),
         "env_num": config.env_num,
         "steps_per_s": round(median("fps"), 3),
         "mfu": round(median("fps") * flops_per_token / rate, 3),

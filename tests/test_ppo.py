@@ -331,7 +331,7 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     scale = RunningMoments(config.normalize_values)
     scale.update(0.3, 0.5)
     advantages, returns = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
-    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts, config.micro_batch_tokens or 2048)
+    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts, config.micro_batch_tokens or 1024)
     order = torch.Generator().manual_seed(0)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
     stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, order)

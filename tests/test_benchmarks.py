@@ -1,0 +1,111 @@
+"""The benchmarks run, at a size that takes seconds, and count what they say they count. No timing is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from common import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+import throughput  # noqa: E402
+
+TINY = ["--size", "tiny", "--env-num", "8", "--updates", "2", "--ppo-epoch", "1", "--data-path", "builtin", "--json"]
+
+
+@pytest.mark.parametrize("critic", [[], ["--separate-critic"]])
+def test_throughput_runs_the_work_and_ends_with_its_figures(critic):
+    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *TINY, *critic]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name in ("steps_per_s", "mfu", "rollout_s", "scoring_s", "update_s", "peak_rss_mb"):
+        assert result[name] > 0, name
+    assert result["critic"] == ("separate" if critic else "shared")
+    assert 0 < result["mfu"] < 1 and 0 <= result["padding_share"] < 0.5 and result["reply_tokens"] <= 20
+    assert "update   2" in done.stderr  # the run's own lines go elsewhere than the figures
+
+
+def test_the_count_of_operations_is_that_of_torch():
+    layers, width, tokens = 2, 64, 50
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=100, n_layer=layers, n_embd=width, n_head=2, attn_implementation="eager")
+    )
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=torch.arange(tokens)[None])
+    ours = throughput.forward_flops(layers, width, tokens, causal=False) + 2 * width * 100 * tokens
+    assert counted.get_total_flops() == pytest.approx(ours)
+    judge = BertModel(
+        BertConfig(
+            vocab_size=100,
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=2,
+            intermediate_size=4 * width,
+            attn_implementation="eager",
+        ),
+        add_pooling_layer=False,
+    )
+    with FlopCounterMode(display=False) as counted:
+        judge(input_ids=torch.arange(tokens)[None])
+    assert counted.get_total_flops() == pytest.approx(throughput.forward_flops(layers, width, tokens, causal=False))
+
+
+def test_the_work_of_a_reply_by_hand():
+    config = throughput.ThroughputConfig(size="tiny", ppo_epoch=3)
+    layers, width = 2, 64
+    trunk = sum(layers * (24 * width**2 + 4 * width * (i + 1)) for i in range(30 + 20 - 1))
+    head = 20 * 2 * width * throughput.VOCABULARY
+    value = 20 * 2 * width
+    judge = throughput.forward_flops(1, 32, 25, causal=False)
+    assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(
+        trunk + head + value + trunk + head + 9 * (trunk + head + value) + judge
+    )
+    config.separate_critic = True
+    assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(
+        2 * trunk + head + value + trunk + head + 9 * (2 * trunk + head + value) + judge
+    )
+
+
+def test_the_benchmarks_tokenizer_has_gpt2s_size_and_loses_no_text():
+    dialogues = throughput.load_dialogues("builtin", "train")[:200]
+    tokenizer = throughput.train_tokenizer(dialogues)
+    assert len(tokenizer) == throughput.VOCABULARY
+    text = dialogues[0].utterances[0] + " <EOU>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.decode([throughput.VOCABULARY - 100]).strip()  # whatever is sampled is text
+
+
+def fake(speed: float, rss: float, **more: float) -> dict[str, float]:
+    return {"steps_per_s": speed, "peak_rss_mb": rss, "rollout_s": 1.0, "update_s": 2.0} | more
+
+
+def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):
+    config = compare.CompareConfig(systems=("shared", "trl"), inputs=str(tmp_path), peers=str(tmp_path), rounds=3)
+    config.envs, config.log = str(tmp_path), str(tmp_path / "log.jsonl")
+    speeds = iter([10.0, 2.0, 30.0, 5.0, 8.0, 2.0])
+    run = lambda system, config: fake(next(speeds), 600 if system == "shared" else 1000, mfu=0.5)
+    monkeypatch.setattr(compare, "run_once", run)
+    text = compare.compare(config)
+    assert "| ours, shared trunk over TRL 1.12 | 5.00 (4.00 to 6.00) | 0.60 |" in text
+    assert "| ours, shared trunk | 10 (8 to 30) |" in text
+    assert compare.compare(config) == text  # from the log: nothing runs again
+    assert len(Path(config.log).read_text().splitlines()) == 6
+
+
+def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
+    with pytest.raises(UserError, match="--inputs is ''"):
+        compare.compare(compare.CompareConfig(systems=("shared",)))
+    with pytest.raises(UserError, match="sizes S and M"):
+        folder = str(tmp_path)
+        compare.compare(compare.CompareConfig(size="tiny", inputs=folder, envs=folder, peers=folder))
+    with pytest.raises(UserError, match="ended with status 2.*\n.*tokenizer"):
+        compare.compare(compare.CompareConfig(size="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
