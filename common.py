@@ -65,6 +65,8 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()  # each retry of a name that is not there is announced
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
+    # tied weights are saved once; Accelerate's loading knows
+    logging.getLogger("accelerate.utils.other").addFilter(lambda r: "Removed shared tensor" not in r.getMessage())
     # DDP and torch's own schedulers warn about a copy they make themselves; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
 

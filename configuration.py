@@ -59,20 +59,42 @@ def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any,
 
     Raises UserError for a file that cannot be used; for the command line itself tyro prints and exits with status 2.
     """
-    arguments, file = list(argv), None
+    arguments, file = _config_file(argv)
+    values, notes = load_yaml(cls, file) if file else ({}, [])
+    config = tyro.cli(cls, args=arguments, default=cls(**values), description=description)
+    if getattr(config, "resume", False):
+        config, notes = _resumed(cls, config, arguments, description)
+    return config, notes
+
+
+def _config_file(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE`, and the file."""
+    arguments = list(argv)
     for i, argument in enumerate(arguments):
         if argument == "--config":
             if i + 1 == len(arguments):
                 raise UserError("--config needs the name of a YAML file after it.")
-            file = arguments[i + 1]
-            del arguments[i : i + 2]
-            break
+            return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
         if argument.startswith("--config="):
-            file = argument.split("=", 1)[1]
-            del arguments[i]
-            break
-    values, notes = load_yaml(cls, file) if file else ({}, [])
-    return tyro.cli(cls, args=arguments, default=cls(**values), description=description), notes
+            return arguments[:i] + arguments[i + 1 :], argument.split("=", 1)[1]
+    return arguments, None
+
+
+def _resumed(cls: type, config: Any, arguments: list[str], description: str) -> tuple[Any, list[str]]:
+    """The settings stored in the folder of the run that is to be resumed; the command line still overrides them."""
+    stored = config.run_folder / "config.yaml"
+    if not stored.is_file():
+        raise UserError(f"there is no run in '{config.run_folder}' to resume; leave --resume out to start one there.")
+    values, _ = load_yaml(cls, str(stored))
+    place = dict(run_dir=config.run_dir, experiment_name=config.experiment_name)
+    config = tyro.cli(cls, args=arguments, default=cls(**values | place), description=description)
+    notes = [
+        f"{f.name} is {getattr(config, f.name)}, {values[f.name]} before: from here on it is another run than the "
+        "uninterrupted one"
+        for f in dataclasses.fields(cls)
+        if f.name not in (*place, "resume") and f.name in values and getattr(config, f.name) != values[f.name]
+    ]
+    return config, notes
 
 
 def load_yaml(cls: type, file: str) -> tuple[dict[str, Any], list[str]]:

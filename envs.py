@@ -550,10 +550,13 @@ class DialogueVectorEnv(VectorEnv):
         self.seed, self.rounds, self._current, self._epoch_order = 0, 0, None, (None, None)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Observations and infos of the first dialogues; a seed restarts the order, none goes on in it."""
+        """Observations and infos of the first dialogues; a seed restarts the order, none goes on in it.
+
+        With a seed, `options={"round": n}` starts at the dialogues that come after n steps.
+        """
         if seed is not None:
             super().reset(seed=seed)
-            self.seed, self.rounds = seed, 0
+            self.seed, self.rounds = seed, (options or {}).get("round", 0)
         return self._next_dialogues()
 
     def step(self, actions: np.ndarray | Sequence[str]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -22,12 +23,13 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from builtin_models import resolve_model
+from checkpoint import FolderLock
 from common import UserError, first_line, import_path, whole_folder, write_json
 from configuration import load_deepspeed
 from envs import DialogueCodec, Sample
-from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table
+from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies
 from intent_classifier import IntentJudge, accuracy_on
-from rewards import Reward, score_episodes
+from rewards import Reward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Engine
@@ -133,29 +135,69 @@ def checked_stats(stats: Any, metrics: dict[str, float]) -> dict[str, float]:
 # Results: RUN_DIR/EXPERIMENT_NAME
 
 
-def make_run_folder(run: Path) -> None:
-    """A fresh folder for this run; what an earlier run of the same name left there is kept under the next free name."""
+def open_run(run: Path, keep: bool) -> FolderLock:
+    """The run's folder, locked: as it is (`keep`), or a fresh one.
+
+    What an earlier run of the same name left there is kept under the next free name.
+    """
     try:
-        if run.exists() and any(run.iterdir()):
+        if not keep and run.exists() and any(f.name != ".lock" for f in run.iterdir()):
             kept = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
             run.rename(kept)
             print(f"{run} held an earlier run: kept as {kept}", flush=True)
         run.mkdir(parents=True, exist_ok=True)
+        return FolderLock(run)
     except OSError as error:
-        raise UserError(f"the run's folder '{run}' cannot be made: {error.strerror}.") from error
+        raise UserError(f"the run's folder '{run}' cannot be written: {error.strerror}.") from error
 
 
-def start_trackers(config: Any, accelerator: Accelerator, run: Path) -> None:
-    """wandb and TensorBoard through Accelerate."""
+def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
+    """wandb and TensorBoard through Accelerate; a resumed run goes on where its `updates` ended."""
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in dataclasses.asdict(config).items()}
     wandb = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode, dir=str(run))
+    if "wandb" in ids:
+        wandb |= dict(id=ids["wandb"], resume="allow")
+    options = {"wandb": wandb, "tensorboard": dict(purge_step=updates + 1) if updates else {}}
     try:
-        accelerator.init_trackers(config.wandb_project, settings, init_kwargs={"wandb": wandb})
+        accelerator.init_trackers(config.wandb_project, settings, init_kwargs=options)
     except Exception as error:  # each tracker has its own: no login, no network, no permission
         raise UserError(
             f"a tracker could not start ({first_line(error)}). Without an account or a network use "
             "--wandb-mode offline, or --track tensorboard."
         ) from error
+
+
+class Log:
+    """The trackers, which may fail without taking the run with them: metrics.jsonl holds every update anyway."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.missing = accelerator, 0
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        try:
+            self.accelerator.log(metrics, step=step)
+        except Exception as error:  # each tracker has its own: network, quota, disk, server
+            if not self.missing:
+                self.accelerator.print(
+                    f"WARNING: a tracker failed ({first_line(error)}); the run goes on, and metrics.jsonl has every "
+                    "update",
+                    flush=True,
+                )
+            self.missing += 1
+
+    def close(self) -> None:
+        try:
+            self.accelerator.end_training()
+        except Exception as error:
+            self.accelerator.print(f"WARNING: a tracker could not be closed ({first_line(error)})", flush=True)
+        if self.missing:
+            self.accelerator.print(f"WARNING: {self.missing} updates are missing from a tracker", flush=True)
+
+
+def tracker_ids(accelerator: Accelerator) -> dict[str, str]:
+    """What a resumed run needs to go on in the same tracker run."""
+    trackers = {tracker.name: tracker for tracker in getattr(accelerator, "trackers", [])}
+    return {"wandb": trackers["wandb"].tracker.id} if "wandb" in trackers else {}
 
 
 def save(model: nn.Module, codec: DialogueCodec, value_scale: Any, run: Path) -> None:
@@ -174,8 +216,18 @@ def save(model: nn.Module, codec: DialogueCodec, value_scale: Any, run: Path) ->
         codec.format.save(folder)
     rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("policy.")}
     if rest:
-        scale = {"mean": str(value_scale.mean), "std": str(value_scale.std)}
-        save_file(rest, run / "value.safetensors", metadata=scale)
+        scale = {"mean": value_scale.mean, "std": value_scale.std}
+        # one entry: safetensors writes several in any order, and equal runs are to give equal files
+        save_file(rest, run / "value.safetensors", metadata={"value_scale": json.dumps(scale)})
+
+
+def validation_reward(
+    policy: nn.Module, codec: DialogueCodec, samples: list[Sample], reward: Callable, seed: int
+) -> float:
+    """Mean reward of replies to validation prompts, sampled as the closing comparison samples, with the same seed."""
+    texts, _ = generate_replies(policy.eval(), codec, samples, EVAL_SAMPLING, seed)
+    columns = [s.prompt for s in samples], texts, [s.reply.strip() for s in samples], [s.act for s in samples]
+    return float(reward(*columns)[0].mean())
 
 
 def progress_line(metrics: dict[str, float], config: Any) -> str:
@@ -194,7 +246,7 @@ def compare_with_start(
     start: nn.Module,
     codec: DialogueCodec,
     samples: list[Sample],
-    reward: Reward,
+    score: Callable,
     judge: IntentJudge | None,
     run: Path,
 ) -> None:
@@ -204,7 +256,7 @@ def compare_with_start(
         print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
         evaluations.append(evaluate_model(model.eval(), codec, samples, judge, EVAL_SAMPLING, config.seed))
         columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
-        scores.append(score_episodes(reward, *columns, [s.act for s in samples])[0])
+        scores.append(score(*columns, [s.act for s in samples])[0])
     before, after = scores
     error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
     gain = float((after - before).mean())

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from builtin_models import resolve_model
+from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, load_checkpoint, resume_point, save_checkpoint
 from common import (
     UserError,
     check_vocabulary,
@@ -44,16 +45,19 @@ from common import (
 from configuration import parse_config, save_yaml
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
+    Log,
     checked_stats,
     compare_with_start,
     judge_of,
     make_accelerator,
-    make_run_folder,
     make_stats,
     measure_judge,
+    open_run,
     progress_line,
     save,
     start_trackers,
+    tracker_ids,
+    validation_reward,
 )
 from generation import Sampling, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
@@ -99,6 +103,8 @@ class PPOConfig(FormatOptions):
     """Weight of the METEOR reward."""
     ref_model: str = ""
     """Frozen model of the KL penalty; empty: the start, model_path."""
+    reward_timeout: float = 0.0
+    """Seconds after which a call of the reward that has not returned ends the run (0: none)."""
     kl_coef: float = 0.2
     """First value of alpha, the KL penalty's coefficient (0: no penalty, and KL is only measured)."""
     kl_target: float = 0.05
@@ -147,6 +153,8 @@ class PPOConfig(FormatOptions):
     """Weight of the entropy bonus."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    max_skipped_steps: int = 20
+    """Optimizer steps that may be skipped over a run because loss or gradient is not finite, before it is stopped."""
     target_kl: float | None = None
     """End the passes over a rollout early once approx_kl is above this."""
     normalize_advantages: bool = True
@@ -185,8 +193,14 @@ class PPOConfig(FormatOptions):
     """Name of this run's folder in run_dir; an earlier run of that name is kept under another."""
     log_interval: int = 1
     """Updates between two printed and tracked lines; metrics.jsonl has every update."""
-    save_interval: int = 50
-    """Updates between two saves of the policy (it is saved at the end in any case)."""
+    save_interval: int = 10
+    """Updates between two checkpoints (the end, Ctrl-C and SIGTERM make one too)."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of the run's folder, with the settings stored there."""
+    validation_limit: int = 200
+    """Validation samples that a checkpoint's policy is scored on; best/ keeps the best one (0: no best/)."""
     track: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Trackers to log to beside metrics.jsonl."""
     use_wandb: bool = False
@@ -210,9 +224,9 @@ class PPOConfig(FormatOptions):
         """UserError for values that cannot work, before anything is loaded."""
         at_least = {
             1: "total_time_steps env_num episode_length ppo_epoch num_mini_batch gradient_accumulation_steps "
-            "log_interval save_interval",
-            0: "micro_batch_tokens seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef "
-            "kl_coef judge_samples",
+            "log_interval save_interval keep_checkpoints",
+            0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
+            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -234,6 +248,10 @@ class PPOConfig(FormatOptions):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run_dir) / self.experiment_name
 
     @property
     def sampling(self) -> Sampling:
@@ -669,7 +687,7 @@ def update(
     """
     model.train()
     totals: dict[str, torch.Tensor] = {}
-    optimizer_steps, passes = 0, 0
+    optimizer_steps, skipped, passes = 0, 0, 0
     lengths = rollout.attention_mask.sum(-1).cpu()  # (N,)
     for _ in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
@@ -693,24 +711,27 @@ def update(
                     accelerator.backward(loss * scale)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                        if norm is not None:
-                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + torch.as_tensor(norm).float()
-                        optimizer_steps += 1
-                    optimizer.step()
-                    optimizer.zero_grad()
+                        usable = norm is None or math.isfinite(norm)
+                        if usable or accelerator.scaler is not None:  # fp16's scaler skips steps itself, and learns
+                            optimizer.step()
+                        optimizer.zero_grad()
+                        optimizer_steps, skipped = optimizer_steps + usable, skipped + (not usable)
+                        if usable and norm is not None:
+                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + float(norm)
                 for name, value in stats.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach().float()
+                    value = value.detach().float()
+                    totals[name] = totals.get(name, 0.0) + value.where(value.isfinite(), value.new_zeros(()))
             epoch_tokens += tokens
         passes += 1
         if config.target_kl is not None:
             kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / epoch_tokens
             if kl_of_pass > config.target_kl:
                 break
-    grad_norm = float(totals.pop("grad_norm", torch.tensor(float("nan")))) / max(1, optimizer_steps)
+    grad_norm = totals.pop("grad_norm", float("nan")) / max(1, optimizer_steps)
     names = list(totals)
     summed = accelerator.reduce(torch.stack([totals[n] for n in names]), reduction="sum")
     means = (summed / (passes * epoch_tokens)).tolist()
-    return dict(zip(names, means)) | {"grad_norm": grad_norm, "passes": passes}
+    return dict(zip(names, means)) | {"grad_norm": grad_norm, "passes": passes, "skipped_steps": skipped}
 
 
 def token_stats(
@@ -743,12 +764,30 @@ def token_stats(
 # Training
 
 
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights, optimizer and random states: with it, a run goes on to the digit."""
+
+    updates: int = 0
+    env_steps: int = 0
+    episodes: int = 0
+    training_seconds: float = 0.0
+    skipped_steps: int = 0
+    best_reward: float | None = None  # on the validation samples
+    rounds: int = 0  # steps of the environment: which dialogues are at hand
+    kl_coef: float = 0.0
+    value_scale: dict[str, Any] = field(default_factory=dict)
+    trackers: dict[str, str] = field(default_factory=dict)
+
+
 def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     """The whole run: load, train, compare, save. Returns the run's folder."""
     config.check()
-    run = Path(config.run_dir) / config.experiment_name
+    run = config.run_folder
     accelerator = make_accelerator(config, run)
     main = accelerator.is_main_process
+    if main and run.is_dir():
+        FolderLock(run).release()  # a folder in use is refused before anything is loaded
     say = lambda text: accelerator.print(text, flush=True)
     use_all_cores(accelerator.num_processes)
     set_seed(config.seed)
@@ -795,9 +834,11 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     unwrapped = accelerator.unwrap_model(model)
+    policy = getattr(unwrapped, "policy", unwrapped)
 
     # Reward and its judge
     reward = build_reward(config, accelerator.device, fmt.eou_marker)
+    score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
     judge, judged = judge_of(reward, config, accelerator.device), {}
     if judge is not None:
         judged = measure_judge(judge, samples["validation"], config.judge_samples)
@@ -807,126 +848,184 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         samples["train"],
         codec,
         config.env_num,
-        lambda *episode: score_episodes(reward, *episode),
+        score,
         accelerator.process_index,
         accelerator.num_processes,
     )
 
-    # Where results go
+    # Where results go, and where a stopped run goes on
     user_stats = make_stats(config.stats)
+    value_scale = RunningMoments(config.normalize_values)
+    progress = Progress()
+    point = resume_point(run, accelerator) if config.resume else None
+    if point:
+        progress = Progress(**load_checkpoint(accelerator, point))
+        controller.coef = progress.kl_coef
+        vars(value_scale).update(progress.value_scale)
+        say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
-        make_run_folder(run)
-        save_yaml(config, run / "config.yaml")
-    start_trackers(config, accelerator, run)
-    if judged:
-        accelerator.log({f"judge_{name}": value for name, value in judged.items()}, step=0)
+        lock = open_run(run, keep=config.resume)
+        cut_metrics(run / "metrics.jsonl", progress.updates)
+        save_yaml(replace(config, resume=False), run / "config.yaml")
+        if warning := check_room(run, 16 * count_parameters(unwrapped), config.keep_checkpoints):
+            say(warning)
+    start_trackers(config, accelerator, run, progress.trackers, progress.updates)
+    progress.trackers = tracker_ids(accelerator)
+    log = Log(accelerator)
+    if judged and not point:
+        log({f"judge_{name}": value for name, value in judged.items()}, step=0)
     say(
         f"policy: {count_parameters(unwrapped):,} parameters with value, on {accelerator.device}, "
         f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
         f"{sizes.replies * accelerator.num_processes} replies in a rollout, {sizes.num_mini_batch} mini-batches"
     )
 
-    value_scale = RunningMoments(config.normalize_values)
     alone = accelerator.num_processes == 1
     sum_over_processes = lambda x: x if alone else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
-    observations, _ = env.reset(seed=config.seed)
-    env_steps = episodes = updates = 0
-    training_seconds = 0.0
-    try:
-        while env_steps < config.total_time_steps:
-            started = time.perf_counter()
-            fraction_left = 1 - env_steps / config.total_time_steps
-            for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
-                group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
+    validation = samples["validation"][: config.validation_limit]
+    observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
+    saved = progress.updates
 
-            # 1. collect replies, with their score and their KL to the reference
-            shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, so that each slot has its own
-            uniforms = torch.rand(shape, generator=generator_of(config.seed, updates, 0))[:, env.slots]
-            unwrapped.eval()
-            with accelerator.autocast():
-                rollout, observations = collect(
-                    unwrapped,
-                    ref_model,
-                    env,
-                    observations,
-                    config.sampling,
-                    value_scale,
-                    uniforms,
-                    sizes.micro_batch,
-                    accelerator.device,
-                )
-
-            # 2. advantages
-            rewards = token_rewards(rollout, controller.coef)
-            advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-            old_values = value_scale.normalize(rollout.values)  # the network's own output, in the scale it was made in
-            value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
-            targets = value_scale.normalize(returns)
-            weights = advantages
-            if config.normalize_advantages:
-                weights = whiten(advantages, rollout.mask, sum_over_processes)
-
-            # 3. improve policy and value
-            update_started = time.perf_counter()
-            order = generator_of(config.seed, updates, 1)
-            learn_from = rollout, weights, targets, old_values
-            losses = update(model, optimizer, accelerator, *learn_from, config, sizes, order)
-            update_seconds = time.perf_counter() - update_started
-
-            # 4. account for it
-            figures = rollout_figures(rollout, rewards, returns, controller.coef, sum_over_processes)
-            controller.update(figures["kl_div"])
-            seconds = time.perf_counter() - started
-            training_seconds += seconds
-            tokens = int(figures.pop("tokens"))
-            env_steps, episodes, updates = env_steps + tokens, episodes + int(figures.pop("episodes")), updates + 1
-            metrics = {
-                "update": updates,
-                "env_steps": env_steps,
-                "episodes": episodes,
-                "fps": tokens / seconds,
-                **figures,
-                **losses,
-                "lr": optimizer.param_groups[0]["lr"],
-                "critic_lr": optimizer.param_groups[1]["lr"],
-                **rollout.seconds,
-                "update_s": update_seconds,
-                "peak_memory_mb": peak_memory_mb(accelerator.device),
-            }
-            if user_stats is not None:
-                metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
+    def checkpoint() -> None:
+        """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
+        nonlocal saved
+        try:
+            save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
             if main:
-                with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(finite(metrics)) + "\n")
-            if updates % config.log_interval == 0:
-                say(progress_line(metrics, config))
-                accelerator.log({k: v for k, v in metrics.items() if k != "update"}, step=updates)
-            if main and updates % config.save_interval == 0:
                 save(unwrapped, codec, value_scale, run)
-    except KeyboardInterrupt:
-        say(f"interrupted after {updates} updates; saving what is trained so far")
-        if main and updates:
-            save(unwrapped, codec, value_scale, run)
-        raise
+            saved = progress.updates
+        except OSError as error:
+            say(f"WARNING: update {progress.updates} could not be saved ({error}); what was saved before stands")
 
-    # 5. save, and compare with the start on dialogues that were not trained on
-    speed = env_steps / training_seconds
-    if main:
-        save(unwrapped, codec, value_scale, run)
-        if config.eval_limit >= 0:
-            start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
-            held_out = samples[config.eval_split][: config.eval_limit or None]
-            compare_with_start(
-                config, getattr(unwrapped, "policy", unwrapped), start, codec, held_out, reward, judge, run
-            )
+    with StopSignals() as stop:
+        asked, between_updates = 0, True  # between updates, the run's state is one to go on from
+        try:
+            while progress.env_steps < config.total_time_steps and not (asked := agreed(stop.asked, accelerator)):
+                started = time.perf_counter()
+                fraction_left = 1 - progress.env_steps / config.total_time_steps
+                for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+                    group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
+
+                # 1. collect replies, with their score and their KL to the reference
+                shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
+                uniforms = torch.rand(shape, generator=generator_of(config.seed, progress.updates, 0))[:, env.slots]
+                unwrapped.eval()
+                with accelerator.autocast():
+                    rollout, observations = collect(
+                        unwrapped,
+                        ref_model,
+                        env,
+                        observations,
+                        config.sampling,
+                        value_scale,
+                        uniforms,
+                        sizes.micro_batch,
+                        accelerator.device,
+                    )
+                between_updates = False
+
+                # 2. advantages
+                rewards = token_rewards(rollout, controller.coef)
+                advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
+                old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
+                value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
+                targets = value_scale.normalize(returns)
+                weights = advantages
+                if config.normalize_advantages:
+                    weights = whiten(advantages, rollout.mask, sum_over_processes)
+
+                # 3. improve policy and value
+                update_started = time.perf_counter()
+                order = generator_of(config.seed, progress.updates, 1)
+                learn_from = rollout, weights, targets, old_values
+                losses = update(model, optimizer, accelerator, *learn_from, config, sizes, order)
+                update_seconds = time.perf_counter() - update_started
+                progress.skipped_steps += losses["skipped_steps"]
+                if progress.skipped_steps > config.max_skipped_steps:
+                    raise UserError(
+                        f"{progress.skipped_steps} optimizer steps had a loss or gradient that is not finite "
+                        f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or go on from "
+                        "the last checkpoint with --resume."
+                    )
+
+                # 4. account for it
+                figures = rollout_figures(rollout, rewards, returns, controller.coef, sum_over_processes)
+                controller.update(figures["kl_div"])
+                seconds = time.perf_counter() - started
+                progress.training_seconds += seconds
+                tokens = int(figures.pop("tokens"))
+                progress.env_steps += tokens
+                progress.episodes += int(figures.pop("episodes"))
+                progress.updates += 1
+                metrics = {
+                    "update": progress.updates,
+                    "env_steps": progress.env_steps,
+                    "episodes": progress.episodes,
+                    "fps": tokens / seconds,
+                    **figures,
+                    **losses,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "critic_lr": optimizer.param_groups[1]["lr"],
+                    **rollout.seconds,
+                    "update_s": update_seconds,
+                    "peak_memory_mb": peak_memory_mb(accelerator.device),
+                }
+                if user_stats is not None:
+                    metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
+                due = progress.updates % config.save_interval == 0
+                if due and main and validation:
+                    metrics["validation_reward"] = validation_reward(policy, codec, validation, score, config.seed)
+                    if progress.best_reward is None or metrics["validation_reward"] > progress.best_reward:
+                        progress.best_reward = metrics["validation_reward"]
+                        save(unwrapped, codec, value_scale, run / "best")
+                if main:
+                    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(finite(metrics)) + "\n")
+                if progress.updates % config.log_interval == 0:
+                    say(progress_line(metrics, config))
+                    log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
+                progress.kl_coef, progress.value_scale, progress.rounds = (
+                    controller.coef,
+                    vars(value_scale),
+                    env.rounds - 1,
+                )
+                between_updates = True
+                if due:
+                    checkpoint()
+        except Exception:  # a reward that failed, say; with other processes waiting, the last checkpoint has to do
+            if between_updates and alone and progress.updates > saved:
+                checkpoint()
+            raise
+        if progress.updates > saved:
+            checkpoint()
+    if asked:
+        log.close()
+        say(f"stopped after update {progress.updates}; go on with --resume")
+        sys.exit(asked)
+
+    # 5. compare with the start on dialogues that were not trained on
+    speed = progress.env_steps / max(progress.training_seconds, 1e-9)
+    if main and config.eval_limit >= 0:
+        start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
+        held_out = samples[config.eval_split][: config.eval_limit or None]
+        compare_with_start(config, policy, start, codec, held_out, score, judge, run)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    log.close()
     say(
-        f"{env_steps:,} environment steps in {training_seconds:.0f} s: {speed:.0f} tokens/s; "
+        f"{progress.env_steps:,} environment steps in {progress.training_seconds:.0f} s: {speed:.0f} tokens/s; "
         f"peak memory {peak_memory_mb(accelerator.device):,.0f} MiB; results in {run}"
     )
     say(f"talk to it: python chat.py {run}")
+    if main:
+        lock.release()
     return run
+
+
+def agreed(asked: int, accelerator: Accelerator) -> int:
+    """The exit status that any process was asked to stop with, else 0: all leave after the same update."""
+    if accelerator.num_processes == 1:
+        return asked
+    return int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
 
 
 def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:

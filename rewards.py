@@ -21,9 +21,11 @@ import inspect
 import io
 import sys
 import threading
+import traceback
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import nltk
@@ -123,9 +125,12 @@ class FunctionReward(Reward):
         return result if isinstance(result, tuple) else (result, {})
 
 
-def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts) -> Scores:
-    """Call a reward and check what comes back: one finite number for each reply, else UserError."""
-    result = reward(prompts, responses, references, acts)
+def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts, timeout: float = 0.0) -> Scores:
+    """Call a reward and check what comes back: one finite number for each reply, else UserError.
+
+    So is what it raises, and, where `timeout` (seconds) is set, a call that takes longer.
+    """
+    result = _call(reward, (prompts, responses, references, acts), timeout)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise UserError(
             f"the reward returned a {type(result).__name__}; expected scores and statistics, (array, dict)."
@@ -146,6 +151,37 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
         if values.shape not in ((), scores.shape):
             raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")
     return scores, {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
+
+
+def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
+    """What the reward returns; what it raises as a sentence that names the place, and its taking too long as one."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(reward(*arguments))
+        except Exception as error:
+            outcome.append(error)
+
+    if timeout:  # a call that hangs cannot be ended from here, but it can be left behind: the thread is a daemon
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(timeout)
+    else:
+        run()
+    if not outcome:
+        raise UserError(
+            f"the reward did not return within {timeout:g} s (reward_timeout) on {len(arguments[1])} replies."
+        )
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    if isinstance(outcome[0], Exception):
+        place = traceback.extract_tb(outcome[0].__traceback__)[-1]
+        raise UserError(
+            f"the reward raised {type(outcome[0]).__name__}: {outcome[0]} ({Path(place.filename).name}, "
+            f"line {place.lineno})."
+        ) from outcome[0]
+    return outcome[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

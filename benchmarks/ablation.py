@@ -5,9 +5,7 @@ python benchmarks/ablation.py --size S --rounds 3
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Literal, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
-from throughput import Measure
+from throughput import Measure, run_apart
 
-from common import UserError, run_script
+from common import run_script
 
 
 @dataclass
@@ -37,21 +35,13 @@ class AblationConfig:
     """As throughput.py's."""
 
 
-def run_once(config: AblationConfig, without: str) -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__).with_name("throughput.py")), "--json"]
-    command += ["--size", config.size, "--updates", str(config.updates), "--data-path", config.data_path]
-    done = subprocess.run(command + (["--without", without] if without else []), capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"throughput.py ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def ablate(config: AblationConfig) -> str:
     """The table: medians over the rounds, and each variant's speed over that of all measures in the same round."""
+    common = ["--size", config.size, "--updates", str(config.updates), "--data-path", config.data_path]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *config.measures)}
     for _ in range(config.rounds):
         for name, runs in results.items():
-            runs.append(run_once(config, name))
+            runs.append(run_apart(*common, *(["--without", name] if name else [])))
             print(f"{name or 'all measures'}: {runs[-1]['steps_per_s']} tokens/s", file=sys.stderr, flush=True)
     lines = [f"| {config.size} | tokens/s | speed against all | update s | peak RSS MB |", "|---|---|---|---|---|"]
     for name, runs in results.items():

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -94,6 +95,8 @@ class ThroughputConfig:
     """Utterances in a prompt."""
     max_new_tokens: int = 20
     """Tokens of a reply."""
+    full_prompts: bool = False
+    """Join dialogues so that every prompt is cut to max_prompt_tokens: what a token of context costs."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """As ppo_dialog.py's; GPUs are rated in bf16, CPUs in fp32."""
     data_path: str = ""
@@ -178,6 +181,9 @@ def run_work(config: ThroughputConfig, folder: Path) -> tuple[list[dict], float,
         print("note: no DailyDialog here: the built-in dialogues have shorter prompts (--data-path names others)")
     dialogues = load_dialogues(data_path, "train", skip_bad_rows=True)
     policy, judge = make_models(folder, config, dialogues)
+    if config.full_prompts:
+        data_path = str(join_dialogues(dialogues, config.context_utterances, folder / "joined.jsonl"))
+        dialogues = load_dialogues(data_path, "train")
     fmt = DialogueFormat(
         context_utterances=config.context_utterances,
         max_prompt_tokens=config.max_prompt_tokens,
@@ -214,6 +220,17 @@ def run_work(config: ThroughputConfig, folder: Path) -> tuple[list[dict], float,
     )
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], prompt_tokens, judge_tokens
+
+
+def join_dialogues(dialogues: list[Dialogue], context_utterances: int, file: Path) -> Path:
+    """A file of long dialogues: each utterance of a context is a whole dialogue, the reply is an utterance."""
+    n = context_utterances
+    with file.open("w", encoding="utf-8") as out:
+        for start in range(0, len(dialogues) - n, n + 1):
+            *context, last = dialogues[start : start + n + 1]
+            utterances = [" ".join(d.utterances) for d in context] + [last.utterances[0]]
+            out.write(json.dumps({"dialog": utterances, "act": [1] * n + [last.acts[0]]}) + "\n")
+    return file
 
 
 def mean_lengths(samples: list[Sample], codec: DialogueCodec) -> tuple[float, float]:
@@ -312,6 +329,14 @@ def measure(config: ThroughputConfig) -> dict[str, float | str]:
         "threads": config.threads,
         "mixed_precision": config.mixed_precision,
     }
+
+
+def run_apart(*options: str) -> dict[str, float]:
+    """This script's figures with these options, measured in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--json", *options], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"throughput.py ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

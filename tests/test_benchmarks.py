@@ -15,7 +15,9 @@ from common import UserError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ablation  # noqa: E402
 import compare  # noqa: E402
+import scaling  # noqa: E402
 import throughput  # noqa: E402
 
 TINY = ["--size", "tiny", "--env-num", "8", "--updates", "2", "--ppo-epoch", "1", "--data-path", "builtin", "--json"]
@@ -86,6 +88,16 @@ def test_the_benchmarks_tokenizer_has_gpt2s_size_and_loses_no_text():
 
 def fake(speed: float, rss: float, **more: float) -> dict[str, float]:
     return {"steps_per_s": speed, "peak_rss_mb": rss, "rollout_s": 1.0, "update_s": 2.0} | more
+
+
+@pytest.mark.slow
+def test_ablation_and_scaling_print_their_tables():
+    config = ablation.AblationConfig(size="tiny", rounds=1, updates=2, data_path="builtin")
+    lines = ablation.ablate(config).splitlines()
+    assert len(lines) == 2 + 1 + len(throughput.MEASURES) and lines[2].startswith("| all measures |")
+    config = scaling.ScalingConfig(size="tiny", prompts=(32, 64), rollouts=(16,), replies=(20,), data_path="builtin")
+    tables = scaling.scale(config).split("\n\n")
+    assert [len(t.splitlines()) for t in tables] == [4, 3, 3]
 
 
 def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):

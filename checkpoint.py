@@ -1,0 +1,234 @@
+"""Checkpoints: a run that was stopped, or killed, goes on as if nothing had happened.
+
+    RUN/checkpoints/update-000040/
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...   what Accelerate's save_state writes for the engine
+        progress.json    counters, KL coefficient, value scale, best validation reward, place in the data, tracker ids
+        manifest.json    size and SHA-256 of every other file
+
+A checkpoint is written aside and gets its name once it is whole, manifest included; one that does not match its
+manifest is refused by name, and the one before it is used. Nothing is unpickled: torch files are read with
+`weights_only`, which Accelerate's load_state does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from common import EXIT_INTERRUPTED, UserError, write_json
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(accelerator: Accelerator, run: Path, update: int, progress: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of this update and remove all but the newest `keep`; every process calls it.
+
+    Raises OSError where it cannot be written (a full disk): what is there already stays as it is.
+    """
+    final = folder_of(run, update)
+    aside = final.with_name(f".{final.name}.part")
+    trouble = ""
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+    except (OSError, RuntimeError) as error:  # safetensors and torch report a full disk as errors of their own
+        trouble = str(error)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            if trouble:
+                raise OSError(trouble)
+            write_json(aside / PROGRESS, progress)
+            write_json(aside / MANIFEST, {file.name: fingerprint(file) for file in files_of(aside)})
+            remove(final)
+            aside.rename(final)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for old in checkpoints(run)[:-keep]:
+            remove(old)
+    return final
+
+
+def folder_of(run: Path, update: int) -> Path:
+    return run / "checkpoints" / f"update-{update:06d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, the oldest first."""
+    return sorted((run / "checkpoints").glob("update-*"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def remove(folder: Path) -> None:
+    """Take its name away first: a removal that is cut short leaves no checkpoint that looks like one."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def fault_of(folder: Path) -> str:
+    """What is wrong with a checkpoint, in a few words; empty where it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if fingerprint(folder / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return "" if PROGRESS in manifest else f"{PROGRESS} is missing"
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    refused = []
+    for folder in reversed(checkpoints(run)):
+        fault = fault_of(folder)
+        if not fault:
+            return folder, refused
+        refused.append(f"checkpoint {folder} is damaged and not used: {fault}")
+    return None, refused
+
+
+def resume_point(run: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, the same on every process; None to begin at the beginning."""
+    found, refused = newest_whole(run) if accelerator.is_main_process else (None, [])
+    for sentence in refused:
+        accelerator.print(f"WARNING: {sentence}", flush=True)
+    if accelerator.is_main_process and found is None:
+        accelerator.print(f"no checkpoint in {run} to go on from: beginning at the beginning", flush=True)
+    answer = [str(found or "")]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    return Path(answer[0]) if answer[0] else None
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """Put weights, optimizer and random states back, and return the progress."""
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {folder} does not fit this configuration ({str(error).splitlines()[0]}); --resume needs the "
+            "model, critic and number of processes that it was written with."
+        ) from error
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def cut_metrics(file: Path, updates: int) -> None:
+    """Leave the lines of the first `updates` updates in metrics.jsonl: what came after is done again."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines[:updates] if line.endswith("\n")]
+    if len(kept) < updates:
+        raise UserError(f"{file} has {len(kept)} updates but the checkpoint is of update {updates}: it was changed.")
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time in a folder; stopping in good order
+
+
+class FolderLock:
+    """Held by the process that trains into a folder; the system lets go of it however that process ends."""
+
+    def __init__(self, run: Path):
+        self.file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held open for the run's life
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            raise UserError(
+                f"the run's folder '{run}' is in use by a run that is still going ({owner}); wait for it, stop it, "
+                "or give this run another --experiment-name."
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()}")
+        self.file.flush()
+
+    def release(self) -> None:
+        self.file.close()
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask for a stop after the current update; a second one stops at once.
+
+    `asked` is the exit status to leave with, 0 while nobody asked. Use as a context manager.
+    """
+
+    def __init__(self):
+        self.asked = 0
+
+    def __enter__(self) -> StopSignals:
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            print("stopping at once; the last checkpoint stands", file=sys.stderr, flush=True)
+            sys.exit(self.asked)
+        self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+        print("stopping after this update, which is saved; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def check_room(run: Path, checkpoint_bytes: int, keep: int) -> str:
+    """What is said of the room for checkpoints: weights, two Adam moments and the policy by itself, 4 bytes each.
+
+    UserError where not even one checkpoint fits on the disk; a warning, or nothing, where not all of them do."""
+    free, needed = shutil.disk_usage(run).free, checkpoint_bytes * (keep + 1)
+    gib = lambda n: f"{n / 2**30:.1f} GiB"
+    if free < checkpoint_bytes:
+        raise UserError(
+            f"'{run}' has {gib(free)} of disk left and a checkpoint takes {gib(checkpoint_bytes)}; make room, or put "
+            "the run elsewhere with --run-dir."
+        )
+    if free < needed:
+        return (
+            f"WARNING: {keep} checkpoints and the one being written take {gib(needed)}, and '{run}' has {gib(free)} "
+            "left; make room or lower --keep-checkpoints"
+        )
+    return ""

@@ -1,0 +1,365 @@
+"""Runs that are stopped, killed, starved of disk or fed nonsense: nothing is lost, and a resumed run is the same."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from test_programs import ROOT, SHORT, flags, lines, timeless, trained
+
+import checkpoint
+from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
+from common import UserError
+from configuration import parse_config
+from experiment import Log, open_run
+from ppo_dialog import PPOConfig
+from rewards import score_episodes
+
+REWARD = """
+    import pathlib
+
+    def brittle(prompts, responses, references, acts):
+        "The share of short words; raises once a file beside this one says so."
+        fuse = pathlib.Path(__file__).with_name("fuse")
+        left = int(fuse.read_text()) if fuse.exists() else 10**9
+        fuse.write_text(str(left - 1))
+        if left == 0:
+            raise RuntimeError("the scoring server is gone")
+        return [sum(len(w) < 4 for w in r.split()) / (1 + len(r.split())) for r in responses]
+"""
+RUN = dict(total_time_steps=1600, eval_limit=-1, save_interval=2, validation_limit=0, intent_coef=0.0)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What the run made, byte for byte: policy, value and the best policy."""
+    names = ["policy/model.safetensors", "value.safetensors", "best/policy/model.safetensors"]
+    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if (folder / n).exists()}
+
+
+def resumed(folder: Path, **changes) -> Path:
+    """`--resume` in this process."""
+    place = dict(run_dir=folder.parent, experiment_name=folder.name)
+    config, _ = parse_config(PPOConfig, ["--resume", *flags(**place | changes)], "")
+    return trained(**vars(config))
+
+
+@pytest.fixture
+def brittle(tmp_path) -> Path:
+    file = tmp_path / "brittle.py"
+    file.write_text(textwrap.dedent(REWARD))
+    return file
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path):
+    settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, reward=f"{brittle}:brittle")
+    whole = trained(experiment_name="whole", **settings)
+    (tmp_path / "fuse").write_text("3")  # the fourth call raises: three updates are done, two of them in a checkpoint
+    with pytest.raises(UserError, match=r"the scoring server is gone \(brittle.py, line 9\)"):
+        trained(experiment_name="cut", **settings)
+    cut = tmp_path / "cut"
+    assert [p.name for p in checkpoint.checkpoints(cut)] == ["update-000002", "update-000003"]
+    (tmp_path / "fuse").unlink()
+    resumed(cut)
+    assert timeless(lines(cut)) == timeless(lines(whole)) and len(lines(whole)) > 4
+    assert digest(cut) == digest(whole) and len(digest(cut)) == 2
+
+
+def test_resume_after_the_newest_checkpoint_was_torn_and_with_metrics_ahead_of_it(tmp_path, capsys):
+    settings = RUN | dict(run_dir=str(tmp_path), validation_limit=20, keep_checkpoints=9)
+    whole = trained(experiment_name="whole", **settings)
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    *_, before, newest = checkpoint.checkpoints(cut)
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    capsys.readouterr()
+    resumed(cut)
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged and not used: model.safetensors is not what was written" in printed
+    assert f"from {before}" in printed
+    assert timeless(lines(cut)) == timeless(lines(whole)) and digest(cut) == digest(whole)
+    assert any("validation_reward" in row for row in lines(whole)) and len(digest(whole)) == 3
+
+
+def test_a_run_can_be_made_longer_and_says_so(tmp_path):
+    folder = trained(**RUN | dict(run_dir=str(tmp_path), total_time_steps=400, lr_schedule="constant"))
+    place = ["--resume", *flags(run_dir=tmp_path, total_time_steps=800)]
+    config, notes = parse_config(PPOConfig, place, "")
+    assert config.lr_schedule == "constant" and len(notes) == 1
+    assert "total_time_steps is 800, 400 before" in notes[0]
+    before = lines(folder)
+    resumed(folder, total_time_steps=800)
+    assert lines(folder)[: len(before)] == before and lines(folder)[-1]["env_steps"] >= 800
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(UserError, match="there is no run in .* to resume"):
+        parse_config(PPOConfig, ["--resume", *flags(run_dir=tmp_path)], "")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path):
+    process, folder = started(tmp_path, total_time_steps=10**9, save_interval=10**6)
+    wait_for(process, folder, updates=2)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == status and "Traceback" not in errors
+    done = len(lines(folder))
+    assert "stopping after this update" in errors and f"stopped after update {done}" in printed
+    point, refused = newest_whole(folder)
+    assert point.name == f"update-{done:06d}" and not refused
+    assert (folder / "policy" / "model.safetensors").exists()
+
+
+def started(tmp_path: Path, **settings) -> tuple[subprocess.Popen, Path]:
+    command = [sys.executable, "ppo_dialog.py", *flags(**SHORT | dict(run_dir=tmp_path, eval_limit=-1) | settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return process, tmp_path / "ppo_dialog"
+
+
+def wait_for(process: subprocess.Popen, folder: Path, updates: int, seconds: float = 180) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.time() + seconds
+    while not (metrics.exists() and metrics.read_text().count("\n") >= updates):
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_still_becomes_the_same_run(tmp_path):
+    settings = dict(total_time_steps=12_000, save_interval=1, validation_limit=20, env_num=64)
+    process, whole = started(tmp_path / "whole", **settings)
+    process.communicate(timeout=600)
+    process, cut = started(tmp_path / "cut", **settings)
+    wait_for(process, cut, updates=1)
+    chance, kills = random.Random(0), 0
+    while kills < 20:
+        time.sleep(chance.uniform(0.0, 1.5))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+        before = len(lines_so_far(cut))
+        command = [sys.executable, "ppo_dialog.py", "--resume", *flags(run_dir=tmp_path / "cut")]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # a run that is past its first steps again is worth killing; now and then one that is not
+        deadline = time.time() + 60
+        while process.poll() is None and len(lines_so_far(cut)) <= before and time.time() < deadline:
+            if chance.random() < 0.002:
+                break
+            time.sleep(0.02)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-2000:]
+    assert timeless(lines(cut)) == timeless(lines(whole)) and digest(cut) == digest(whole)
+
+
+def lines_so_far(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def engine():
+    """An accelerator with a small model and optimizer that have taken a step."""
+    Accelerator._shared_state = {}
+    accelerator = Accelerator()
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return accelerator, model
+
+
+def test_only_the_newest_are_kept_and_random_states_come_back(engine, tmp_path):
+    accelerator, model = engine
+    for update in range(1, 6):
+        save_checkpoint(accelerator, tmp_path, update, {"updates": update}, keep=2)
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["update-000004", "update-000005"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["update-000004", "update-000005"]
+    weights = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    point, _ = newest_whole(tmp_path)
+    assert checkpoint.load_checkpoint(accelerator, point) == {"updates": 5}
+    assert torch.equal(model.weight, weights)
+    assert (
+        torch.equal(torch.rand(3), drawn[0]) and (np.random.rand(3) == drawn[1]).all() and random.random() == drawn[2]
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing"])
+def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_used(engine, name, harm, tmp_path):
+    accelerator, _ = engine
+    for update in (1, 2):
+        save_checkpoint(accelerator, tmp_path, update, {"updates": update}, keep=2)
+    file = checkpoint.folder_of(tmp_path, 2) / name
+    content = bytearray(file.read_bytes())
+    if harm == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif harm == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    point, refused = newest_whole(tmp_path)
+    assert point == checkpoint.folder_of(tmp_path, 1)
+    assert len(refused) == 1 and "update-000002" in refused[0] and name in refused[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model.safetensors": 3}'])
+def test_a_manifest_that_is_none_is_no_checkpoint(engine, text, tmp_path):
+    save_checkpoint(engine[0], tmp_path, 1, {}, keep=1)
+    (checkpoint.folder_of(tmp_path, 1) / "manifest.json").write_text(text)
+    assert fault_of(checkpoint.folder_of(tmp_path, 1))
+    assert newest_whole(tmp_path)[0] is None
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(engine, tmp_path):
+    accelerator, _ = engine
+    save_checkpoint(accelerator, tmp_path, 1, {}, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # files of more bytes cannot be written: a real OSError
+    try:
+        with pytest.raises(OSError):
+            save_checkpoint(accelerator, tmp_path, 2, {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert newest_whole(tmp_path) == (checkpoint.folder_of(tmp_path, 1), [])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-000001"]
+    save_checkpoint(accelerator, tmp_path, 2, {}, keep=2)
+    assert newest_whole(tmp_path)[0] == checkpoint.folder_of(tmp_path, 2)
+
+
+def test_room_is_looked_at_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
+    assert check_room(tmp_path, 2**30, keep=2) == ""
+    assert "lower --keep-checkpoints" in check_room(tmp_path, 4 * 2**30, keep=2)
+    with pytest.raises(UserError, match="10.0 GiB of disk left and a checkpoint takes 11.0 GiB"):
+        check_room(tmp_path, 11 * 2**30, keep=1)
+
+
+def test_metrics_are_cut_to_the_checkpoint_and_a_changed_file_is_refused(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"update": 1}\n{"update": 2}\n{"upd')  # the last line was being written
+    cut_metrics(file, 1)
+    assert file.read_text() == '{"update": 1}\n'
+    with pytest.raises(UserError, match="has 1 updates but the checkpoint is of update 2"):
+        cut_metrics(file, 2)
+
+
+# --- folders and signals
+
+
+def test_a_folder_in_use_is_refused_and_free_again_when_its_owner_dies(tmp_path):
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from checkpoint import FolderLock
+        lock = FolderLock(Path({str(tmp_path)!r}))
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by a run that is still going \\(process {owner.pid}\\)"):
+        FolderLock(tmp_path)
+    owner.kill()
+    owner.wait()
+    FolderLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("place", ["file/runs", "/proc/runs"])
+def test_a_folder_that_cannot_be_made_is_refused(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        open_run(tmp_path / place, keep=False)
+
+
+def test_the_second_signal_stops_at_once():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == 143
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# --- rewards, trackers, numbers
+
+
+def test_a_reward_that_hangs_or_raises_is_named():
+    columns = ["p"], ["r"], ["x"], [1]
+    with pytest.raises(UserError, match=r"did not return within 0.2 s \(reward_timeout\)"):
+        score_episodes(lambda *_: time.sleep(30), *columns, timeout=0.2)
+    with pytest.raises(UserError, match=r"the reward raised ZeroDivisionError: division by zero \(test_reliability.py"):
+        score_episodes(lambda *_: 1 / 0, *columns)
+    with pytest.raises(UserError, match="^in the user's own words$"):
+
+        def refuses(*_):
+            raise UserError("in the user's own words")
+
+        score_episodes(refuses, *columns)
+    assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=5)[0].tolist() == [0.5]
+
+
+def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_path):
+    settings = RUN | dict(run_dir=str(tmp_path), save_interval=1, lr_schedule="constant")
+    with pytest.raises(UserError, match="optimizer steps had a loss or gradient that is not finite"):
+        trained(**settings | dict(lr=1e30, critic_lr=1e30, max_skipped_steps=1))
+    folder = tmp_path / "ppo_dialog"
+    if checkpoint.checkpoints(folder):  # whatever was saved is of before the numbers went
+        assert not newest_whole(folder)[1]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(capsys):
+    def broken(metrics, step):
+        if step > 1:
+            raise ConnectionError("no route to host\nand more")
+
+    accelerator = SimpleNamespace(log=broken, print=print, end_training=lambda: broken({}, 2))
+    log = Log(accelerator)
+    for step in (1, 2, 3):
+        log({"score": 1.0}, step)
+    log.close()
+    printed = capsys.readouterr().out
+    assert printed.count("a tracker failed (no route to host)") == 1
+    assert "could not be closed" in printed and "2 updates are missing from a tracker" in printed
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_300_updates(tmp_path):
+    process, folder = started(tmp_path, total_time_steps=10**9, env_num=16, save_interval=50)
+    resident = {}
+    for updates in (50, 300):
+        wait_for(process, folder, updates, seconds=900)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident[updates] = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    print(json.dumps(resident))
+    assert resident[300] <= 1.03 * resident[50], resident
+    sizes = [len(json.dumps(row)) for row in lines(folder)]
+    assert max(sizes) < 1.2 * sizes[0] + 200  # a line an update, of the same figures
