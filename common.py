@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import errno
 import importlib
 import importlib.util
 import json
@@ -39,12 +40,20 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback."""
+    """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback.
+
+    So does a disk that is full or read-only become a sentence.
+    """
     quiet_libraries()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -886,13 +886,13 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
     saved = progress.updates
 
-    def checkpoint() -> None:
+    def checkpoint(best: bool = False) -> None:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
         nonlocal saved
         try:
             save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
-            if main:
-                save(unwrapped, codec, value_scale, run)
+            for folder in (run, run / "best")[: 1 + best] if main else ():
+                save(unwrapped, codec, value_scale, folder)
             saved = progress.updates
         except OSError as error:
             say(f"WARNING: update {progress.updates} could not be saved ({error}); what was saved before stands")
@@ -972,12 +972,11 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 }
                 if user_stats is not None:
                     metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
-                due = progress.updates % config.save_interval == 0
+                due, best = progress.updates % config.save_interval == 0, False
                 if due and main and validation:
                     metrics["validation_reward"] = validation_reward(policy, codec, validation, score, config.seed)
-                    if progress.best_reward is None or metrics["validation_reward"] > progress.best_reward:
-                        progress.best_reward = metrics["validation_reward"]
-                        save(unwrapped, codec, value_scale, run / "best")
+                    best = progress.best_reward is None or metrics["validation_reward"] > progress.best_reward
+                    progress.best_reward = metrics["validation_reward"] if best else progress.best_reward
                 if main:
                     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(finite(metrics)) + "\n")
@@ -991,7 +990,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 )
                 between_updates = True
                 if due:
-                    checkpoint()
+                    checkpoint(best)
         except Exception:  # a reward that failed, say; with other processes waiting, the last checkpoint has to do
             if between_updates and alone and progress.updates > saved:
                 checkpoint()

@@ -1,4 +1,4 @@
-"""What each measure against waste brings: the whole loop with all of them, and without one at a time, interleaved.
+"""What each measure against waste brings: the whole loop with all, without one at a time, without any; interleaved.
 
 python benchmarks/ablation.py --size S --rounds 3
 """
@@ -35,20 +35,25 @@ class AblationConfig:
     """As throughput.py's."""
 
 
+def label(without: str) -> str:
+    return "without any" if " " in without else f"without {without}" if without else "all measures"
+
+
 def ablate(config: AblationConfig) -> str:
     """The table: medians over the rounds, and each variant's speed over that of all measures in the same round."""
     common = ["--size", config.size, "--updates", str(config.updates), "--data-path", config.data_path]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *config.measures)}
+    every = " ".join(config.measures)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *config.measures, every)}
     for _ in range(config.rounds):
         for name, runs in results.items():
-            runs.append(run_apart(*common, *(["--without", name] if name else [])))
-            print(f"{name or 'all measures'}: {runs[-1]['steps_per_s']} tokens/s", file=sys.stderr, flush=True)
+            runs.append(run_apart(*common, *(["--without", *name.split()] if name else [])))
+            print(f"{label(name)}: {runs[-1]['steps_per_s']} tokens/s", file=sys.stderr, flush=True)
     lines = [f"| {config.size} | tokens/s | speed against all | update s | peak RSS MB |", "|---|---|---|---|---|"]
     for name, runs in results.items():
         median = lambda key, runs=runs: statistics.median(run[key] for run in runs)
         ratios = [run["steps_per_s"] / whole["steps_per_s"] for run, whole in zip(runs, results[""])]
         lines.append(
-            f"| {'without ' + name if name else 'all measures'} | {median('steps_per_s'):.3g} "
+            f"| {label(name)} | {median('steps_per_s'):.3g} "
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
             f"| {median('update_s'):.3g} | {median('peak_rss_mb'):.0f} |"
         )

@@ -94,7 +94,7 @@ def fake(speed: float, rss: float, **more: float) -> dict[str, float]:
 def test_ablation_and_scaling_print_their_tables():
     config = ablation.AblationConfig(size="tiny", rounds=1, updates=2, data_path="builtin")
     lines = ablation.ablate(config).splitlines()
-    assert len(lines) == 2 + 1 + len(throughput.MEASURES) and lines[2].startswith("| all measures |")
+    assert len(lines) == 2 + 1 + len(throughput.MEASURES) + 1 and lines[2].startswith("| all measures |")
     config = scaling.ScalingConfig(size="tiny", prompts=(32, 64), rollouts=(16,), replies=(20,), data_path="builtin")
     tables = scaling.scale(config).split("\n\n")
     assert [len(t.splitlines()) for t in tables] == [4, 3, 3]

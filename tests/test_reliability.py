@@ -71,7 +71,7 @@ def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path
     settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, reward=f"{brittle}:brittle")
     whole = trained(experiment_name="whole", **settings)
     (tmp_path / "fuse").write_text("3")  # the fourth call raises: three updates are done, two of them in a checkpoint
-    with pytest.raises(UserError, match=r"the scoring server is gone \(brittle.py, line 9\)"):
+    with pytest.raises(UserError, match=r"the scoring server is gone \(brittle.py, line 10\)"):
         trained(experiment_name="cut", **settings)
     cut = tmp_path / "cut"
     assert [p.name for p in checkpoint.checkpoints(cut)] == ["update-000002", "update-000003"]
