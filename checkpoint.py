@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -144,7 +145,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """Put weights, optimizer and random states back, and return the progress."""
     try:
         accelerator.load_state(str(folder))
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"checkpoint {folder} does not fit this configuration ({str(error).splitlines()[0]}); --resume needs the "
             "model, critic and number of processes that it was written with."

@@ -18,12 +18,14 @@ import os
 import resource
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 EXIT_USER_ERROR = 2  # what argparse and tyro also use for a command line they cannot take
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -98,7 +100,10 @@ def import_path(path: str, what: str) -> Any:
         spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"{what} is '{path}', but '{file}' cannot be run: {raised(error)}.") from error
     else:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -120,11 +125,19 @@ def import_path(path: str, what: str) -> Any:
 # Models and tokenizers by hub name or folder
 
 
+def raised(error: Exception) -> str:
+    """An exception of the user's code in a few words: its kind, what it says, and where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _check_name(what: str, name: str) -> None:
+def check_name(what: str, name: str) -> None:
     """UserError for what can only be a mistyped path, before minutes of asking the hub for it."""
     folder = Path(name)
     if folder.is_dir():
@@ -137,6 +150,10 @@ def _check_name(what: str, name: str) -> None:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    if "Unrecognized configuration class" in str(error):
+        kind = str(error).rsplit("AutoModel: AutoModelFor", 1)[-1].split(".")[0]
+        kind = {"CausalLM": "causal language model", "SequenceClassification": "classifier"}.get(kind, kind)
+        return UserError(f"{what} '{name}' is a model of another kind; expected a {kind}.")
     if Path(name).exists():
         return UserError(f"{what} '{name}' cannot be loaded: {first_line(error)}")
     return UserError(
@@ -147,15 +164,29 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
 
 def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors."""
-    _check_name(what, name)
+    check_name(what, name)
     try:
         model = auto_class.from_pretrained(name, use_safetensors=True, **kwargs)  # or a configuration
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _cannot_load(what, name, error) from error
+    if auto_class.__name__ == "AutoModelForCausalLM":
+        check_causal(what, name, model.config)
     if isinstance(model, torch.nn.Module):
         fuse_gelu(model)
         turn_head(model)
     return model
+
+
+def check_causal(what: str, name: str, config: Any) -> None:
+    """UserError for an encoder, which transformers would load with a head that it never had, or an encoder-decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{what} '{name}' is a {config.model_type} model, which reads whole texts; expected a causal language "
+            "model, which writes them (GPT-2, OPT, Llama, Qwen, ...)."
+        )
 
 
 def fuse_gelu(model: torch.nn.Module) -> None:
@@ -190,7 +221,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_name("tokenizer", name)
+    check_name("tokenizer", name)
     folder = Path(name)
     if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"'{name}' holds no tokenizer (no tokenizer.json); save one there, or give --tokenizer-path.")

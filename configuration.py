@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ TUTORIAL_VALUES = {
     "policy_class": {"PolicyNetworkGPT": ""},
     "critic_class": {"ValueNetworkGPT": ""},
 }
+SECRET = re.compile(r"token$|secret|password|credential|api_?key", re.IGNORECASE)
+HIDDEN = "(not stored)"
 SECTIONS = ("env", "env.args", "reward_class", "reward_class.args", "vec_info_class", "model_dict")
 WITHOUT_MEANING = {
     "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
@@ -170,9 +173,17 @@ def _typed(cls: type, name: str, value: Any, file: str) -> Any:
         raise UserError(f"'{file}' sets {name} to {value!r}; expected {shown}.") from None
 
 
+def plain_values(config: Any) -> dict[str, Any]:
+    """Every field as YAML and trackers take it; what looks like a secret in `reward_args` is HIDDEN."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    if values.get("reward_args"):
+        values["reward_args"] = {k: HIDDEN if SECRET.search(k) else v for k, v in values["reward_args"].items()}
+    return values
+
+
 def save_yaml(config: Any, path: Path) -> None:
     """Every field, so that `--config PATH` repeats the run."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    values = plain_values(config)
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -35,7 +35,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 import builtin_corpus
-from common import UserError, nearest
+from common import UserError, first_line, nearest
 
 ACTS = ("inform", "question", "directive", "commissive")  # dialogue act k of DailyDialog is ACTS[k - 1]
 SPLITS = ("train", "validation", "test")
@@ -304,7 +304,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(file)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"'{file}' is not a parquet file that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{file}' is not a parquet file that can be read: {first_line(error)}.") from error
     yield from _dataset_rows(table.to_pylist(), str(file))
 
 
@@ -463,6 +463,11 @@ class DialogueCodec:
         self.may_end = torch.tensor([last in piece or "\ufffd" in piece for piece in pieces])
         marker_ids = tokenizer(fmt.eou_marker, add_special_tokens=False).input_ids
         self.marker_token_id = marker_ids[0] if len(marker_ids) == 1 else None
+        if fmt.eou_marker.strip() not in tokenizer.decode(marker_ids):
+            raise UserError(
+                f"the tokenizer cannot write the marker '{fmt.eou_marker}' that ends an utterance (it makes of it "
+                f"'{tokenizer.decode(marker_ids)}'), so no reply could end; give another --eou-marker or tokenizer."
+            )
 
     def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (B, P), cut and padded on the left; P is the longest of the batch, or the maximum."""

@@ -25,7 +25,7 @@ from torch import nn
 from builtin_models import resolve_model
 from checkpoint import FolderLock
 from common import UserError, first_line, import_path, whole_folder, write_json
-from configuration import load_deepspeed
+from configuration import load_deepspeed, plain_values
 from envs import DialogueCodec, Sample
 from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies
 from intent_classifier import IntentJudge, accuracy_on
@@ -153,7 +153,7 @@ def open_run(run: Path, keep: bool) -> FolderLock:
 
 def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
     """wandb and TensorBoard through Accelerate; a resumed run goes on where its `updates` ended."""
-    settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in dataclasses.asdict(config).items()}
+    settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in plain_values(config).items()}
     wandb = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode, dir=str(run))
     if "wandb" in ids:
         wandb |= dict(id=ids["wandb"], resume="allow")

@@ -32,6 +32,7 @@ from builtin_models import resolve_model
 from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, load_checkpoint, resume_point, save_checkpoint
 from common import (
     UserError,
+    check_name,
     check_vocabulary,
     count_parameters,
     finite,
@@ -42,7 +43,7 @@ from common import (
     run_script,
     use_all_cores,
 )
-from configuration import parse_config, save_yaml
+from configuration import HIDDEN, parse_config, save_yaml
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
     Log,
@@ -244,6 +245,9 @@ class PPOConfig(FormatOptions):
             raise UserError("use_deepspeed needs deepspeed_config, the name of DeepSpeed's JSON file.")
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
             raise UserError(f"experiment_name is '{self.experiment_name}'; expected the name of a folder in run_dir.")
+        if HIDDEN in self.reward_args.values():
+            name = next(k for k, v in self.reward_args.items() if v == HIDDEN)
+            raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
         if self.reward == "default" and not (self.intent_coef or self.meteor_coef):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
@@ -796,6 +800,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
 
     # Data and text format
     model_folder = resolve_model(config.model_path)
+    for what, name in (("model", model_folder), ("ref_model", config.ref_model), ("intent model", config.intent_model)):
+        if name and name != "builtin":  # a mistyped path is said before the data is read
+            check_name(what, resolve_model(name))
     fmt = config.dialogue_format(model_folder)
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
     if sizes.num_mini_batch < config.num_mini_batch:

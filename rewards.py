@@ -21,11 +21,9 @@ import inspect
 import io
 import sys
 import threading
-import traceback
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import nltk
@@ -35,7 +33,7 @@ from nltk.corpus import wordnet
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 
-from common import UserError, import_path, nearest
+from common import UserError, import_path, nearest, raised
 from envs import ACTS
 from intent_classifier import IntentJudge
 
@@ -176,11 +174,7 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     if isinstance(outcome[0], Exception):
-        place = traceback.extract_tb(outcome[0].__traceback__)[-1]
-        raise UserError(
-            f"the reward raised {type(outcome[0]).__name__}: {outcome[0]} ({Path(place.filename).name}, "
-            f"line {place.lineno})."
-        ) from outcome[0]
+        raise UserError(f"the reward raised {raised(outcome[0])}.") from outcome[0]
     return outcome[0]
 
 

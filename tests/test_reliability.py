@@ -1,8 +1,10 @@
 """Runs that are stopped, killed, starved of disk or fed nonsense: nothing is lost, and a resumed run is the same."""
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -23,9 +25,9 @@ from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 import checkpoint
 from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
 from common import UserError
-from configuration import parse_config
+from configuration import parse_config, save_yaml
 from experiment import Log, open_run
-from ppo_dialog import PPOConfig
+from ppo_dialog import PPOConfig, load_causal_lm
 from rewards import score_episodes
 
 REWARD = """
@@ -347,6 +349,53 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(ca
     printed = capsys.readouterr().out
     assert printed.count("a tracker failed (no route to host)") == 1
     assert "could not be closed" in printed and "2 updates are missing from a tracker" in printed
+
+
+def test_secrets_are_neither_stored_nor_forgotten_in_silence(tmp_path):
+    config = PPOConfig(reward="a:b", reward_args={"api_key": "sesame", "auth_token": "sesame", "max_tokens": 3})
+    save_yaml(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "sesame" not in text and "max_tokens: 3" in text
+    again, _ = parse_config(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "")
+    with pytest.raises(UserError, match="reward_args.api_key looks like a secret and was not stored"):
+        again.check()
+
+
+def test_nothing_is_unpickled_or_run_from_a_models_folder(tiny_lm, tmp_path):
+    """Weights in a pickle, and a model type whose code lies in the folder: refused, and nothing of it is executed."""
+    folder, proof = Path(tiny_lm), tmp_path / "was_here"
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (proof,))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"trap": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError):
+        load_causal_lm(str(folder))
+    (folder / "trap.py").write_text(f"import pathlib; pathlib.Path({str(proof)!r}).touch()")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load_causal_lm(str(folder))
+    assert not proof.exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(engine, tmp_path):
+    accelerator, _ = engine
+    proof = tmp_path / "was_here"
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (proof,))
+
+    folder = save_checkpoint(accelerator, tmp_path, 1, {}, keep=1)
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        torch.save({"trap": Trap()}, folder / name)
+        with contextlib.suppress(UserError, pickle.UnpicklingError):
+            checkpoint.load_checkpoint(accelerator, folder)
+    assert not proof.exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,342 @@
+"""A table of wrong inputs: each ends in a sentence or two that say what was given and expected, with status 2."""
+
+import json
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import ppo_dialog
+import sft_dialog
+from common import UserError, run_script
+from configuration import load_yaml
+from envs import load_dialogues
+from ppo_dialog import PPOConfig
+
+GOOD = {"dialog": ["Hi .", "Hello .", "How are you ?", "Fine .", "Good .", "Bye ."], "act": [1, 1, 2, 1, 1, 1]}
+ROWS = {  # one bad row each, after a good one
+    "no_dialog": {"text": ["Hi ."]},
+    "no_utterance": {"dialog": []},
+    "empty_utterance": {"dialog": ["Hi .", "  "]},
+    "number_utterance": {"dialog": ["Hi .", 7]},
+    "short_acts": GOOD | {"act": [1, 2]},
+    "act_five": GOOD | {"act": [5] * 6},
+    "act_zero": GOOD | {"act": [0] * 6},
+    "act_word": GOOD | {"act": ["inform"] * 6},
+    "act_half": GOOD | {"act": [1.5] * 6},
+    "emotion_nine": GOOD | {"emotion": [9] * 6},
+    "surrogate": {"dialog": ["Hi .", "\ud800"]},
+}
+
+
+OWN = """
+THREE = 3
+def raises(*_): return 1 / 0
+def none(*_): return None
+def short(prompts, *_): return [0.0]
+def nan(prompts, responses, *_): return [float('nan')] * len(responses)
+def words(prompts, responses, *_): return ['good'] * len(responses)
+def stats(*_): return 3
+def taken(rollout, metrics): return {'score': 1.0}
+class Net:
+    def __init__(self, config): pass
+"""
+
+
+def tiny_gpt2(**changes) -> GPT2LMHeadModel:
+    sizes = dict(vocab_size=330, n_layer=1, n_head=2, n_embd=16, n_positions=256) | changes
+    return GPT2LMHeadModel(GPT2Config(**sizes))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder of things that cannot be used, and a few that can."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    write = lambda name, text: (root / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    # dialogues
+    good = json.dumps(GOOD)
+    write("good.jsonl", "\n".join([good] * 60))
+    for name, row in ROWS.items():
+        write(f"{name}.jsonl", "\n".join([good] * 30 + [json.dumps(row)] * 30))
+    write("unlabelled.jsonl", "\n".join([json.dumps({"dialog": GOOD["dialog"]})] * 60))
+    write("short.jsonl", "\n".join([json.dumps({"dialog": ["Hi .", "Hello ."], "act": [1, 1]})] * 60))
+    write("few.jsonl", good)
+    write("empty.jsonl", "")
+    write("broken.jsonl", good + "\n{'dialog': [}")
+    write("scalar.json", "3")
+    write("empty.csv", "")
+    write("header.csv", "dialog,act\n")
+    write("columns.csv", "speaker,words\n" + "a,b\n" * 60)
+    write("notes.txt", "Hello there")
+    write("archive.parquet", "not parquet")
+    latin = json.dumps({"dialog": ["café", "oui"]}, ensure_ascii=False) + "\n"
+    (root / "latin1.jsonl").write_bytes(60 * latin.encode("latin-1"))
+    (root / "nothing").mkdir()
+    (root / "no_validation").mkdir()
+    (root / "no_validation" / "train.jsonl").write_text("\n".join([good] * 5))
+    (root / "torn_zip").mkdir()
+    (root / "torn_zip" / "train.zip").write_bytes(b"PK\x03\x04 torn")
+    (root / "lacks_acts").mkdir()
+    with zipfile.ZipFile(root / "lacks_acts" / "train.zip", "w") as archive:
+        archive.writestr("dialogues_train.txt", "Hi . __eou__ Hello . __eou__\n")
+
+    # models
+    tokenizer = make_tokenizer()
+    tiny_gpt2().save_pretrained(root / "lm")
+    tokenizer.save_pretrained(root / "lm")
+    tiny_gpt2().save_pretrained(root / "no_tokenizer")
+    tiny_gpt2(vocab_size=50).save_pretrained(root / "small_vocabulary")
+    tokenizer.save_pretrained(root / "small_vocabulary")
+    tiny_gpt2(n_positions=32).save_pretrained(root / "short_positions")
+    tokenizer.save_pretrained(root / "short_positions")
+    bert = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(**bert)).save_pretrained(root / "encoder")
+    tokenizer.save_pretrained(root / "encoder")
+    t5 = dict(vocab_size=330, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(T5Config(**t5)).save_pretrained(root / "encoder_decoder")
+    tokenizer.save_pretrained(root / "encoder_decoder")
+    for labels in (2, 3):
+        BertForSequenceClassification(BertConfig(num_labels=labels, **bert)).save_pretrained(root / f"labels{labels}")
+        tokenizer.save_pretrained(root / f"labels{labels}")
+    for name, special in (("no_ends", {}), ("no_eos", {"pad_token": "a"})):
+        tiny_gpt2().save_pretrained(root / name)
+        words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(root / name)
+    tiny_gpt2(vocab_size=1, bos_token_id=0, eos_token_id=0).save_pretrained(root / "one_token")
+    one = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=one, eos_token="a", unk_token="a").save_pretrained(root / "one_token")
+    tiny_gpt2().save_pretrained(root / "torn_weights")
+    tokenizer.save_pretrained(root / "torn_weights")
+    weights = root / "torn_weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    tiny_gpt2().save_pretrained(root / "pickled")
+    tokenizer.save_pretrained(root / "pickled")
+    (root / "pickled" / "model.safetensors").unlink()
+    torch.save(tiny_gpt2().state_dict(), root / "pickled" / "pytorch_model.bin")
+    for name, text in (("bad_config", "{"), ("unknown_type", '{"model_type": "perceptron"}')):
+        tokenizer.save_pretrained(root / name)
+        (root / name / "config.json").write_text(text)
+
+    # code and settings
+    write("own.py", OWN)
+    write("syntax.py", "def reward(:\n")
+    write("unknown.yaml", "learning_rte: 1e-6\n")
+    write("typed.yaml", "lr: fast\n")
+    write("list.yaml", "- lr\n- 3\n")
+    write("torn.yaml", "lr: [1\n")
+    write("unsafe.yaml", "lr: !!python/object/apply:os.system ['echo unsafe']\n")
+    write("twice.yaml", "env:\n  args: 3\n")
+    return root
+
+
+DATA = ["--model-path", "@lm", "--intent-coef", "0", "--data-path"]
+MODEL = ["--data-path", "@good.jsonl", "--intent-coef", "0", "--model-path"]
+JUDGE = ["--data-path", "@good.jsonl", "--model-path", "@lm", "--intent-model"]
+REWARD = [*MODEL, "@lm", "--reward"]
+CASES = [
+    # the command line and the configuration file
+    (["--ppo-epochs", "3"], "ppo-epoch"),
+    (["--lr", "fast"], "lr"),
+    (["--lr-schedule", "cosine"], "cosine"),
+    (["--config"], "needs the name of a YAML file"),
+    (["--config", "@nowhere.yaml"], "does not exist"),
+    (["--config", "@unknown.yaml"], "learning_rte"),
+    (["--config", "@typed.yaml"], "lr"),
+    (["--config", "@list.yaml"], "list"),
+    (["--config", "@torn.yaml"], "not YAML"),
+    (["--config", "@unsafe.yaml"], "not YAML"),
+    (["--config", "@twice.yaml"], "env.args"),
+    (["--env-num", "0"], "env_num is 0"),
+    (["--gamma", "1.5"], "gamma is 1.5"),
+    (["--lr", "nan"], "lr is nan"),
+    (["--top-p", "0"], "top_p is 0"),
+    (["--temperature", "0"], "temperature is 0"),
+    (["--max-new-tokens", "0"], "max_new_tokens"),
+    (["--max-prompt-tokens", "0"], "max_prompt_tokens"),
+    (["--context-utterances", "0"], "context_utterances"),
+    (["--eou-marker", " "], "eou_marker"),
+    (["--experiment-name", "../elsewhere"], "experiment_name"),
+    (["--intent-coef", "0", "--meteor-coef", "0"], "both 0"),
+    (["--model-class", "a:B", "--critic-class", "a:C"], "policy and value together"),
+    (["--use-deepspeed"], "deepspeed_config"),
+    (["--mixed-precision", "fp16"], "fp16"),
+    (["--resume"], "no run in"),
+    (["--keep-checkpoints", "0"], "keep_checkpoints is 0"),
+    (["--reward-timeout", "-1"], "reward_timeout is -1"),
+    (["--run-dir", "/proc/none"], "cannot be written"),
+    # dialogues
+    ([*DATA, "@nowhere"], "does not exist"),
+    ([*DATA, "@nothing"], "nothing"),
+    ([*DATA, "@notes.txt"], "notes.txt"),
+    ([*DATA, "@archive.parquet"], "archive.parquet"),
+    ([*DATA, "@empty.jsonl"], "holds no dialogue"),
+    ([*DATA, "@empty.csv"], "empty.csv"),
+    ([*DATA, "@header.csv"], "holds no dialogue"),
+    ([*DATA, "@columns.csv"], "no column 'dialog' (columns: speaker, words)"),
+    ([*DATA, "@broken.jsonl"], "broken.jsonl"),
+    ([*DATA, "@scalar.json"], "scalar.json"),
+    ([*DATA, "@latin1.jsonl"], "not valid UTF-8"),
+    ([*DATA, "@no_validation"], "validation"),
+    ([*DATA, "@torn_zip"], "train.zip"),
+    ([*DATA, "@lacks_acts"], "lacks_acts"),
+    ([*DATA, "@short.jsonl"], "more than 5 utterances"),
+    ([*DATA, "@few.jsonl"], "holds no dialogue"),
+    *[([*DATA, f"@{name}.jsonl"], fault) for name, fault in {
+        "no_dialog": "no column 'dialog'",
+        "no_utterance": "has no utterance",
+        "empty_utterance": "utterance 2 of 2 is empty",
+        "number_utterance": "not text but 7",
+        "short_acts": "6 utterances but 2 values in 'act'",
+        "act_five": "act 5 is out of range",
+        "act_zero": "act 0 is out of range",
+        "act_word": "whole numbers",
+        "act_half": "whole numbers",
+        "emotion_nine": "emotion 9 is out of range",
+        "surrogate": "not valid UTF-8",
+    }.items()],
+    (["--model-path", "@lm", "--intent-model", "@labels2", "--data-path", "@unlabelled.jsonl"], "acts"),
+    # models and tokenizers
+    ([*MODEL, "@nowhere"], "does not exist"),
+    ([*MODEL, "@nothing"], "without config.json"),
+    ([*MODEL, "@no_tokenizer"], "no tokenizer"),
+    ([*MODEL, "@small_vocabulary"], "embeds only 50"),
+    ([*MODEL, "@short_positions"], "32 positions"),
+    ([*MODEL, "@encoder"], "causal"),
+    ([*MODEL, "@encoder_decoder"], "causal"),
+    ([*MODEL, "@no_ends"], "neither a pad nor an EOS"),
+    ([*MODEL, "@no_eos"], "cannot write the marker"),
+    ([*MODEL, "@one_token"], "cannot write the marker"),
+    ([*MODEL, "@torn_weights"], "cannot be loaded"),
+    ([*MODEL, "@pickled"], "safetensors"),
+    ([*MODEL, "@bad_config"], "cannot be loaded"),
+    ([*MODEL, "@unknown_type"], "cannot be loaded"),
+    ([*MODEL, "@lm", "--ref-model", "@encoder"], "causal"),
+    ([*MODEL, "@lm", "--ref-model", "@small_vocabulary"], "embeds only 50"),
+    ([*MODEL, "@lm", "--tokenizer-path", "@nothing"], "no tokenizer"),
+    ([*MODEL, "@lm", "--max-new-tokens", "200"], "positions"),
+    ([*JUDGE, "@nowhere"], "does not exist"),
+    ([*JUDGE, "@labels2"], "tells 2 classes apart"),
+    ([*JUDGE, "@labels3"], "tells 3 classes apart"),
+    ([*JUDGE, "@no_tokenizer"], "no tokenizer"),
+    # the user's own code
+    ([*REWARD, "defualt"], "Did you mean 'default'?"),
+    ([*REWARD, "@own.py"], "import path"),
+    ([*REWARD, "@nowhere.py:f"], "nowhere.py"),
+    ([*REWARD, "@own.py:missing"], "missing"),
+    ([*REWARD, "@own.py:THREE"], "is a int"),
+    ([*REWARD, "@syntax.py:reward"], "syntax.py"),
+    ([*REWARD, "@own.py:raises"], "ZeroDivisionError"),
+    ([*REWARD, "@own.py:none"], "one each is due"),
+    ([*REWARD, "@own.py:short"], "one each is due"),
+    ([*REWARD, "@own.py:nan"], "expected a finite number"),
+    ([*REWARD, "@own.py:words"], "no number"),
+    ([*MODEL, "@lm", "--stats", "@own.py:THREE"], "cannot be called"),
+    ([*MODEL, "@lm", "--stats", "@own.py:stats"], "expected a dict"),
+    ([*MODEL, "@lm", "--stats", "@own.py:taken"], "taken already"),
+    ([*MODEL, "@lm", "--model-class", "@own.py:Net"], "has no policy"),
+    ([*MODEL, "@lm", "--policy-class", "@own.py:Net"], "get_output_embeddings"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, phrase", CASES, ids=[" ".join(c[0][-2:]) for c in CASES])
+def test_it_ends_in_a_sentence_and_status_2(arguments, phrase, world, tmp_path, monkeypatch, capfd):
+    small = ["--total-time-steps", "20", "--env-num", "2", "--eval-limit", "-1", "--judge-samples", "4"]
+    argv = ["ppo_dialog.py", "--run-dir", str(tmp_path / "runs"), *small]
+    argv += [a.replace("@", f"{world}/") for a in arguments]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        run_script(ppo_dialog.main)
+    printed, errors = capfd.readouterr()
+    assert ended.value.code == 2
+    assert phrase in errors + printed and "Traceback" not in errors + printed
+    if "error: " in errors:  # ours; what tyro cannot parse it answers itself, in a box
+        sentence = errors[errors.index("error: ") :].strip()
+        assert len(sentence) < 700 and len(re.findall(r"[.!?](?= [A-Z]|$)", sentence)) <= 4
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize(
+    "arguments, phrase",
+    [
+        (["--model-path", "@encoder", "--data-path", "@good.jsonl"], "causal"),
+        (["--model-path", "@lm", "--data-path", "@short.jsonl"], "utterances"),
+        (["--model-path", "@lm", "--data-path", "@nowhere"], "does not exist"),
+    ],
+)
+def test_the_supervised_script_answers_alike(arguments, phrase, world, tmp_path, monkeypatch, capfd):
+    argv = ["sft_dialog.py", "--output-dir", str(tmp_path / "out"), *(a.replace("@", f"{world}/") for a in arguments)]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        run_script(sft_dialog.main)
+    assert ended.value.code == 2 and phrase in capfd.readouterr().err
+
+
+# --- anything at all: the readers answer with a sentence, or with dialogues
+
+
+@given(st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.parquet"]), st.binary(max_size=300))
+@settings(deadline=None, max_examples=150)
+def test_dataset_readers_survive_any_bytes(name, content):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(content)
+        try:
+            assert load_dialogues(str(Path(folder) / name), "train")
+        except UserError as error:
+            assert str(error).strip().endswith((".", "?"))
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["dialog", "act", "emotion", "speaker"]),
+            st.one_of(st.none(), st.integers(), st.text(), st.lists(st.one_of(st.text(), st.integers(), st.none()))),
+        ),
+        max_size=30,
+    )
+)
+@settings(deadline=None, max_examples=150)
+def test_dataset_readers_survive_any_rows(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        for skip in (False, True):
+            try:
+                dialogues = load_dialogues(str(file), "train", skip_bad_rows=skip)
+                assert all(len(d.utterances) == len(d.acts) == len(d.emotions) > 0 for d in dialogues)
+            except UserError as error:
+                assert str(error).strip().endswith((".", "?"))
+
+
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass"))))
+@settings(deadline=None, max_examples=200)
+def test_the_yaml_loader_survives_any_bytes(content):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.yaml"
+        file.write_bytes(content)
+        try:
+            values, notes = load_yaml(PPOConfig, str(file))
+            assert isinstance(values, dict) and isinstance(notes, list)
+        except UserError as error:
+            assert str(error).strip()
