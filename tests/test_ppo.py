@@ -430,7 +430,7 @@ def test_batch_sizes_are_derived_and_refused():
     one = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, device=torch.device("cpu"))
     tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
     assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(
-        rounds=6, replies=12, num_mini_batch=12, parts=1, micro_batch=2048
+        rounds=6, replies=12, num_mini_batch=12, parts=1, micro_batch=1024
     )
     two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="env_num is 3"):
