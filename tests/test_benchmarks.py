@@ -119,5 +119,5 @@ def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
     with pytest.raises(UserError, match="sizes S and M"):
         folder = str(tmp_path)
         compare.compare(compare.CompareConfig(size="tiny", inputs=folder, envs=folder, peers=folder))
-    with pytest.raises(UserError, match="ended with status 2.*\n.*tokenizer"):
+    with pytest.raises(UserError, match="ended with status 2.*\n.*does not exist"):
         compare.compare(compare.CompareConfig(size="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
