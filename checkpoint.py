@@ -172,7 +172,7 @@ class FolderLock:
     """Held by the process that trains into a folder; the system lets go of it however that process ends."""
 
     def __init__(self, run: Path):
-        self.file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held open for the run's life
+        self.file = open(run / ".lock", "a+", encoding="utf-8")  # held open for the run's life
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
