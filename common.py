@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+# Huge pages for torch's tensors on Linux (its own switch, read at the first allocation): see docs/performance.md
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 from safetensors import SafetensorError
 

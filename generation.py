@@ -69,10 +69,32 @@ def log_probs_of(
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    if support is None:  # one kernel forward and one backward over the vocabulary
-        return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+    if support is None:
+        return _TokenLogProbs.apply(logits, tokens)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - restrict(logits, support).logsumexp(-1)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities (...) of tokens (...) under softmax(logits (..., V)).
+
+    As `F.cross_entropy`, but a third of the memory: beside the logits one buffer of the vocabulary's size, which
+    becomes their gradient, in whatever layout the logits have.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        top = logits.amax(-1, keepdim=True)
+        weights = (logits - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.save_for_backward(weights, tokens, total)
+        return (logits.gather(-1, tokens.unsqueeze(-1)) - top - total.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        weights, tokens, total = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)  # d log p(token) / d logits = onehot(token) - softmax(logits)
+        return weights.mul_(-grad / total).scatter_add_(-1, tokens.unsqueeze(-1), grad), None
 
 
 def restrict(logits: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:
@@ -82,19 +104,25 @@ def restrict(logits: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor
     return logits.gather(-1, support.long().clamp(min=0)).masked_fill(support < 0, float("-inf"))
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, support: torch.Tensor | None):
-    """Tokens (B,) by inverting the cumulative distribution at `uniforms` (B,) in [0, 1).
+def draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, support: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B,) by inverting the cumulative distribution at `uniforms` (B,) in [0, 1), and their log-probabilities.
 
     One number for each row decides its token, so a row's text does not depend on which rows share its batch, on
     padding, or on how many processes there are.
     """
     if sampling.greedy:
-        return logits.argmax(-1)
-    cdf = (restrict(logits.float(), support) / sampling.temperature).softmax(-1).cumsum(-1)
+        token = logits.argmax(-1)
+        return token, log_probs_of(logits, token, sampling.temperature, support)
+    logits = restrict(logits.float(), support)
+    probs = (logits if sampling.temperature == 1.0 else logits / sampling.temperature).softmax(-1)
+    cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not pick what follows the last likely token
     index = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
-    return (index if support is None else support.long().gather(-1, index)).squeeze(-1)
+    token = index if support is None else support.long().gather(-1, index)
+    return token.squeeze(-1), probs.gather(-1, index).log().squeeze(-1)
 
 
 @dataclass
@@ -144,9 +172,8 @@ def sample_responses(
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
         support = support_of(logits, sampling)
-        token = draw(logits, uniforms[alive, t], sampling, support)
+        token, logprobs[alive, t] = draw(logits, uniforms[alive, t], sampling, support)
         ids[alive, t], mask[alive, t] = token, True
-        logprobs[alive, t] = log_probs_of(logits, token, sampling.temperature, support)
         if value is not None:
             values[alive, t] = value.float()
         if support is not None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -236,10 +237,10 @@ def test_entropy_matches_torch_and_support():
 def test_draw_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3, 0.0]]).clamp(min=1e-30)).expand(4000, 4)
     uniforms = (torch.arange(4000) + 0.5) / 4000
-    counts = torch.bincount(draw(logits, uniforms, Sampling(), None), minlength=4)
+    counts = torch.bincount(draw(logits, uniforms, Sampling(), None)[0], minlength=4)
     assert counts.tolist() == pytest.approx([2000, 800, 1200, 0], abs=2)
-    assert (draw(logits, uniforms, Sampling(greedy=True), None) == 0).all()
-    assert draw(logits[:1], torch.tensor([1 - 2**-24]), Sampling(), None).item() == 2  # never probability zero
+    assert (draw(logits, uniforms, Sampling(greedy=True), None)[0] == 0).all()
+    assert draw(logits[:1], torch.tensor([1 - 2**-24]), Sampling(), None)[0].item() == 2  # never probability zero
 
 
 def test_support_is_top_k_then_nucleus():
@@ -255,6 +256,20 @@ def test_log_probs_of_is_log_softmax():
     logits, tokens = torch.randn(2, 3, 10), torch.randint(0, 10, (2, 3))
     expected = (logits / 0.5).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     assert torch.allclose(log_probs_of(logits, tokens, 0.5), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as computed", "turned"])
+def test_log_probs_of_has_cross_entropys_gradient(turned):
+    logits, tokens, weights = torch.randn(10, 6, dtype=torch.float32) * 30, torch.randint(0, 10, (6,)), torch.randn(6)
+    logits = (logits.t() if turned else logits.t().contiguous()).requires_grad_()
+    log_probs = log_probs_of(logits, tokens, 0.7)
+    (expected,) = torch.autograd.grad(
+        (-F.cross_entropy(logits / 0.7, tokens, reduction="none") * weights).sum(), logits
+    )
+    (log_probs * weights).sum().backward(retain_graph=True)
+    assert torch.allclose(logits.grad, expected, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified"):  # its buffer is used up: never a wrong gradient in silence
+        log_probs.sum().backward()
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=0), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)])
