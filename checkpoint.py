@@ -20,9 +20,11 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -30,6 +32,7 @@ from common import EXIT_INTERRUPTED, UserError, write_json
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+SAME_REQUEST = 1.0  # seconds: Ctrl-C reaches a process from the terminal, and from its launcher once more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,11 +212,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
+        if self.asked and time.monotonic() < self.at + SAME_REQUEST:
+            return
         if self.asked:
             print("stopping at once; the last checkpoint stands", file=sys.stderr, flush=True)
             sys.exit(self.asked)
+        self.at = time.monotonic()
         self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
         print("stopping after this update, which is saved; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether a collective operation failed because another process of the run has ended."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def check_room(run: Path, checkpoint_bytes: int, keep: int) -> str:

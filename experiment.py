@@ -50,10 +50,15 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
             os.environ.setdefault(name, str(value))
-        if not cuda:  # without the backend named, Accelerate believes that every process is alone
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # On a CPU, Accelerate has to be told, or it believes that every process is alone
+    engine = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if engine and not cuda:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    on_cpus = several and not engine and not torch.accelerator.is_available()
     trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
     return Accelerator(
+        cpu=on_cpus,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=trackers or None,
@@ -141,12 +146,16 @@ def open_run(run: Path, keep: bool) -> FolderLock:
     What an earlier run of the same name left there is kept under the next free name.
     """
     try:
-        if not keep and run.exists() and any(f.name != ".lock" for f in run.iterdir()):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(run)
+        if not keep and any(f.name != ".lock" for f in run.iterdir()):
             kept = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
             run.rename(kept)
             print(f"{run} held an earlier run: kept as {kept}", flush=True)
-        run.mkdir(parents=True, exist_ok=True)
-        return FolderLock(run)
+            run.mkdir()
+            old, lock = lock, FolderLock(run)
+            old.release()
+        return lock
     except OSError as error:
         raise UserError(f"the run's folder '{run}' cannot be written: {error.strerror}.") from error
 

@@ -29,7 +29,16 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from builtin_models import resolve_model
-from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, load_checkpoint, resume_point, save_checkpoint
+from checkpoint import (
+    FolderLock,
+    StopSignals,
+    check_room,
+    cut_metrics,
+    load_checkpoint,
+    lost_process,
+    resume_point,
+    save_checkpoint,
+)
 from common import (
     UserError,
     check_name,
@@ -998,8 +1007,13 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 between_updates = True
                 if due:
                     checkpoint(best)
-        except Exception:  # a reward that failed, say; with other processes waiting, the last checkpoint has to do
-            if between_updates and alone and progress.updates > saved:
+        except Exception as error:  # a reward that failed, say
+            if lost_process(error):
+                raise UserError(
+                    "another process of this run has ended, and none can go on alone; what it said is above or in its "
+                    "own log. Go on from the last checkpoint with --resume."
+                ) from error
+            if between_updates and alone and progress.updates > saved:  # else the last checkpoint has to do
                 checkpoint()
             raise
         if progress.updates > saved:

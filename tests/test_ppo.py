@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from common import UserError
@@ -141,11 +143,14 @@ def test_gae_by_hand():
     assert torch.allclose(advantages, torch.tensor([[0.5 * 0.2 - 0.5, 0.5 * 0.4 - 0.2, 0.6]]))
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0)])
-def test_gae_is_the_plain_loop_on_each_reply_alone(gamma, lam):
-    generator = torch.Generator().manual_seed(1)
-    rewards, values = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
-    lengths = [1, 7, 3, 6, 2]
+lengths_of_replies = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+
+
+@given(lengths_of_replies, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+@settings(deadline=None, max_examples=100)
+def test_gae_is_the_plain_loop_on_each_reply_alone(lengths, gamma, lam, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, len(lengths), 7, generator=generator)
     mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     for row, n in enumerate(lengths):
@@ -157,6 +162,26 @@ def test_gae_is_the_plain_loop_on_each_reply_alone(gamma, lam):
             assert advantages[row, t].item() == pytest.approx(expected, abs=1e-5)
             assert returns[row, t].item() == pytest.approx(expected + values[row, t].item(), abs=1e-5)
         assert not advantages[row, n:].any() and not returns[row, n:].any()
+
+
+@given(lengths_of_replies, st.integers(0, 99), st.integers(0, 3), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_inputs_keep_the_position_before_each_reply_token_and_end_before_the_last(lengths, seed, left, right):
+    """Whatever padding stands left of the prompts and right of the replies."""
+    chance = np.random.default_rng(seed)
+    texts = [(list(chance.integers(1, 50, chance.integers(1, 6))), list(chance.integers(1, 50, n))) for n in lengths]
+    width, longest = left + max(len(p) for p, _ in texts), right + max(lengths)
+    ids = torch.zeros(len(texts), width + longest, dtype=torch.long)
+    mask, response_mask = torch.zeros_like(ids), torch.zeros(len(texts), longest, dtype=torch.bool)
+    for row, (prompt, reply) in enumerate(texts):
+        span = slice(width - len(prompt), width + len(reply))
+        ids[row, span], mask[row, span] = torch.tensor(prompt + reply), 1
+        response_mask[row, : len(reply)] = True
+    inputs, attention, keep = inputs_of(ids, mask, response_mask)
+    for row, (prompt, reply) in enumerate(texts):
+        assert inputs[row][attention[row].bool()].tolist() == (prompt + reply)[:-1]
+        assert inputs[row][keep[row]].tolist() == (prompt + reply)[len(prompt) - 1 : -1]
+        assert not (keep[row] & ~attention[row].bool()).any()
 
 
 def test_token_rewards_put_the_score_on_the_last_token():

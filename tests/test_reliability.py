@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -171,6 +172,51 @@ def test_killed_at_twenty_random_moments_it_still_becomes_the_same_run(tmp_path)
     assert timeless(lines(cut)) == timeless(lines(whole)) and digest(cut) == digest(whole)
 
 
+MOMENTS = {  # what is called at that moment: (module, function, how often before it is the end)
+    "between sampling and scoring": ("ppo_dialog", "token_kl", 3),
+    "between two micro-batches of an update": ("ppo_dialog", "policy_loss", 14),
+    "with metrics ahead of the checkpoint": ("ppo_dialog", "save_checkpoint", 1),
+    "before the manifest of a checkpoint": ("checkpoint", "fingerprint", 6),
+    "with a whole checkpoint that has no name yet": ("checkpoint", "remove", 1),
+    "before the policy beside the checkpoint": ("ppo_dialog", "save", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory) -> Path:
+    return trained(run_dir=str(tmp_path_factory.mktemp("unharmed")), **RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_the_worst_moments_it_becomes_the_same_run(moment, unharmed, tmp_path):
+    module, name, before = MOMENTS[moment]
+    code = f"""
+        import os, signal, sys
+        import checkpoint, ppo_dialog
+        from common import run_script
+
+        spared, original = {before}, {module}.{name}
+
+        def last_call(*args, **kwargs):
+            global spared
+            spared -= 1
+            if spared < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        {module}.{name} = last_call
+        run_script(ppo_dialog.main)
+    """
+    settings = flags(**SHORT | RUN | dict(run_dir=tmp_path))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *settings], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    cut = tmp_path / "ppo_dialog"
+    assert 0 < len(lines_so_far(cut)) < len(lines(unharmed))
+    resumed(cut)
+    assert timeless(lines(cut)) == timeless(lines(unharmed)) and digest(cut) == digest(unharmed)
+
+
 def lines_so_far(folder: Path) -> list[str]:
     file = folder / "metrics.jsonl"
     return file.read_text().splitlines() if file.exists() else []
@@ -300,10 +346,13 @@ def test_a_folder_that_cannot_be_made_is_refused(place, tmp_path):
         open_run(tmp_path / place, keep=False)
 
 
-def test_the_second_signal_stops_at_once():
+def test_the_second_signal_stops_at_once(monkeypatch):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == 143
+        os.kill(os.getpid(), signal.SIGINT)  # at the same moment: a launcher passing on what the terminal sent
+        assert stop.asked == 143
+        monkeypatch.setattr(checkpoint, "SAME_REQUEST", 0.0)
         with pytest.raises(SystemExit, match="143"):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -349,6 +398,21 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(ca
     printed = capsys.readouterr().out
     assert printed.count("a tracker failed (no route to host)") == 1
     assert "could not be closed" in printed and "2 updates are missing from a tracker" in printed
+
+
+@pytest.mark.slow
+def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path):
+    """wandb hands what is logged to a process of its own."""
+    process, folder = started(tmp_path, total_time_steps=4000, track="wandb", wandb_mode="offline")
+    wait_for(process, folder, updates=2)
+    servers = [p for p in psutil.Process(process.pid).children(recursive=True) if "wandb" in p.name()]
+    assert servers
+    for server in servers:
+        server.kill()
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    assert "WARNING: a tracker failed" in printed and "missing from a tracker" in printed
+    assert lines(folder)[-1]["env_steps"] >= 4000 and (folder / "policy" / "model.safetensors").exists()
 
 
 def test_secrets_are_neither_stored_nor_forgotten_in_silence(tmp_path):

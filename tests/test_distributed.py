@@ -1,0 +1,93 @@
+"""Runs of two processes on the CPU, started as a user starts them: `accelerate launch`, with gloo between them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_programs import ROOT, SHORT, flags, lines, timeless
+from test_reliability import digest, wait_for
+
+from checkpoint import checkpoints
+
+LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+RUN = SHORT | dict(total_time_steps=1200, save_interval=2, validation_limit=20, eval_limit=-1)
+
+
+def launched(*arguments: str) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [*LAUNCH, "ppo_dialog.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PATH": path, "TORCH_NUM_THREADS": "1"},
+    )
+
+
+def ended(process: subprocess.Popen, seconds: float = 240) -> str:
+    """What a launched run printed, once it is over."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        raise
+
+
+def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The processes of a run by rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [(child.environ().get("RANK"), child) for child in children]
+    return {int(rank): child for rank, child in ranks if rank is not None and "ppo_dialog.py" in child.cmdline()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of two processes that nobody stopped."""
+    runs = tmp_path_factory.mktemp("whole")
+    process = launched(*flags(run_dir=runs, **RUN))
+    printed = ended(process)
+    assert process.returncode == 0, printed[-3000:]
+    assert "2 process(es)" in printed and printed.count("update   1 ") == 1  # one of them speaks
+    return runs / "ppo_dialog"
+
+
+def test_one_of_two_processes_dies_the_other_says_so_and_the_run_resumes_to_the_digit(whole, tmp_path):
+    process = launched(*flags(run_dir=tmp_path, **RUN))
+    cut = tmp_path / "ppo_dialog"
+    wait_for(process, cut, updates=3)
+    died = time.time()
+    workers(process)[1].kill()
+    printed = ended(process, seconds=60)
+    assert process.returncode != 0 and time.time() - died < 60
+    assert "error: another process of this run has ended" in printed and "with --resume" in printed
+    assert [p.name for p in checkpoints(cut)] == ["update-000002"]
+    process = launched("--resume", *flags(run_dir=tmp_path))
+    printed = ended(process)
+    assert process.returncode == 0 and "resumed after update 2" in printed, printed[-3000:]
+    assert timeless(lines(cut)) == timeless(lines(whole)) and len(lines(whole)) > 3
+    assert digest(cut) == digest(whole) and len(digest(whole)) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_and_its_processes_saves_and_ends_all(number, tmp_path):
+    """Ctrl-C in a terminal reaches every process, and those of a launcher once more through it."""
+    process = launched(*flags(run_dir=tmp_path, **RUN | dict(total_time_steps=10**6, save_interval=10**6)))
+    cut = tmp_path / "ppo_dialog"
+    wait_for(process, cut, updates=2)
+    for child in [process, *workers(process).values()] if number == signal.SIGINT else [process]:
+        child.send_signal(number)
+    printed = ended(process, seconds=60)
+    done = len(lines(cut))
+    assert f"stopped after update {done}" in printed and "stopping at once" not in printed
+    assert [p.name for p in checkpoints(cut)] == [f"update-{done:06d}"]
+    assert json.loads((checkpoints(cut)[0] / "progress.json").read_text())["updates"] == done
