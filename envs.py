@@ -517,7 +517,8 @@ class DialogueVectorEnv(VectorEnv):
     belongs to the finished episode in `infos["final_obs"]` and `infos["final_info"]`.
 
     Which dialogue comes when depends on the seed alone: each pass over the data is one permutation, dealt out over
-    all `env_num` slots. With several processes each gets `env_num / num_processes` of the slots.
+    all `env_num` slots, or over groups of `samples_per_prompt` neighbours that answer the same one. With several
+    processes each gets `env_num / num_processes` of the slots.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -530,6 +531,7 @@ class DialogueVectorEnv(VectorEnv):
         reward: Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]] | None = None,
         process_index: int = 0,
         num_processes: int = 1,
+        samples_per_prompt: int = 1,
     ):
         if not samples:
             n = codec.format.context_utterances
@@ -538,6 +540,7 @@ class DialogueVectorEnv(VectorEnv):
             )
         if env_num < 1 or env_num % num_processes:
             raise UserError(f"env_num is {env_num}; expected a positive multiple of the {num_processes} process(es).")
+        self.samples_per_prompt = samples_per_prompt
         self.samples, self.codec, self.reward = samples, codec, reward
         self.env_num, self.num_envs = env_num, env_num // num_processes
         self.slots = slice(process_index * self.num_envs, (process_index + 1) * self.num_envs)  # of all env_num
@@ -593,7 +596,7 @@ class DialogueVectorEnv(VectorEnv):
 
     def _next_dialogues(self):
         first = self.rounds * self.env_num + self.slots.start
-        self._current = [self._sample(first + slot) for slot in range(self.num_envs)]
+        self._current = [self._sample((first + slot) // self.samples_per_prompt) for slot in range(self.num_envs)]
         self.rounds += 1
         ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)
         self._observations = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}

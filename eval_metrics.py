@@ -15,6 +15,7 @@ bootstrap (Koehn, 2004), for which both models answer the same prompts with the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,10 +34,20 @@ from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoModelForCausalLM
 
 from builtin_models import resolve_model
-from common import UserError, check_vocabulary, load_pretrained, load_tokenizer, run_script, use_all_cores, write_json
+from common import (
+    UserError,
+    check_vocabulary,
+    first_line,
+    load_pretrained,
+    load_tokenizer,
+    run_script,
+    use_all_cores,
+    write_json,
+)
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
 from intent_classifier import IntentJudge
+from packing import allow_packing
 from rewards import intent_hits, meteor, meteor_uses_synonyms, words
 
 LABELS = {  # every metric, in the order of all outputs, and its name in tables
@@ -47,6 +58,7 @@ LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "meteor": "METEOR",
     "sacrebleu": "SacreBLEU",
     "intent": "intent",
+    "intent_second_judge": "intent, second judge",
     "mean_output_length": "mean output length",
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
@@ -215,7 +227,7 @@ class Evaluation:
     """Wall time of generation and metrics together."""
 
     def metrics(self, weights: np.ndarray | None = None) -> dict[str, float | None]:
-        """Every metric of LABELS, in that order; `intent` is None without a judge.
+        """Every metric of LABELS, in that order; without judges `intent` is None, that of the second left out.
 
         `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
         the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
@@ -227,7 +239,98 @@ class Evaluation:
         values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
         loss = -(weights @ self.reply_log_likelihoods) / (weights @ self.reply_tokens)
         values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        return {name: values.get(name) for name in LABELS}
+        return {name: values.get(name) for name in LABELS if name in values or name != "intent_second_judge"}
+
+
+@dataclass
+class Answers:
+    """What a model made of N samples, before anything is scored."""
+
+    texts: list[str]
+    """The replies."""
+    lengths: list[int]
+    """Tokens sampled for each, up to and including the one that ended it."""
+    reply_log_likelihoods: list[float]
+    """Of each human reply with its marker, in nats."""
+    reply_tokens: list[int]
+    """Of each human reply with its marker."""
+    seconds: float
+
+    def save(self, file: Path, samples: Sequence[Sample]) -> None:
+        """One line of JSON for each sample, written aside and renamed."""
+        columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
+        names = "text", "length", "reply_log_likelihood", "reply_tokens"
+        lines = [
+            json.dumps({"prompt": s.prompt, "reply": s.reply, "act": s.act} | dict(zip(names, row)), ensure_ascii=False)
+            for s, row in zip(samples, zip(*columns))
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(file.name + ".part")
+        aside.write_text("\n".join([json.dumps({"seconds": self.seconds}), *lines]) + "\n", encoding="utf-8")
+        aside.replace(file)
+
+    @classmethod
+    def load(cls, file: Path, samples: Sequence[Sample]) -> Answers:
+        """UserError where the file holds something else than answers to these very samples."""
+        try:
+            first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            same = [(r["prompt"], r["reply"], r["act"]) for r in rows] == [(s.prompt, s.reply, s.act) for s in samples]
+            columns = [[r[n] for r in rows] for n in ("text", "length", "reply_log_likelihood", "reply_tokens")]
+            answers = cls(*columns, first["seconds"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{file}' is not a file of replies written by --replies ({first_line(error)}).") from error
+        if not same:
+            raise UserError(f"the replies in '{file}' answer other samples; use the same data, split and limit.")
+        return answers
+
+
+def answer(
+    model: torch.nn.Module,
+    codec: DialogueCodec,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    report: Report | None = None,
+) -> Answers:
+    """Let the model, with dropout off, answer every sample and price the human replies. It stays on its device."""
+    started, training = time.perf_counter(), model.training
+    model.eval()
+    texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
+    log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
+    model.train(training)
+    seconds = time.perf_counter() - started
+    return Answers(texts, lengths, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
+
+
+def score_answers(
+    answers: Answers,
+    samples: Sequence[Sample],
+    judge: IntentJudge | None = None,
+    second_judge: IntentJudge | None = None,
+) -> Evaluation:
+    """Every metric of these answers.
+
+    Intent is the rule of the reward: the share of replies whose act, as the judge sees it, is that of the human reply,
+    an empty reply counting as wrong. It is left out without a judge, or where a sample has no act.
+    """
+    started, texts, references = time.perf_counter(), answers.texts, [s.reply for s in samples]
+    scores = rouge_scores(texts, references)
+    scores["meteor"] = meteor_scores(texts, references)
+    scores["mean_output_length"] = np.array(answers.lengths, dtype=float)
+    for name, asked in (("intent", judge), ("intent_second_judge", second_judge)):
+        if asked is not None and all(s.act for s in samples):
+            scores[name] = intent_hits(asked, [s.context[-1] for s in samples], texts, [s.act for s in samples])
+    return Evaluation(
+        texts,
+        references,
+        scores,
+        bleu_statistics(texts, references),
+        {f"distinct{n}": NGrams(texts, n) for n in (1, 2)},
+        np.array(answers.reply_log_likelihoods),
+        np.array(answers.reply_tokens, dtype=float),
+        answers.seconds + time.perf_counter() - started,
+    )
 
 
 def evaluate_model(
@@ -240,35 +343,10 @@ def evaluate_model(
     batch_size: int = 32,
     report: Report | None = None,
 ) -> Evaluation:
-    """Let the model, with dropout off, answer every sample, and score the replies. It stays on its device.
-
-    Intent is the rule of the reward: the share of replies whose act, as the judge sees it, is that of the human reply,
-    an empty reply counting as wrong. It is left out without a judge, or where a sample has no act. The judge works in
-    fp32 whatever autocast is on. Raises ValueError where there is no sample.
-    """
+    """`answer`, then `score_answers`. Raises ValueError where there is no sample."""
     if not samples:
         raise ValueError("there is no sample to evaluate on")
-    started, training = time.perf_counter(), model.training
-    model.eval()
-    texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
-    references = [s.reply for s in samples]
-    scores = rouge_scores(texts, references)
-    scores["meteor"] = meteor_scores(texts, references)
-    scores["mean_output_length"] = np.array(lengths, dtype=float)
-    if judge is not None and all(s.act for s in samples):
-        scores["intent"] = intent_hits(judge, [s.context[-1] for s in samples], texts, [s.act for s in samples])
-    log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
-    model.train(training)
-    return Evaluation(
-        texts,
-        references,
-        scores,
-        bleu_statistics(texts, references),
-        {f"distinct{n}": NGrams(texts, n) for n in (1, 2)},
-        log_likelihoods.double().numpy(),
-        tokens.double().numpy(),
-        time.perf_counter() - started,
-    )
+    return score_answers(answer(model, codec, samples, sampling, seed, batch_size, report), samples, judge)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,8 +372,8 @@ def paired_difference(
         resampled.append((policy.metrics(weights), baseline.metrics(weights)))
     ours, theirs = policy.metrics(), baseline.metrics()
     result: dict[str, dict[str, Any] | None] = {}
-    for name in LABELS:
-        if ours[name] is None or theirs[name] is None:
+    for name in ours:
+        if ours[name] is None or theirs.get(name) is None:
             result[name] = None
             continue
         value = ours[name] - theirs[name]
@@ -334,9 +412,11 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
     """What `compare` gave as plain text, a row for each metric; `headings` name the models, the baseline first."""
     two = result["difference"] is not None
     rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
+    models = ("baseline", "policy") if two else ("policy",)
     for name, label in LABELS.items():
-        models = ("baseline", "policy") if two else ("policy",)
-        row = [label] + ["-" if (v := result[m][name]) is None else f"{v:.4f}" for m in models]
+        if name not in result["policy"]:
+            continue
+        row = [label] + ["-" if (v := result[m].get(name)) is None else f"{v:.4f}" for m in models]
         if two and (difference := result["difference"][name]):
             low, high = difference["ci95"]
             star = "*" if low > 0 or high < 0 else " "
@@ -362,7 +442,7 @@ class EvalConfig:
     model_path: str = tyro.MISSING
     """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name."""
     baseline_path: str = ""
-    """Model to compare it with, such as the supervised model that PPO started from."""
+    """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
     data_path: str = "builtin"
     """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
     split: Literal["train", "validation", "test"] = "test"
@@ -373,6 +453,10 @@ class EvalConfig:
     """Use only the first so many samples (0: all)."""
     intent_model: str = ""
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
+    second_intent_model: str = ""
+    """Another judge, which the training never asked: is a gain in intent more than this one judge's taste?"""
+    replies: str = ""
+    """File for the replies, a line of JSON each; another evaluation takes it as --baseline-path and is sooner done."""
     output: str = ""
     """JSON file for metrics, differences and settings; the table is printed in any case."""
     seed: int = 0
@@ -436,25 +520,33 @@ def progress(label: str) -> Report:
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check everything that was given, then evaluate, print the table and write `output`."""
     sampling, device = config.sampling, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = Path(config.output) if config.output else None
-    if output and (output.is_dir() or any(p.is_file() for p in output.parents)):
-        raise UserError(f"output '{output}' cannot be written: expected the path of a new or existing JSON file.")
+    for option in ("output", "replies"):
+        file = Path(getattr(config, option)) if getattr(config, option) else None
+        if file and (file.is_dir() or any(p.is_file() for p in file.parents)):
+            raise UserError(f"{option} '{file}' cannot be written: expected the path of a new or existing file.")
     dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows)
 
-    names = [config.model_path] + ([config.baseline_path] if config.baseline_path else [])
-    models, fmt = {}, None
-    for heading, name in zip(("policy", "baseline"), names):
+    names = {"policy": config.model_path, "baseline": config.baseline_path}
+    answers: dict[str, Answers] = {}
+    models, fmt, samples = {}, None, []
+    for heading, name in names.items():
+        if not name:
+            continue
+        if heading == "baseline" and Path(name).is_file():
+            answers[heading] = Answers.load(Path(name), samples)
+            continue
         folder = resolve_model(name)
         fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
         model = load_pretrained(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
+        allow_packing(model)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
         samples = make_samples(dialogues, fmt)[: config.limit or None]
         models[heading] = model, DialogueCodec(tokenizer, fmt), samples
-    counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
+        counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
+        if not samples:
+            raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
     print(f"{config.split}: {counts}", flush=True)
-    if not samples:
-        raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
 
     judge, name = None, config.intent_model or ("builtin" if config.data_path == "builtin" else "")
     if not all(s.act for s in samples):
@@ -463,21 +555,23 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         print("intent is not computed: no judge was given; name one with --intent-model.")
     else:
         judge = IntentJudge(resolve_model(name, "judge"), device)
+    second = config.second_intent_model
+    second_judge = IntentJudge(resolve_model(second, "judge"), device) if second else None
 
-    evaluations = {}
-    for heading, (model, codec, samples) in models.items():
+    for heading, (model, codec, asked) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            evaluations[heading] = evaluate_model(
-                model, codec, samples, judge, sampling, config.seed, config.batch_size, progress(heading)
-            )
+            answers[heading] = answer(model, codec, asked, sampling, config.seed, config.batch_size, progress(heading))
         model.cpu()
+    if config.replies:
+        answers["policy"].save(Path(config.replies), samples)
+    evaluations = {heading: score_answers(a, samples, judge, second_judge) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
-    if output:
-        write_json(output, result)
-        print(f"written to {output}")
+    if config.output:
+        write_json(Path(config.output), result)
+        print(f"written to {config.output}")
     return result
 
 

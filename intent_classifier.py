@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -130,6 +131,8 @@ class IntentConfig(FitConfig):
     """Folder for the trained classifier."""
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
+    half: Literal["all", "even", "odd"] = "all"
+    """Which training dialogues to learn from; a judge of each half makes two that share no data."""
     eval_samples: int = 2000
     """Validation pairs in each look during training (0: all); the final report uses all."""
     lr: float = 1e-4
@@ -143,7 +146,10 @@ def train_intent(config: IntentConfig) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
-    pairs = {s: pairs_of(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
+    splits = {s: list(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
+    if config.half != "all":
+        splits["train"] = splits["train"][config.half == "odd" :: 2]
+    pairs = {split: pairs_of(dialogues) for split, dialogues in splits.items()}
     for split, rows in pairs.items():
         if not rows:
             raise UserError(f"the {split} split of '{config.data_path}' has no dialogue acts to learn from.")

@@ -129,6 +129,8 @@ class PPOConfig(FormatOptions):
     """Environment steps (generated tokens) to train for."""
     env_num: int = 128
     """Dialogues at a time, over all processes."""
+    samples_per_prompt: int = 1
+    """Replies to each prompt of a rollout; with several, the others' mean score is what a reply is measured against."""
     episode_length: int = 20
     """Environment steps of each dialogue slot in a rollout, counted in full replies of max_new_tokens."""
     ppo_epoch: int = 2
@@ -233,8 +235,8 @@ class PPOConfig(FormatOptions):
     def check(self) -> None:
         """UserError for values that cannot work, before anything is loaded."""
         at_least = {
-            1: "total_time_steps env_num episode_length ppo_epoch num_mini_batch gradient_accumulation_steps "
-            "log_interval save_interval keep_checkpoints",
+            1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
+            "gradient_accumulation_steps save_interval keep_checkpoints",
             0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
             "micro_batch_tokens max_skipped_steps reward_timeout validation_limit",
         }
@@ -289,6 +291,11 @@ class BatchSizes:
         num_processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
         if config.env_num % num_processes:
             raise UserError(f"env_num is {config.env_num}; expected a multiple of the {num_processes} processes.")
+        if config.env_num // num_processes % config.samples_per_prompt:
+            raise UserError(
+                f"samples_per_prompt is {config.samples_per_prompt}; expected a divisor of the "
+                f"{config.env_num // num_processes} dialogues (env_num) of a process."
+            )
         rounds = max(1, round(config.episode_length / max_new_tokens))
         replies = rounds * config.env_num // num_processes
         num_mini_batch = min(config.num_mini_batch, replies)
@@ -576,12 +583,25 @@ def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.
 # Advantages
 
 
-def token_rewards(rollout: Rollout, kl_coef: float) -> torch.Tensor:
-    """Rewards (N, T): the KL penalty at every token, and the reply's score at its last one."""
+def token_rewards(rollout: Rollout, kl_coef: float, scores: torch.Tensor) -> torch.Tensor:
+    """Rewards (N, T): the KL penalty at every token, and the reply's score (N,) at its last one."""
     rewards = -kl_coef * rollout.kl
     last = rollout.mask.sum(-1) - 1  # (N,)
-    rewards[torch.arange(len(last), device=last.device), last] += rollout.scores
+    rewards[torch.arange(len(last), device=last.device), last] += scores
     return rewards
+
+
+def above_the_others(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+    """Scores (N,) less the mean score of the other replies to the same prompt, which stand beside it.
+
+    How good replies to a prompt are on average says nothing about which of them to prefer (RLOO, Ahmadian et al.,
+    2024); what a single reply per prompt leaves to the value network alone.
+    """
+    if samples_per_prompt == 1:
+        return scores
+    groups = scores.view(-1, samples_per_prompt)
+    others = (groups.sum(-1, keepdim=True) - groups) / (samples_per_prompt - 1)
+    return (groups - others).flatten()
 
 
 def gae(
@@ -867,6 +887,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         score,
         accelerator.process_index,
         accelerator.num_processes,
+        config.samples_per_prompt,
     )
 
     # Where results go, and where a stopped run goes on
@@ -941,7 +962,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 between_updates = False
 
                 # 2. advantages
-                rewards = token_rewards(rollout, controller.coef)
+                scores = above_the_others(rollout.scores, config.samples_per_prompt)
+                rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
                 old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
                 value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
@@ -965,7 +987,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                     )
 
                 # 4. account for it
-                figures = rollout_figures(rollout, rewards, returns, controller.coef, sum_over_processes)
+                figures = rollout_figures(rollout, returns, controller.coef, sum_over_processes)
                 controller.update(figures["kl_div"])
                 seconds = time.perf_counter() - started
                 progress.training_seconds += seconds
@@ -1078,13 +1100,12 @@ def generator_of(*stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def rollout_figures(
-    rollout: Rollout, rewards: torch.Tensor, returns: torch.Tensor, alpha: float, reduce: Callable
-) -> dict[str, float]:
+def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduce: Callable) -> dict[str, float]:
     """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score."""
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
-    columns = {"episode_reward": rewards.sum(-1), "score": rollout.scores, **rollout.statistics, "reward_kl": penalty}
+    score = {"episode_reward": rollout.scores + penalty, "score": rollout.scores}
+    columns = score | rollout.statistics | {"reward_kl": penalty}
     if not any(name.startswith("reward_") for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]

@@ -32,7 +32,8 @@ from common import (
     write_json,
 )
 from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
-from generation import reply_log_likelihoods
+from generation import log_probs_of, reply_log_likelihoods
+from packing import allow_packing, logits_at
 from supervised import FitConfig, fit
 
 
@@ -75,6 +76,7 @@ def train_sft(config: SFTConfig) -> Path:
     model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
     check_vocabulary(tokenizer, model, config.model_path)
     model.to(PartialState().device)
+    allow_packing(model)
 
     windows = windows_of(samples["train"], codec)
     looked_at = samples["validation"][: config.eval_samples or None]
@@ -128,8 +130,10 @@ def collate(batch: list[tuple[list[int], list[int]]], pad_id: int, loss_on: str)
 
 
 def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of the learned tokens."""
-    return model(**batch).loss
+    """Mean cross-entropy of the learned tokens; only the positions before them reach the vocabulary."""
+    learned = batch["labels"][:, 1:] != -100
+    logits = logits_at(model, batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], learned)
+    return -log_probs_of(logits, batch["labels"][:, 1:][learned], temperature=1.0).mean()
 
 
 def main() -> None:

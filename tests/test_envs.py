@@ -650,6 +650,15 @@ def test_each_epoch_is_a_permutation_of_all_samples(small_codec, samples):
     assert first != second and second != third and first != [s.prompt for s in samples]
 
 
+def test_neighbours_may_answer_the_same_prompt(small_codec, samples):
+    """Twice each, in the order of single ones, and the same over two processes."""
+    single = sum(play(DialogueVectorEnv(samples, small_codec, 2), 4, seed=0), [])
+    pairs = play(DialogueVectorEnv(samples, small_codec, 4, samples_per_prompt=2), 4, seed=0)
+    assert sum(pairs, []) == [prompt for prompt in single for _ in range(2)]
+    halves = [play(DialogueVectorEnv(samples, small_codec, 4, None, i, 2, 2), 4, seed=0) for i in range(2)]
+    assert [a + b for a, b in zip(*halves)] == pairs
+
+
 def test_the_seed_decides_the_order(small_codec, samples):
     env = DialogueVectorEnv(samples, small_codec, 4)
     order = play(env, 5, seed=0)

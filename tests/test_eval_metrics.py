@@ -247,7 +247,7 @@ def test_a_better_model_has_its_interval_above_zero():
     references = REFERENCES * 5
     better, worse = evaluation(references, references, -20), evaluation(PREDICTIONS * 5, references, -30)
     difference = paired_difference(better, worse, n=200)
-    assert list(difference) == KEYS == list(LABELS)
+    assert list(difference) == KEYS == [name for name in LABELS if name != "intent_second_judge"]
     for name in ("rouge1", "rougeL", "meteor", "sacrebleu"):
         low, high = difference[name]["ci95"]
         assert 0 < low < difference[name]["value"] < high
@@ -285,7 +285,8 @@ def test_without_a_judge_intent_is_null_everywhere():
     table = format_table(result, headings=("supervised", "PPO")).splitlines()
     assert table[0].split()[:2] == ["supervised", "PPO"] and len(table) == 13
     assert "*" in table[1] and "excludes zero" in table[-1]
-    assert [row.split("  ")[0] for row in table[1:-1]] == list(LABELS.values())
+    labels = [label for name, label in LABELS.items() if name != "intent_second_judge"]  # no such judge here
+    assert [row.split("  ")[0] for row in table[1:-1]] == labels
     alone = compare(other)
     assert alone["baseline"] is alone["difference"] is None
     assert format_table(alone).splitlines()[1].split() == ["ROUGE-1", f"{alone['policy']['rouge1']:.4f}"]
@@ -386,3 +387,25 @@ def test_the_command(tokenizer, tmp_path):
     assert result["settings"]["samples"] == 6 and result["settings"]["seconds"]["baseline"] > 0
     assert "policy: 2 of 6 replies" in finished.stdout and "baseline: 6 of 6 replies" in finished.stdout
     assert format_table(result) in finished.stdout
+
+
+def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(tokenizer, tmp_path, capsys):
+    for folder, seed in ((tmp_path / "a", 0), (tmp_path / "b", 1)):
+        random_gpt2(tokenizer, seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        DialogueFormat().save(folder)
+    a, b, kept = (str(tmp_path / name) for name in ("a", "b", "b.jsonl"))
+    settings = dict(split="validation", limit=6, bootstrap=20)
+    run_evaluation(EvalConfig(model_path=b, replies=kept, **settings))
+    other = dict(intent_model="builtin", second_intent_model="builtin")
+    result = run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | other))
+    fresh = run_evaluation(EvalConfig(model_path=a, baseline_path=b, **settings | other))
+    for part in ("policy", "baseline", "difference"):
+        assert result[part] == fresh[part]
+    assert result["policy"]["intent_second_judge"] == result["policy"]["intent"]
+    assert "intent, second judge" in capsys.readouterr().out
+    with pytest.raises(UserError, match="answer other samples"):
+        run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | dict(limit=5)))
+    (tmp_path / "b.jsonl").write_text("not json")
+    with pytest.raises(UserError, match="not a file of replies"):
+        run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings))

@@ -22,6 +22,7 @@ from ppo_dialog import (
     PPOConfig,
     Rollout,
     RunningMoments,
+    above_the_others,
     disable_dropout,
     entropy_of,
     gae,
@@ -191,7 +192,14 @@ def test_token_rewards_put_the_score_on_the_last_token():
         scores=torch.tensor([1.0, 2.0]),
     )
     expected = torch.tensor([[-0.05, 0.1 + 1.0, 0.0], [-0.15, -0.2, -0.25 + 2.0]])
-    assert torch.allclose(token_rewards(rollout, 0.5), expected)
+    assert torch.allclose(token_rewards(rollout, 0.5, rollout.scores), expected)
+
+
+def test_scores_are_measured_against_the_other_replies_to_the_prompt():
+    scores = torch.tensor([1.0, 0.0, 2.0, 5.0, 5.0, 5.0])
+    assert torch.allclose(above_the_others(scores, 3), torch.tensor([0.0, -1.5, 1.5, 0.0, 0.0, 0.0]))
+    assert torch.allclose(above_the_others(scores, 2), torch.tensor([1.0, -1.0, -3.0, 3.0, 0.0, 0.0]))
+    assert above_the_others(scores, 1) is scores
 
 
 def test_whitening_looks_at_real_tokens_only():
@@ -370,7 +378,7 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     model, optimizer = accelerator.prepare(model, optimizer)
     scale = RunningMoments(config.normalize_values)
     scale.update(0.3, 0.5)
-    advantages, returns = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
+    advantages, returns = gae(token_rewards(rollout, 0.2, rollout.scores), rollout.values, rollout.mask, 1.0, 0.95)
     sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts, config.micro_batch_tokens or 1024)
     order = torch.Generator().manual_seed(0)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
@@ -418,7 +426,7 @@ def test_first_pass_gradient_is_the_plain_policy_gradient():
     config = config_for_update(value_coef=0.0, entropy_coef=0.0, max_grad_norm=1e9)
     after, _ = updated(shared, rollout, config)
     model = shared()
-    advantages, _ = gae(token_rewards(rollout, 0.2), rollout.values, rollout.mask, 1.0, 0.95)
+    advantages, _ = gae(token_rewards(rollout, 0.2, rollout.scores), rollout.values, rollout.mask, 1.0, 0.95)
     loss = -(advantages * plain_logprobs(model, rollout) * rollout.mask).sum() / rollout.mask.sum()
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -456,8 +464,8 @@ def test_update_raises_the_probability_of_what_was_rewarded():
 def test_rollout_figures_add_up():
     rollout = rolled(shared(), Sampling())
     rollout.statistics = {"reward_intent": torch.full((6,), 0.3), "intent": torch.full((6,), 0.6)}
-    rewards = token_rewards(rollout, 0.2)
-    figures = rollout_figures(rollout, rewards, rewards, 0.2, lambda x: x)
+    rewards = token_rewards(rollout, 0.2, rollout.scores)
+    figures = rollout_figures(rollout, rewards, 0.2, lambda x: x)
     assert figures["episode_reward"] == pytest.approx(
         (rollout.scores - 0.2 * rollout.kl.sum(-1)).mean().item(), abs=1e-5
     )
@@ -475,6 +483,8 @@ def test_batch_sizes_are_derived_and_refused():
     two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="env_num is 3"):
         BatchSizes.derive(PPOConfig(env_num=3), 20, two)
+    with pytest.raises(UserError, match="samples_per_prompt is 4; expected a divisor of the 6 dialogues"):
+        BatchSizes.derive(PPOConfig(env_num=12, samples_per_prompt=4), 20, two)
     with pytest.raises(UserError, match="cannot be cut"):
         BatchSizes.derive(
             tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2, device=torch.device("cpu"))

@@ -286,3 +286,36 @@ def test_unknown_key_of_a_configuration_file(tmp_path):
     with pytest.raises(UserError, match="ppo_epoch"):
         load_yaml(PPOConfig, str(file))
     assert "ppo_epoch" in {f.name for f in dataclasses.fields(PPOConfig)}
+
+
+@pytest.mark.slow
+def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp_path):
+    places = dict(DATA="builtin", POLICY=builtin_model("policy"), ENCODER=builtin_model("judge"), SEEDS="0 1")
+    places |= dict(OUT=tmp_path / "out", RESULTS=tmp_path / "results")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {k: str(v) for k, v in places.items()} | {"PATH": path}
+    again = ["bash", "reproduce.sh", "--quick"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert [row["seed"] for row in result["seeds"]] == [0, 1] and result["samples"] == 32
+    wanted = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
+    for row in result["seeds"]:
+        assert list(row["gain"]) == list(row["ci95"]) == wanted
+    for name in wanted:
+        gains = [row["gain"][name] for row in result["seeds"]]
+        assert result["gain_mean"][name] == pytest.approx(sum(gains) / 2)
+        for row in result["seeds"]:
+            assert row["ci95"][name][0] <= row["gain"][name] <= row["ci95"][name][1]
+    page = (tmp_path / "results" / "results.md").read_text()
+    assert page.count("- supervised: ") == 20 and "| METEOR |" in page
+    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {
+        "results-gains.png",
+        "results-curves.png",
+        "results-supervised.png",
+    }
+    (tmp_path / "results" / "results.md").write_text(page.replace("# Results\n", "# Results\n\nBy hand.\n"))
+    started = time.perf_counter()
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and "==" not in done.stdout and time.perf_counter() - started < 60
+    assert "By hand." in (tmp_path / "results" / "results.md").read_text()

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The table of docs/results.md from nothing: two judges, a supervised start, PPO with three seeds and two ablations,
+# evaluation, plots.
+#
+#   bash reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
+#   bash reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
+#
+# Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
+# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+DATA=${DATA:-daily_dialog}
+POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
+ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
+SEEDS=${SEEDS:-0 1 2}
+sft=(--max-minutes 120 --epochs 1) judge=(--epochs 2) ppo=() eval=()
+if [[ ${1:-} == --quick ]]; then
+    OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
+    judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
+    ppo=(--total-time-steps 600 --env-num 16 --validation-limit 0 --judge-samples 200) eval=(--limit 32 --bootstrap 100)
+elif [[ $# -gt 0 ]]; then
+    echo "reproduce.sh takes --quick or nothing; it was given: $*" >&2
+    exit 2
+fi
+OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
+mkdir -p "$OUT/done"
+
+# bf16 pays where the hardware computes in it; elsewhere it is slower than fp32
+precision=no
+if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then precision=bf16; fi
+
+stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end
+    local name=$1
+    shift
+    if [[ -e $OUT/done/$name ]]; then return; fi
+    echo "== $name: $*"
+    "$@"
+    touch "$OUT/done/$name"
+}
+
+fresh() { # FOLDER COMMAND...: for programs that begin anew and want an empty folder
+    rm -rf "$1"
+    "${@:2}" --output-dir "$1"
+}
+
+train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
+    local name=$1 resume=()
+    shift
+    if compgen -G "$OUT/$name/checkpoints/update-*" >/dev/null; then resume=(--resume); fi
+    accelerate launch ppo_dialog.py --config configs/smollm2_daily_dialog.yaml --data-path "$DATA" \
+        --model-path "$OUT/sft" --intent-model "$OUT/judge" --mixed-precision "$precision" \
+        --run-dir "$OUT" --experiment-name "$name" ${ppo[@]+"${ppo[@]}"} "$@" ${resume[@]+"${resume[@]}"}
+}
+
+evaluate() { # NAME OPTIONS...
+    python eval_metrics.py --data-path "$DATA" --skip-bad-rows --split validation --mixed-precision "$precision" \
+        --intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --model-path "$OUT/$1" \
+        --replies "$OUT/replies/$1.jsonl" --output "$OUT/eval/$1.json" ${eval[@]+"${eval[@]}"} "${@:2}"
+}
+
+data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
+stage judge fresh "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
+stage second_judge fresh "$OUT/second_judge" \
+    python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
+stage sft fresh "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --eval-every 100 "${data[@]}" "${sft[@]}"
+stage eval-sft evaluate sft
+for seed in $SEEDS; do
+    stage "ppo-$seed" train "ppo-$seed" --seed "$seed"
+    stage "eval-ppo-$seed" evaluate "ppo-$seed" --baseline-path "$OUT/replies/sft.jsonl"
+done
+stage no-kl train no-kl --kl-coef 0
+stage no-meteor train no-meteor --meteor-coef 0
+for name in no-kl no-meteor; do
+    stage "eval-$name" evaluate "$name" --baseline-path "$OUT/replies/sft.jsonl"
+done
+python results.py "$OUT" --results "$RESULTS" --seeds $SEEDS
