@@ -29,6 +29,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -42,6 +43,7 @@ from transformers import (
 )
 
 import common
+import generation
 import ppo_dialog
 from common import UserError, load_tokenizer, run_script
 from envs import Dialogue, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
@@ -60,14 +62,35 @@ SIZES = {
 
 
 ADAMW = torch.optim.AdamW
-Measure = Literal["packing", "kept_memory", "fused_gelu", "turned_head", "fused_adamw", "estimated_entropy"]
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's switch, which common.py sets
+Measure = Literal[
+    "packing",
+    "kept_memory",
+    "huge_pages",
+    "fused_gelu",
+    "turned_head",
+    "one_buffer",
+    "fused_adamw",
+    "estimated_entropy",
+]
+
+
+class CrossEntropy:
+    """Stands in for generation's log-probabilities of tokens."""
+
+    @staticmethod
+    def apply(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+
 
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
     "packing": (ppo_dialog, "allow_packing", lambda model: False),
     "kept_memory": (common, "keep_freed_memory", lambda: None),
+    "huge_pages": None,  # read by torch before anything runs: see main
     "fused_gelu": (common, "fuse_gelu", lambda model: None),
     "turned_head": (common, "turn_head", lambda model: None),
+    "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }
@@ -341,6 +364,8 @@ def run_apart(*options: str) -> dict[str, float]:
 
 def main() -> None:
     config = tyro.cli(ThroughputConfig, description=__doc__)
+    if "huge_pages" in config.without and os.environ[HUGE_PAGES] != "0":
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {HUGE_PAGES: "0"})
     with contextlib.redirect_stdout(sys.stderr):  # the run's own lines; the figures alone go to stdout
         result = measure(config)
     for name, value in result.items():

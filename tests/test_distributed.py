@@ -78,6 +78,7 @@ def test_one_of_two_processes_dies_the_other_says_so_and_the_run_resumes_to_the_
     assert digest(cut) == digest(whole) and len(digest(whole)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_and_its_processes_saves_and_ends_all(number, tmp_path):
     """Ctrl-C in a terminal reaches every process, and those of a launcher once more through it."""

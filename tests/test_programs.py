@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -212,6 +211,7 @@ def test_own_reward_statistics_and_networks(own, tmp_path):
 def test_two_models_accumulation_sampling_and_bf16_together(tmp_path):
     folder = trained(
         run_dir=str(tmp_path),
+        total_time_steps=600,  # one update: bf16 is slow where the hardware lacks it
         use_share_model=False,
         gradient_accumulation_steps=2,
         top_k=20,
@@ -246,22 +246,6 @@ def test_a_longer_run_raises_the_reward(tmp_path):
     rows = lines(folder)
     first, last = (sum(r["score"] for r in part) / len(part) for part in (rows[:3], rows[-3:]))
     assert last > first + 0.1 and rows[-1]["mean_output_length"] < 0.7 * rows[0]["mean_output_length"]
-
-
-def test_ctrl_c_saves_what_is_trained(tmp_path):
-    settings = flags(**SHORT | dict(total_time_steps=10**9, run_dir=tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "ppo_dialog.py", *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "ppo_dialog" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert (tmp_path / "ppo_dialog" / "policy" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
