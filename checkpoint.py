@@ -12,6 +12,7 @@ manifest is refused by name, and the one before it is used. Nothing is unpickled
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -204,6 +205,7 @@ class StopSignals:
         self.asked = 0
 
     def __enter__(self) -> StopSignals:
+        follow_launcher()
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -220,6 +222,16 @@ class StopSignals:
         self.at = time.monotonic()
         self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
         print("stopping after this update, which is saved; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when `accelerate launch` ends: with one process it dies of a SIGTERM by itself, and
+    what it launched would train on, unseen. Linux only."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    words = parent.read_bytes().split(b"\0") if sys.platform == "linux" and parent.exists() else []
+    if b"launch" in words and any(Path(word.decode(errors="ignore")).name == "accelerate" for word in words):
+        PR_SET_PDEATHSIG = 1  # sys/prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def lost_process(error: Exception) -> bool:

@@ -20,10 +20,10 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_
 RUN = SHORT | dict(total_time_steps=1200, save_interval=2, validation_limit=20, eval_limit=-1)
 
 
-def launched(*arguments: str) -> subprocess.Popen:
+def launched(*arguments: str, launch: list[str] = LAUNCH) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
-        [*LAUNCH, "ppo_dialog.py", *arguments],
+        [*launch, "ppo_dialog.py", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,3 +92,15 @@ def test_a_signal_to_the_launcher_and_its_processes_saves_and_ends_all(number, t
     assert f"stopped after update {done}" in printed and "stopping at once" not in printed
     assert [p.name for p in checkpoints(cut)] == [f"update-{done:06d}"]
     assert json.loads((checkpoints(cut)[0] / "progress.json").read_text())["updates"] == done
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_terminated_takes_its_only_process_along_which_saves(tmp_path):
+    process = launched(*flags(run_dir=tmp_path, **RUN | dict(total_time_steps=10**6)), launch=["accelerate", "launch"])
+    cut = tmp_path / "ppo_dialog"
+    wait_for(process, cut, updates=1)
+    (worker,) = psutil.Process(process.pid).children()
+    process.terminate()
+    assert "stopped after update" in ended(process, seconds=60)  # the pipe closes with the last who holds it
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert len(checkpoints(cut)) > 0
