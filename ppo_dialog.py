@@ -1030,13 +1030,15 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 if due:
                     checkpoint(best)
         except Exception as error:  # a reward that failed, say
+            if between_updates and alone and progress.updates > saved:  # else the last checkpoint has to do
+                checkpoint()
+            if main:
+                lock.release()
             if lost_process(error):
                 raise UserError(
                     "another process of this run has ended, and none can go on alone; what it said is above or in its "
                     "own log. Go on from the last checkpoint with --resume."
                 ) from error
-            if between_updates and alone and progress.updates > saved:  # else the last checkpoint has to do
-                checkpoint()
             raise
         if progress.updates > saved:
             checkpoint()
