@@ -78,8 +78,8 @@ def log_probs_of(
 class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities (...) of tokens (...) under softmax(logits (..., V)).
 
-    As `F.cross_entropy`, but a third of the memory: beside the logits one buffer of the vocabulary's size, which
-    becomes their gradient, in whatever layout the logits have.
+    As `F.cross_entropy`, with less memory: beside the logits one buffer of the vocabulary's size, which becomes their
+    gradient, in whatever layout the logits have.
     """
 
     @staticmethod

@@ -927,9 +927,10 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
         nonlocal saved
         try:
-            save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
             for folder in (run, run / "best")[: 1 + best] if main else ():
                 save(unwrapped, codec, value_scale, folder)
+            # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
+            save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
             saved = progress.updates
         except OSError as error:
             say(f"WARNING: update {progress.updates} could not be saved ({error}); what was saved before stands")

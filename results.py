@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,20 @@ class ResultsConfig:
     """Dialogues that are shown, picked by a fixed seed."""
 
 
-def read_json(file: Path) -> Any:
+def read(file: Path, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of a file's text; UserError where it cannot be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{file}' cannot be read ({type(error).__name__}); run reproduce.sh to its end.") from error
+
+
+def read_json(file: Path) -> Any:
+    return read(file, json.loads)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be read ({type(error).__name__}); run reproduce.sh to its end.") from error
+    return read(file, lambda text: [json.loads(line) for line in text.splitlines()])
 
 
 def gains(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
