@@ -112,6 +112,18 @@ def test_a_run_can_be_made_longer_and_says_so(tmp_path):
     assert lines(folder)[: len(before)] == before and lines(folder)[-1]["env_steps"] >= 800
 
 
+def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = RUN | dict(run_dir=str(tmp_path), total_time_steps=400, save_interval=1, lr_schedule="constant")
+    folder = trained(**settings | dict(track=("wandb",), wandb_mode="offline"))
+    ids = lambda: json.loads((checkpoint.checkpoints(folder)[-1] / "progress.json").read_text())["trackers"]
+    first, done = ids()["wandb"], len(lines(folder))
+    resumed(folder, total_time_steps=800)
+    assert ids() == {"wandb": first} and len(lines(folder)) > done
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert runs and {run.name.rsplit("-", 1)[-1] for run in runs} == {first}
+
+
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(UserError, match="there is no run in .* to resume"):
         parse_config(PPOConfig, ["--resume", *flags(run_dir=tmp_path)], "")
