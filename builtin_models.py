@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from builtin_corpus import CORPUS_VERSION
-from common import UserError, cache_dir, run_script, use_all_cores, whole_folder
+from common import UserError, cache_dir, is_adapter, run_script, use_all_cores, whole_folder
 from envs import DialogueFormat, load_dialogues
 from intent_classifier import IntentConfig, train_intent
 from sft_dialog import SFTConfig, train_sft
@@ -66,8 +66,9 @@ def resolve_model(name: str, kind: str = "policy") -> str:
     if name == "builtin":
         return str(builtin_model(kind))
     folder = Path(name)
-    if not (folder / "config.json").exists() and (folder / "policy" / "config.json").exists():
-        return str(folder / "policy")
+    kept = folder / "policy"
+    if not (folder / "config.json").exists() and ((kept / "config.json").exists() or is_adapter(str(kept))):
+        return str(kept)
     return name
 
 
@@ -93,7 +94,7 @@ def train(kind: str) -> None:
     with whole_folder(start) as part:
         blank.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    paths = dict(model_path=str(start), output_dir=str(_folder(kind)))
+    paths = dict(model_path=str(start), output_dir=str(_folder(kind)), resume=True)
     if kind == "policy":
         train_sft(SFTConfig(eval_samples=200, **paths, **POLICY_FIT))
     else:

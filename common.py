@@ -146,10 +146,15 @@ def check_name(what: str, name: str) -> None:
     if folder.is_dir():
         if (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
             raise UserError(f"{what} '{name}' is the folder of a run that has not saved its policy/ yet.")
-        if what != "tokenizer" and not (folder / "config.json").exists():
+        if what != "tokenizer" and not (folder / "config.json").exists() and not is_adapter(name):
             raise UserError(f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(folder.parts[0]).is_dir():
         raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    return (Path(name) / "adapter_config.json").exists()
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
@@ -166,10 +171,16 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
 
 
 def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors."""
+    """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors.
+
+    An adapter's folder gives the model that it belongs on, with the adapter merged into its weights.
+    """
     check_name(what, name)
     try:
-        model = auto_class.from_pretrained(name, use_safetensors=True, **kwargs)  # or a configuration
+        if is_adapter(name):
+            model = _merged(auto_class, name, kwargs)
+        else:
+            model = auto_class.from_pretrained(name, use_safetensors=True, **kwargs)  # or a configuration
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _cannot_load(what, name, error) from error
     if auto_class.__name__ == "AutoModelForCausalLM":
@@ -178,6 +189,20 @@ def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any
         fuse_gelu(model)
         turn_head(model)
     return model
+
+
+def _merged(auto_class: Any, name: str, kwargs: dict[str, Any]) -> Any:
+    """The model that an adapter belongs on, with the adapter in its weights; or that model's configuration."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    check_name(f"base model of the adapter '{name}',", base)
+    if auto_class is AutoConfig:
+        return AutoConfig.from_pretrained(base, **kwargs)
+    whole = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **kwargs)
+    whole = PeftModel.from_pretrained(whole, name).merge_and_unload()
+    return whole if auto_class is AutoModelForCausalLM else whole.base_model
 
 
 def check_causal(what: str, name: str, config: Any) -> None:
@@ -250,8 +275,9 @@ def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
         )
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def count_parameters(model: torch.nn.Module, trained: bool = False) -> int:
+    """All parameters, or those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ TUTORIAL_KEYS = {
     "reward_class.id": "reward",
     "reward_class.args.intent_model": "intent_model",
     "reward_class.args.ref_model": "ref_model",
+    "reward_class.args.ref_ds_config": "ref_ds_config",
+    "reward_class.args.intent_ds_config": "intent_ds_config",
     "vec_info_class.id": "stats",
     "model_dict.model": "model_class",
     "model_dict.policy": "policy_class",
@@ -51,9 +53,7 @@ WITHOUT_MEANING = {
     "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
     "hidden_size": "the sizes of the network are those of the model in model_path",
     "data_chunk_length": "there is no recurrent network to cut sequences for",
-    "reward_class.args.use_deepspeed": "the frozen models run as they are, beside whatever engine trains the policy",
-    "reward_class.args.ref_ds_config": "the frozen reference model runs without an engine of its own",
-    "reward_class.args.intent_ds_config": "the judge runs without an engine of its own",
+    "reward_class.args.use_deepspeed": "ref_placement and intent_placement say where the frozen models are kept",
 }
 
 
@@ -191,7 +191,7 @@ def load_deepspeed(file: str) -> dict[str, Any]:
     """DeepSpeed's settings from JSON or YAML. The tutorial's files are JSON with `#` comments, which YAML reads."""
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"deepspeed_config '{file}' does not exist.")
+        raise UserError(f"DeepSpeed's configuration file '{file}' does not exist.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8").replace("\t", "  "))  # YAML takes no tabs
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -159,11 +160,14 @@ def _lacks_commas(text: str) -> bool:
     return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:])
 
 
+_corpus = functools.cache(builtin_corpus.generate_corpus)  # once for all its splits
+
+
 def _rows(data_path: str, split: str) -> Iterator[Row]:
     """Every row of a split with the place where it stands, whatever the form of the source."""
     path = Path(data_path).expanduser()
     if data_path == "builtin":
-        yield from ((f"built-in {split} row {i}", row) for i, row in enumerate(builtin_corpus.generate_corpus()[split]))
+        yield from ((f"built-in {split} row {i}", row) for i, row in enumerate(_corpus()[split]))
     elif path.is_file():
         yield from _split_rows(_file_rows(path), split)
     elif path.is_dir():

@@ -1,4 +1,4 @@
-"""What stands around a training run: its engine, its folder, its trackers, and the closing comparison.
+"""What stands around a training run: its folder, its trackers, and the closing comparison.
 
 ppo_dialog.py calls these in the order in which they stand here. `config` is its PPOConfig, of which only the fields
 are used.
@@ -10,87 +10,24 @@ import dataclasses
 import inspect
 import itertools
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from safetensors.torch import save_file, save_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from builtin_models import resolve_model
 from checkpoint import FolderLock
-from common import UserError, first_line, import_path, whole_folder, write_json
-from configuration import load_deepspeed, plain_values
-from envs import DialogueCodec, Sample
+from common import UserError, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
+from configuration import plain_values
+from envs import DialogueCodec, DialogueFormat, Sample
 from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies
 from intent_classifier import IntentJudge, accuracy_on
 from rewards import Reward
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Engine
-
-
-def make_accelerator(config: Any, run: Path) -> Accelerator:
-    """Device, mixed precision, processes, DeepSpeed and trackers, as the configuration and the launcher say."""
-    cuda = torch.cuda.is_available()
-    mixed_precision = config.mixed_precision
-    if mixed_precision is None and (config.use_amp or config.use_fp16):
-        mixed_precision = "fp16" if cuda or config.use_fp16 else "bf16"
-    if mixed_precision == "fp16" and not cuda:
-        raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
-    handlers, plugin = [], None
-    if config.use_deepspeed:
-        plugin = deepspeed_plugin(config)
-        # one process, started without DeepSpeed's launcher: what that launcher would have set
-        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-        for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
-            os.environ.setdefault(name, str(value))
-    # On a CPU, Accelerate has to be told, or it believes that every process is alone
-    engine = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if engine and not cuda:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    on_cpus = several and not engine and not torch.accelerator.is_available()
-    trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
-    return Accelerator(
-        cpu=on_cpus,
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=trackers or None,
-        project_dir=str(run),
-        deepspeed_plugin=plugin,
-        kwargs_handlers=handlers,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:
-    """The DeepSpeed of the tutorial's switches. Its batch sizes follow from ours: env_num, episode_length, ..."""
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        raise UserError("use_deepspeed needs the package deepspeed: pip install deepspeed.") from None
-    engine = load_deepspeed(config.deepspeed_config)
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        engine.pop(name, None)
-    # DeepSpeed wants to know a micro-batch; it computes nothing with it but the product that it prints
-    engine["train_micro_batch_size_per_gpu"] = 1
-    engine["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    engine["gradient_clipping"] = config.max_grad_norm
-    if config.use_offload:
-        engine.setdefault("zero_optimization", {})["offload_optimizer"] = {"device": "cpu"}
-    return DeepSpeedPlugin(hf_ds_config=engine)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judge and the user's own statistics
@@ -209,32 +146,58 @@ def tracker_ids(accelerator: Accelerator) -> dict[str, str]:
     return {"wandb": trackers["wandb"].tracker.id} if "wandb" in trackers else {}
 
 
-def save(model: nn.Module, codec: DialogueCodec, value_scale: Any, run: Path) -> None:
-    """policy/: a plain Hugging Face folder with tokenizer and text format; value.safetensors: the rest of the network,
-    with mean and deviation of the returns it predicts in units of as metadata.
+def save(
+    model: nn.Module,
+    codec: DialogueCodec,
+    value_scale: Any,
+    run: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """policy/: a plain Hugging Face folder with tokenizer and text format (of a LoRA policy, the adapter's);
+    value.safetensors: the rest of the network, with mean and deviation of the returns it predicts in units of as
+    metadata.
 
-    A policy of the user's own without `save_pretrained` is kept as policy/model.safetensors.
+    `state` holds the weights where the network has only parts of them. A policy of the user's own without
+    `save_pretrained` is kept as policy/model.safetensors.
     """
     policy = model.policy
+    of_policy = state and {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    for tied in getattr(policy, "all_tied_weights_keys", ()) if state else ():  # saved once, under its other name
+        of_policy.pop(tied, None)
     with whole_folder(run / "policy") as folder:
         if hasattr(policy, "save_pretrained"):
-            policy.save_pretrained(folder)
+            policy.save_pretrained(folder, **({"state_dict": of_policy} if state else {}))
+        elif state:
+            save_file(of_policy, folder / "model.safetensors")
         else:
             save_model(policy, str(folder / "model.safetensors"))
         codec.tokenizer.save_pretrained(folder)
         codec.format.save(folder)
-    rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("policy.")}
+    rest = {k: v.contiguous() for k, v in (state or model.state_dict()).items() if not k.startswith("policy.")}
     if rest:
         scale = {"mean": value_scale.mean, "std": value_scale.std}
         # one entry: safetensors writes several in any order, and equal runs are to give equal files
         save_file(rest, run / "value.safetensors", metadata={"value_scale": json.dumps(scale)})
 
 
+def save_merged(run: Path) -> None:
+    """merged/: the policy as a plain model, with the adapter in policy/ added to the weights it belongs on."""
+    model, tokenizer = (
+        load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model"),
+        load_tokenizer(str(run / "policy")),
+    )
+    with whole_folder(run / "merged") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        DialogueFormat.load(run / "policy").save(folder)
+
+
 def validation_reward(
     policy: nn.Module, codec: DialogueCodec, samples: list[Sample], reward: Callable, seed: int
 ) -> float:
     """Mean reward of replies to validation prompts, sampled as the closing comparison samples, with the same seed."""
-    texts, _ = generate_replies(policy.eval(), codec, samples, EVAL_SAMPLING, seed)
+    policy.eval()
+    texts, _ = generate_replies(policy, codec, samples, EVAL_SAMPLING, seed)
     columns = [s.prompt for s in samples], texts, [s.reply.strip() for s in samples], [s.act for s in samples]
     return float(reward(*columns)[0].mean())
 
@@ -258,14 +221,18 @@ def compare_with_start(
     score: Callable,
     judge: IntentJudge | None,
     run: Path,
+    main: bool = True,
 ) -> None:
-    """Supervised start against the trained policy on held-out samples: the table, and eval.json."""
+    """Supervised start against the trained policy on held-out samples: table and eval.json, by the main process."""
     evaluations, scores = [], []
     for name, model in (("the supervised start", start), ("the PPO result", policy)):
-        print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        evaluations.append(evaluate_model(model.eval(), codec, samples, judge, EVAL_SAMPLING, config.seed))
+        if main:
+            print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
+        evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed))
         columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
         scores.append(score(*columns, [s.act for s in samples])[0])
+    if not main:
+        return
     before, after = scores
     error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
     gain = float((after - before).mean())

@@ -151,10 +151,12 @@ def sample_responses(
     prompt_mask: torch.Tensor,
     sampling: Sampling,
     uniforms: torch.Tensor,
+    together: Callable[[int], int] = lambda n: n,
 ) -> Responses:
     """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
 
-    Rows that have ended leave the batch, so the cost of a step is that of the dialogues still being written.
+    Rows that have ended leave the batch, so the cost of a step is that of the dialogues still being written. `together`
+    gives the largest of a number over processes that have to make as many steps as each other.
     """
     batch, device = prompt_ids.shape[0], prompt_ids.device
     max_new, pad = codec.format.max_new_tokens, codec.tokenizer.pad_token_id
@@ -164,10 +166,15 @@ def sample_responses(
     supports: list[torch.Tensor] = []
     forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
 
-    alive = torch.arange(batch, device=device)
+    alive, length = torch.arange(batch, device=device), 0
     tokens, attention, past = prompt_ids, prompt_mask, None
     for t in range(max_new):
         logits, value, past = step(tokens, attention, past)  # (b, V), (b,)
+        if length:  # ours have ended, and this process only keeps the others company
+            attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
+            if not together(0):
+                break
+            continue
         if t < sampling.min_new_tokens:
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
@@ -183,13 +190,19 @@ def sample_responses(
 
         going = torch.tensor([not codec.ended(row) for row in ids[alive, : t + 1].tolist()], device=device)
         if not going.any():
-            break
+            length = t + 1
+            if not together(0):
+                break
+            tokens, attention = token[:1, None], torch.cat([attention[:1], attention.new_ones((1, 1))], dim=-1)
+            past.batch_select_indices(torch.zeros(1, dtype=torch.long, device=device))
+            continue
+        together(1)
         tokens = token[going].unsqueeze(-1)
         attention = torch.cat([attention[going], attention.new_ones((len(tokens), 1))], dim=-1)
         if not going.all():
             alive = alive[going]
             past.batch_select_indices(going.nonzero().squeeze(-1))
-    length = t + 1
+    length = length or max_new
     support = None
     if not supports:
         full_logprobs = logprobs

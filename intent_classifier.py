@@ -32,7 +32,7 @@ from common import (
     write_json,
 )
 from envs import ACTS, Dialogue, load_dialogues
-from supervised import FitConfig, fit
+from supervised import FitConfig, fit, forget, state_folder
 
 MAX_TOKENS = 128  # of a pair; the utterances of DailyDialog have 14 words on average
 WEAK_JUDGE = 0.7  # accuracy on human utterances below which the intent reward deserves a warning
@@ -193,6 +193,7 @@ def train_intent(config: IntentConfig) -> Path:
         lambda model, batch: model(**batch).loss,
         lambda model: validate(model, looked_at),
         config,
+        state_folder(output),
     )
     final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))
     if PartialState().is_main_process:
@@ -205,6 +206,7 @@ def train_intent(config: IntentConfig) -> Path:
             f"judge: {count_parameters(model):,} parameters, accuracy {final['accuracy']:.3f} and macro-F1 "
             f"{final['macro_f1']:.3f} on {len(pairs['validation'])} validation utterances, written to {output}"
         )
+        forget(output)
     PartialState().wait_for_everyone()
     return output
 

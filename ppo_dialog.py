@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
 
 from builtin_models import resolve_model
 from checkpoint import (
@@ -46,32 +45,41 @@ from common import (
     count_parameters,
     finite,
     import_path,
-    load_pretrained,
     load_tokenizer,
     peak_memory_mb,
     run_script,
     use_all_cores,
 )
 from configuration import HIDDEN, parse_config, save_yaml
+from engines import Placement, at_hand, largest, make_accelerator, place, placement_of, prepare, ready, whole_state
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
     Log,
     checked_stats,
     compare_with_start,
     judge_of,
-    make_accelerator,
     make_stats,
     measure_judge,
     open_run,
     progress_line,
     save,
+    save_merged,
     start_trackers,
     tracker_ids,
     validation_reward,
 )
 from generation import Sampling, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
-from packing import allow_packing, cut, logits_at, position_ids, unpadded
+from networks import (
+    AdapterOff,
+    check_model,
+    disable_dropout,
+    keep_fewer_activations,
+    load_causal_lm,
+    load_trunk,
+    with_adapter,
+)
+from packing import cut, logits_at, position_ids, unpadded
 from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +205,31 @@ class PPOConfig(FormatOptions):
     """DeepSpeed's JSON file."""
     use_offload: bool = False
     """Keep DeepSpeed's optimizer states in CPU memory."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """In what the policy's weights are kept (and a separate critic's); bf16 halves them, and swallows small steps."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice rather than keep them: less memory, a third more time in the update."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter, which is then all of the policy that is trained; the reference is the policy without
+    it, so no second copy is held (0: the whole policy is trained)."""
+    lora_alpha: int = 0
+    """Scale of the adapter (0: twice its rank)."""
+    lora_merge: bool = False
+    """Write merged/ at the end as well: a plain model with the adapter in it."""
+    ref_placement: Placement = "replicated"
+    """Where the frozen reference is kept, whatever carries the policy: on each device, in CPU memory between its
+    uses, or cut over the processes."""
+    ref_weights: Literal["fp32", "bf16"] = "fp32"
+    """In what the reference's weights are kept."""
+    intent_placement: Placement = "replicated"
+    """Where the judge is kept."""
+    gather: bool = True
+    """Gather a sharded network once for each rollout. Off: layer by layer in every pass, which is far slower, and
+    what a network needs that no single device can hold."""
+    ref_ds_config: str = ""
+    """The tutorial's DeepSpeed file for the reference; it stands for a ref_placement."""
+    intent_ds_config: str = ""
+    """The tutorial's DeepSpeed file for the judge; it stands for an intent_placement."""
 
     # results
     run_dir: str = "runs"
@@ -238,7 +271,7 @@ class PPOConfig(FormatOptions):
             1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
             "gradient_accumulation_steps save_interval keep_checkpoints",
             0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
-            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit",
+            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -252,6 +285,13 @@ class PPOConfig(FormatOptions):
                 raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
         if self.model_class and (self.policy_class or self.critic_class):
             raise UserError("model_class is policy and value together; give it, or policy_class and critic_class.")
+        if self.lora_rank and (self.model_class or self.policy_class or self.ref_model):
+            raise UserError(
+                "lora_rank puts an adapter on the model in model_path, which without it is the reference; leave "
+                "model_class, policy_class and ref_model out, or lora_rank."
+            )
+        if self.lora_merge and not self.lora_rank:
+            raise UserError("lora_merge needs lora_rank: without an adapter there is nothing to merge.")
         if self.use_deepspeed and not self.deepspeed_config:
             raise UserError("use_deepspeed needs deepspeed_config, the name of DeepSpeed's JSON file.")
         if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
@@ -262,7 +302,24 @@ class PPOConfig(FormatOptions):
         if self.reward == "default" and not (self.intent_coef or self.meteor_coef):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
+        self.placements  # noqa: B018  raises where a file cannot be read
         self.kl_controller()
+
+    def check_processes(self, processes: int) -> None:
+        """UserError where the dialogues cannot be shared out to so many processes."""
+        if self.env_num % processes:
+            raise UserError(f"env_num is {self.env_num}; expected a multiple of the {processes} processes.")
+        if self.env_num // processes % self.samples_per_prompt:
+            raise UserError(
+                f"samples_per_prompt is {self.samples_per_prompt}; expected a divisor of the "
+                f"{self.env_num // processes} dialogues (env_num) of a process."
+            )
+
+    @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """Where reference and judge are kept."""
+        ref = placement_of(self.ref_ds_config) if self.ref_ds_config else self.ref_placement
+        return ref, placement_of(self.intent_ds_config) if self.intent_ds_config else self.intent_placement
 
     @property
     def run_folder(self) -> Path:
@@ -283,29 +340,37 @@ class BatchSizes:
     rounds: int  # replies of each dialogue slot in a rollout
     replies: int  # replies of this process in a rollout
     num_mini_batch: int
+    blocks: int  # groups of this process's slots, each of which gives every mini-batch its share
+    first_block: int  # how many of them the processes before this one have
     parts: int  # micro-batches that a mini-batch is at least cut into (gradient accumulation)
     micro_batch: int  # tokens of a micro-batch
 
     @classmethod
     def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
-        num_processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
-        if config.env_num % num_processes:
-            raise UserError(f"env_num is {config.env_num}; expected a multiple of the {num_processes} processes.")
-        if config.env_num // num_processes % config.samples_per_prompt:
-            raise UserError(
-                f"samples_per_prompt is {config.samples_per_prompt}; expected a divisor of the "
-                f"{config.env_num // num_processes} dialogues (env_num) of a process."
-            )
+        processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
         rounds = max(1, round(config.episode_length / max_new_tokens))
-        replies = rounds * config.env_num // num_processes
+        replies = rounds * config.env_num // processes
         num_mini_batch = min(config.num_mini_batch, replies)
         if replies // num_mini_batch < parts:
             raise UserError(
                 f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
                 "lower gradient_accumulation_steps or num_mini_batch."
             )
+        # As many blocks as can be: the processes share them, and what a mini-batch holds does not depend on how
+        even = [b for b in range(processes, config.env_num + 1, processes) if config.env_num % b == 0]
+        even = [b for b in even if rounds * config.env_num // b % num_mini_batch == 0]
+        blocks = max(even, default=processes) // processes
         micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
-        return cls(rounds, replies, num_mini_batch, parts, micro_batch)
+        return cls(rounds, replies, num_mini_batch, blocks, accelerator.process_index * blocks, parts, micro_batch)
+
+    def mini_batches(self, *stream: int) -> list[torch.Tensor]:
+        """This process's rows of a rollout (n,) in each mini-batch of a pass, drawn anew for each `stream`."""
+        rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1).transpose(0, 1).flatten(1)
+        shuffled = [
+            block[torch.randperm(len(block), generator=generator_of(*stream, self.first_block + i))]
+            for i, block in enumerate(rows)
+        ]
+        return [torch.cat(parts) for parts in zip(*(block.tensor_split(self.num_mini_batch) for block in shuffled))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,14 +462,6 @@ def value_head(width: int) -> nn.Linear:
     return head
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout makes the update's probabilities differ from those that were sampled from: off, everywhere."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))) and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 def build_model(config: PPOConfig, name: str) -> ActorCritic:
     """The network to train, by the configuration: one trunk, two models, or the user's classes."""
     make = lambda path, what: import_path(path, what)(config)
@@ -417,7 +474,11 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
                 "`policy` (a causal LM), `value_parameters()` and its `forward`. Subclassing it is the shortest way."
             )
         return model
-    policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name)
+    policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name, config.weights)
+    if config.lora_rank:
+        policy = with_adapter(policy, name, config.lora_rank, config.lora_alpha)
+    if config.gradient_checkpointing:
+        keep_fewer_activations(policy)
     if config.critic_class:
         critic = make(config.critic_class, "critic_class")
     elif config.use_share_model:
@@ -428,18 +489,11 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
             )
         critic = None
     else:
-        # fp32 master weights, as the policy's
-        trunk = load_pretrained(AutoModel, name, "model", dtype=torch.float32)
-        allow_packing(trunk)
+        trunk = load_trunk(name, config.weights)
+        if config.gradient_checkpointing:
+            keep_fewer_activations(trunk)
         critic = Critic(trunk)
     return ActorCritic(policy, critic)
-
-
-def load_causal_lm(name: str) -> nn.Module:
-    """A causal LM in fp32: the small steps of fine-tuning vanish in bf16 weights; mixed precision keeps the speed."""
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=torch.float32)
-    allow_packing(model)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,11 +542,12 @@ def collect(
     uniforms: torch.Tensor,
     micro_batch: int,
     device: torch.device,
+    together: Callable[[int], int] = lambda n: n,
 ) -> tuple[Rollout, dict[str, Any]]:
     """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
 
     `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness; finished replies are read
-    `micro_batch` tokens at a time.
+    `micro_batch` tokens at a time. `together` as for sample_responses.
     """
     parts: list[Rollout] = []
     for round_uniforms in uniforms:
@@ -504,7 +559,8 @@ def collect(
         prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
 
         # 2. responses, with the log-probability and the value of each token as it is sampled
-        out = sample_responses(model.decode, env.codec, prompt_ids, prompt_mask, sampling, round_uniforms.to(device))
+        prompts = prompt_ids, prompt_mask
+        out = sample_responses(model.decode, env.codec, *prompts, sampling, round_uniforms.to(device), together)
         input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
         attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
 
@@ -513,7 +569,8 @@ def collect(
         if getattr(model, "critic", None) is not None:
             values = torch.zeros_like(out.values)
         lengths = attention_mask.sum(-1)
-        for rows in cut(torch.arange(len(lengths), device=device), lengths, -(-int(lengths.sum()) // micro_batch)):
+        passes = min(together(-(-int(lengths.sum()) // micro_batch)), len(lengths))
+        for rows in cut(torch.arange(len(lengths), device=device), lengths, passes):
             mask = out.mask[rows]
             inputs = inputs_of(input_ids[rows], attention_mask[rows], mask)
             logprobs = log_probs_of(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
@@ -712,20 +769,20 @@ def update(
     old_values: torch.Tensor,
     config: PPOConfig,
     sizes: BatchSizes,
-    generator: torch.Generator,
+    stream: tuple[int, ...],
 ) -> dict[str, float]:
     """`ppo_epoch` passes over the rollout; means of what happened in them, over tokens and processes.
 
     advantages, targets (returns) and old_values are (N, T), the last two in the units that the network predicts.
+    `stream` numbers what is random: how each pass is cut into mini-batches.
     """
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, skipped, passes = 0, 0, 0
     lengths = rollout.attention_mask.sum(-1).cpu()  # (N,)
-    for _ in range(config.ppo_epoch):
+    for epoch in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
-        order = torch.randperm(len(rollout.mask), generator=generator)
-        for mini_batch in order.tensor_split(sizes.num_mini_batch):
+        for mini_batch in sizes.mini_batches(*stream, epoch):
             # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
             # all processes: each token weighs the same, however the batch is cut.
             parts = max(sizes.parts, -(-int(lengths[mini_batch].sum()) // sizes.micro_batch))
@@ -818,6 +875,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     config.check()
     run = config.run_folder
     accelerator = make_accelerator(config, run)
+    config.check_processes(accelerator.num_processes)
     main = accelerator.is_main_process
     if main and run.is_dir():
         FolderLock(run).release()  # a folder in use is refused before anything is loaded
@@ -855,20 +913,26 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     model = build_model(config, model_folder)
     check_model(model, codec, model_folder)
     disable_dropout(model)
+    ref_placement, intent_placement = config.placements
     ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
-    ref_model = load_causal_lm(ref_folder).eval().requires_grad_(False).to(accelerator.device)
-    check_vocabulary(tokenizer, ref_model, ref_folder)
+    if config.lora_rank:
+        ref_model = AdapterOff(model.policy)
+    else:
+        ref_model = load_causal_lm(ref_folder, config.ref_weights).eval().requires_grad_(False)
+        check_vocabulary(tokenizer, ref_model, ref_folder)
+        place(ref_model, ref_placement, accelerator)
     value_parameters = model.value_parameters()
     of_value = {id(p) for p in value_parameters}
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if id(p) not in of_value], "lr": config.lr},
+            {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in of_value], "lr": config.lr},
             {"params": value_parameters, "lr": config.critic_lr},
         ],
         weight_decay=config.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    parameters, trained = count_parameters(model), count_parameters(model, trained=True)
+    model, optimizer = prepare(accelerator, model, optimizer, methods=("decode", "values_of"))
     unwrapped = accelerator.unwrap_model(model)
     policy = getattr(unwrapped, "policy", unwrapped)
 
@@ -876,8 +940,11 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     reward = build_reward(config, accelerator.device, fmt.eou_marker)
     score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
     judge, judged = judge_of(reward, config, accelerator.device), {}
+    frozen = [ref_model]
     if judge is not None:
-        judged = measure_judge(judge, samples["validation"], config.judge_samples)
+        frozen.append(place(judge.model, intent_placement, accelerator))
+        with at_hand(judge.model, once=config.gather):
+            judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
     controller = config.kl_controller()
     env = DialogueVectorEnv(
@@ -904,7 +971,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         lock = open_run(run, keep=config.resume)
         cut_metrics(run / "metrics.jsonl", progress.updates)
         save_yaml(replace(config, resume=False), run / "config.yaml")
-        if warning := check_room(run, 16 * count_parameters(unwrapped), config.keep_checkpoints):
+        if warning := check_room(run, 8 * parameters + 8 * trained, config.keep_checkpoints):
             say(warning)
     start_trackers(config, accelerator, run, progress.trackers, progress.updates)
     progress.trackers = tracker_ids(accelerator)
@@ -912,12 +979,16 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     if judged and not point:
         log({f"judge_{name}": value for name, value in judged.items()}, step=0)
     say(
-        f"policy: {count_parameters(unwrapped):,} parameters with value, on {accelerator.device}, "
+        f"policy: {parameters:,} parameters with value, {trained:,} of them trained, on {accelerator.device}, "
         f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
         f"{sizes.replies * accelerator.num_processes} replies in a rollout, {sizes.num_mini_batch} mini-batches"
     )
 
     alone = accelerator.num_processes == 1
+    # a network that is not gathered is only there for all processes at once
+    in_step = not (alone or config.gather)
+    together = (lambda n: largest(n, accelerator)) if in_step else (lambda n: n)
+    networks = lambda: ready(accelerator, model, frozen, config.gather)
     sum_over_processes = lambda x: x if alone else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
     validation = samples["validation"][: config.validation_limit]
     observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
@@ -927,8 +998,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
         nonlocal saved
         try:
+            state = whole_state(accelerator, model)
             for folder in (run, run / "best")[: 1 + best] if main else ():
-                save(unwrapped, codec, value_scale, folder)
+                save(unwrapped, codec, value_scale, folder, state)
             # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
             save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
             saved = progress.updates
@@ -938,7 +1010,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     with StopSignals() as stop:
         asked, between_updates = 0, True  # between updates, the run's state is one to go on from
         try:
-            while progress.env_steps < config.total_time_steps and not (asked := agreed(stop.asked, accelerator)):
+            # all processes leave after the same update, whichever was asked to stop
+            while progress.env_steps < config.total_time_steps and not (asked := largest(stop.asked, accelerator)):
                 started = time.perf_counter()
                 fraction_left = 1 - progress.env_steps / config.total_time_steps
                 for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
@@ -948,7 +1021,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
                 uniforms = torch.rand(shape, generator=generator_of(config.seed, progress.updates, 0))[:, env.slots]
                 unwrapped.eval()
-                with accelerator.autocast():
+                with accelerator.autocast(), networks():
                     rollout, observations = collect(
                         unwrapped,
                         ref_model,
@@ -959,6 +1032,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                         uniforms,
                         sizes.micro_batch,
                         accelerator.device,
+                        together,
                     )
                 between_updates = False
 
@@ -975,9 +1049,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
 
                 # 3. improve policy and value
                 update_started = time.perf_counter()
-                order = generator_of(config.seed, progress.updates, 1)
                 learn_from = rollout, weights, targets, old_values
-                losses = update(model, optimizer, accelerator, *learn_from, config, sizes, order)
+                stream = config.seed, progress.updates, 1
+                losses = update(model, optimizer, accelerator, *learn_from, config, sizes, stream)
                 update_seconds = time.perf_counter() - update_started
                 progress.skipped_steps += losses["skipped_steps"]
                 if progress.skipped_steps > config.max_skipped_steps:
@@ -1012,10 +1086,13 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 if user_stats is not None:
                     metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
                 due, best = progress.updates % config.save_interval == 0, False
-                if due and main and validation:
-                    metrics["validation_reward"] = validation_reward(policy, codec, validation, score, config.seed)
-                    best = progress.best_reward is None or metrics["validation_reward"] > progress.best_reward
-                    progress.best_reward = metrics["validation_reward"] if best else progress.best_reward
+                if due and validation:
+                    with networks():
+                        if main or in_step:
+                            reached = validation_reward(policy, codec, validation, score, config.seed)
+                            best = progress.best_reward is None or reached > progress.best_reward
+                            progress.best_reward = reached if best else progress.best_reward
+                            metrics["validation_reward"] = reached
                 if main:
                     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(finite(metrics)) + "\n")
@@ -1050,10 +1127,14 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
 
     # 5. compare with the start on dialogues that were not trained on
     speed = progress.env_steps / max(progress.training_seconds, 1e-9)
-    if main and config.eval_limit >= 0:
-        start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
-        held_out = samples[config.eval_split][: config.eval_limit or None]
-        compare_with_start(config, policy, start, codec, held_out, score, judge, run)
+    if config.eval_limit >= 0:
+        with networks():
+            if main or in_step:
+                start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
+                held_out = samples[config.eval_split][: config.eval_limit or None]
+                compare_with_start(config, policy, start, codec, held_out, score, judge, run, main)
+    if main and config.lora_merge:
+        save_merged(run)
     accelerator.wait_for_everyone()
     log.close()
     say(
@@ -1064,29 +1145,6 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     if main:
         lock.release()
     return run
-
-
-def agreed(asked: int, accelerator: Accelerator) -> int:
-    """The exit status that any process was asked to stop with, else 0: all leave after the same update."""
-    if accelerator.num_processes == 1:
-        return asked
-    return int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
-
-
-def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
-    """UserError where tokenizer, sequence length and model do not fit together."""
-    policy = getattr(model, "policy", model)
-    if not hasattr(policy, "config"):  # a network of the user's own
-        return
-    if hasattr(policy, "get_input_embeddings"):
-        check_vocabulary(codec.tokenizer, policy, name)
-    positions = getattr(policy.config, "max_position_embeddings", None)
-    needed = codec.format.max_prompt_tokens + codec.format.max_new_tokens
-    if positions is not None and positions < needed:
-        raise UserError(
-            f"model '{name}' has {positions} positions, but max_prompt_tokens {codec.format.max_prompt_tokens} and "
-            f"max_new_tokens {codec.format.max_new_tokens} need {needed}; lower one of them."
-        )
 
 
 def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Reward:

@@ -39,9 +39,8 @@ stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its en
     touch "$OUT/done/$name"
 }
 
-fresh() { # FOLDER COMMAND...: for programs that begin anew and want an empty folder
-    rm -rf "$1"
-    "${@:2}" --output-dir "$1"
+whole() { # FOLDER COMMAND...: for programs that write a folder once they are done, and keep what they go on from
+    if [[ ! -e $1/config.json ]]; then "${@:2}" --resume --output-dir "$1"; fi
 }
 
 train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
@@ -60,10 +59,10 @@ evaluate() { # NAME OPTIONS...
 }
 
 data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
-stage judge fresh "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
-stage second_judge fresh "$OUT/second_judge" \
+stage judge whole "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
+stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
-stage sft fresh "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --eval-every 100 "${data[@]}" "${sft[@]}"
+stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --eval-every 100 "${data[@]}" "${sft[@]}"
 stage eval-sft evaluate sft
 for seed in $SEEDS; do
     stage "ppo-$seed" train "ppo-$seed" --seed "$seed"

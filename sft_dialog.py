@@ -34,7 +34,7 @@ from common import (
 from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from packing import allow_packing, logits_at
-from supervised import FitConfig, fit
+from supervised import FitConfig, fit, forget, state_folder
 
 
 @dataclass
@@ -95,6 +95,7 @@ def train_sft(config: SFTConfig) -> Path:
         window_loss,
         perplexity,
         config,
+        state_folder(output),
     )
     if PartialState().is_main_process:
         with whole_folder(output) as folder:
@@ -103,6 +104,7 @@ def train_sft(config: SFTConfig) -> Path:
             fmt.save(folder)
             write_json(folder / "sft.json", {"config": dataclasses.asdict(config), "history": history})
         print(f"sft: {count_parameters(model):,} parameters written to {output}")
+        forget(output)
     PartialState().wait_for_everyone()
     return output
 

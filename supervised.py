@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from common import UserError
+from common import UserError, whole_folder, write_json
 
 
 @dataclass
@@ -44,6 +48,8 @@ class FitConfig:
     """Optimizer steps between two looks at the validation split; the best weights are kept."""
     log_every: int = 25
     """Optimizer steps between two printed lines."""
+    resume: bool = False
+    """Go on from the last look at the validation split of a run that was stopped."""
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
@@ -63,13 +69,21 @@ def fit(
     loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
     config: FitConfig,
+    state: Path,
 ) -> list[dict[str, float]]:
     """Train `model` in place and leave the weights with the lowest `evaluate(model)["loss"]` in it.
+
+    Every look at the validation split leaves in the folder `state` what `config.resume` goes on from; it is removed in
+    the end. UserError where one is there already that is not to be gone on from.
 
     `collate` makes a batch (a dict of tensors) of items, `loss_of` its mean loss. `lengths` are the items' lengths in
     tokens: batches are made of similar ones, so that little is padded. Returns one dict for each look at the
     validation split: step, minutes, lr, train_loss and what `evaluate` gave.
     """
+    if state.exists() and not config.resume:
+        raise UserError(
+            f"'{state}' holds a run ({label}) that was stopped; go on with --resume, or remove it to begin anew."
+        )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
@@ -77,7 +91,9 @@ def fit(
     sampler = LengthGroupedSampler(
         config.batch_size, lengths=list(lengths), generator=torch.Generator().manual_seed(config.seed)
     )
-    loader = DataLoader(items, config.batch_size, sampler=sampler, collate_fn=collate)
+    # with a generator of its own: making an iterator draws a number, once more in a run that goes on
+    own = torch.Generator().manual_seed(config.seed)
+    loader = DataLoader(items, config.batch_size, sampler=sampler, collate_fn=collate, generator=own)
     fused = accelerator.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -91,8 +107,17 @@ def fit(
     history: list[dict[str, float]] = []
     best: dict[str, torch.Tensor] = {}
     losses: list[torch.Tensor] = []
-    step, started = 0, time.perf_counter()
+    step, epoch, batches, started = 0, 0, 0, time.perf_counter()  # batches: of this epoch
     minutes = lambda: (time.perf_counter() - started) / 60  # noqa: E731
+    if config.resume and state.exists():
+        accelerator.load_state(str(state))
+        kept = json.loads((state / "fit.json").read_text(encoding="utf-8"))
+        step, epoch, batches, history = (kept[name] for name in ("step", "epoch", "batches", "history"))
+        started -= 60 * kept["minutes"]
+        best = load_file(state / "best.safetensors")
+        for _ in range(epoch):
+            list(sampler)  # the order of an epoch that is over is drawn again, so that the next one's is the same
+        accelerator.print(f"{label}: resumed at step {step}, after {minutes():.1f} min")
 
     def look() -> None:
         nonlocal best, losses
@@ -107,17 +132,25 @@ def fit(
         if result["loss"] <= min(h["loss"] for h in history):
             best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         losses = []
+        if accelerator.is_main_process:
+            with whole_folder(state) as folder:
+                accelerator.save_state(str(folder))
+                save_file(best, folder / "best.safetensors")
+                kept = dict(step=step, epoch=epoch, batches=batches, minutes=minutes(), history=history)
+                write_json(folder / "fit.json", kept)
 
-    look()
+    if not history:
+        look()
     trained.train()
     while step < total:
-        for batch in loader:
+        for batch in accelerator.skip_first_batches(loader, batches) if batches else loader:
+            batches += 1
             progress = step / total
             if config.max_minutes:
                 # one clock for all processes: they must agree on the rate and on when to stop
                 progress = broadcast_object_list([max(progress, minutes() / config.max_minutes)])[0]
             if progress >= 1:
-                total = step
+                total, batches = step, batches - 1
                 break
             warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
@@ -141,8 +174,20 @@ def fit(
                 accelerator.print(f"{label}: step {step}/{total}, {minutes():.1f} min, loss {recent:.3f}", flush=True)
             if step >= total:
                 break
+        else:
+            epoch, batches = epoch + 1, 0
     if history[-1]["step"] != step:
         look()
     model.load_state_dict(best)
     model.eval()
     return history
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run keeps what it can go on from, until its output is there."""
+    return output.with_name(f".{output.name}-unfinished")
+
+
+def forget(output: Path) -> None:
+    """Remove what a run went on from, once its output is written."""
+    shutil.rmtree(state_folder(output), ignore_errors=True)

@@ -44,7 +44,7 @@ from transformers import (
 
 import common
 import generation
-import ppo_dialog
+import networks
 from common import UserError, load_tokenizer, run_script
 from envs import Dialogue, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from ppo_dialog import PPOConfig, train
@@ -85,7 +85,7 @@ class CrossEntropy:
 
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
-    "packing": (ppo_dialog, "allow_packing", lambda model: False),
+    "packing": (networks, "allow_packing", lambda model: False),
     "kept_memory": (common, "keep_freed_memory", lambda: None),
     "huge_pages": None,  # read by torch before anything runs: see main
     "fused_gelu": (common, "fuse_gelu", lambda model: None),

@@ -17,18 +17,19 @@ from checkpoint import checkpoints
 
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+PLAIN = {name: value for name, value in os.environ.items() if name != "NLTK_DATA"}  # WordNet takes 5 s to be read
 RUN = SHORT | dict(total_time_steps=1200, save_interval=2, validation_limit=20, eval_limit=-1)
 
 
-def launched(*arguments: str, launch: list[str] = LAUNCH) -> subprocess.Popen:
+def launched(*arguments: str, launch: list[str] = LAUNCH, program: str = "ppo_dialog.py") -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
-        [*launch, "ppo_dialog.py", *arguments],
+        [*launch, program, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PATH": path, "TORCH_NUM_THREADS": "1"},
+        env=PLAIN | {"PATH": path, "TORCH_NUM_THREADS": "1"},
     )
 
 

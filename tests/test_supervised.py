@@ -1,15 +1,21 @@
 """Supervised training: the loss is the model's own, and each half of the data makes its own judge."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import intent_classifier
+import sft_dialog
 from builtin_models import builtin_model
+from common import UserError
 from envs import load_dialogues
+from generation import reply_log_likelihoods
 from intent_classifier import IntentConfig, train_intent
 from packing import allow_packing
-from sft_dialog import collate, window_loss
+from sft_dialog import SFTConfig, collate, train_sft, window_loss
+from supervised import state_folder
 
 
 @pytest.mark.parametrize("loss_on", ["window", "reply"])
@@ -41,3 +47,32 @@ def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
     assert len(even) + len(odd) == len(everything) == sum(len(d.utterances) for d in dialogues)
     assert even[: len(dialogues[0].utterances)] == everything[: len(dialogues[0].utterances)]
     assert odd[0][1] == dialogues[1].utterances[0]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_model(tiny_lm, tmp_path, monkeypatch):
+    settings = dict(model_path=tiny_lm, epochs=0.005, batch_size=4, eval_every=5, eval_samples=20, warmup_steps=2)
+    whole = train_sft(SFTConfig(output_dir=str(tmp_path / "whole"), **settings))
+    looks = []
+
+    def stopped(*args):
+        looks.append(args)
+        if len(looks) == 4:  # at the third look after the first: two of them were kept
+            raise KeyboardInterrupt
+        return reply_log_likelihoods(*args)
+
+    monkeypatch.setattr(sft_dialog, "reply_log_likelihoods", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(SFTConfig(output_dir=str(tmp_path / "cut"), **settings))
+    monkeypatch.undo()
+    unfinished = state_folder(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists() and json.loads((unfinished / "fit.json").read_text())["step"] == 10
+    with pytest.raises(UserError, match="was stopped; go on with --resume"):
+        train_sft(SFTConfig(output_dir=str(tmp_path / "cut"), **settings))
+    cut = train_sft(SFTConfig(output_dir=str(tmp_path / "cut"), resume=True, **settings))
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    curve = lambda folder: [
+        {k: v for k, v in row.items() if k != "minutes"}
+        for row in json.loads((folder / "sft.json").read_text())["history"]
+    ]
+    assert curve(cut)[1:] == curve(whole)[1:] and len(curve(cut)) > 4
+    assert not unfinished.exists()

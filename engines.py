@@ -1,0 +1,273 @@
+"""What carries a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was told.
+
+The rest of a run asks three things of it: `make_accelerator`, the parameters of a network at hand for many passes
+(`gathered`: a sharded network is gathered once, not in each pass), and all of its weights to save (`whole_state`).
+Frozen models have a place of their own, whatever carries the policy: `place` and `at_hand`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+
+from common import UserError
+from configuration import load_deepspeed
+
+Placement = Literal["replicated", "offloaded", "sharded"]
+# What a process may wait for the others, who wait while one of them scores the held-out samples, say
+PATIENCE = timedelta(hours=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+def make_accelerator(config: Any, run: Path) -> Accelerator:
+    """Device, mixed precision, processes, engine and trackers, as the configuration and the launcher say."""
+    cuda = torch.cuda.is_available()
+    mixed_precision = config.mixed_precision
+    if mixed_precision is None and (config.use_amp or config.use_fp16):
+        mixed_precision = "fp16" if cuda or config.use_fp16 else "bf16"
+    if (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and not cuda:
+        raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
+    plugin = None
+    if config.use_deepspeed:
+        plugin = deepspeed_plugin(config)
+        # one process, started without DeepSpeed's launcher: what that launcher would have set
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
+            os.environ.setdefault(name, str(value))
+    told = lambda name: os.environ.get(name, "false").lower() == "true"
+    deepspeed, fsdp = told("ACCELERATE_USE_DEEPSPEED"), told("ACCELERATE_USE_FSDP")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    groups, on_cpus = InitProcessGroupKwargs(timeout=PATIENCE), False
+    if (
+        not torch.accelerator.is_available()
+    ):  # on a CPU, Accelerate has to be told, or each process believes it is alone
+        groups.backend = "gloo" if deepspeed or fsdp else None
+        on_cpus = several and not deepspeed and not fsdp
+        if deepspeed:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if fsdp:
+            let_fsdp_run_on_cpus()
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP 1 is not supported; set fsdp_version to 2 (configs/accelerate/fsdp2.yaml does).")
+    if config.gradient_accumulation_steps > 1:  # the launcher has its own, 1 where it was told none
+        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
+    accelerator = Accelerator(
+        cpu=on_cpus,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=trackers or None,
+        project_dir=str(run),
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[groups],
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settle_deepspeed(accelerator, config)
+    return accelerator
+
+
+def let_fsdp_run_on_cpus() -> None:
+    """torch shards over gloo as over NCCL; Accelerate 1.15 offers FSDP to GPUs alone, so let it take these for some."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:
+    """The DeepSpeed of the tutorial's switches."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        raise UserError("use_deepspeed needs the package deepspeed (Linux): pip install deepspeed.") from None
+    settings = load_deepspeed(config.deepspeed_config)
+    # optimizer and schedule are ours, and batch sizes follow from ours, see settle_deepspeed
+    for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):
+        settings.pop(name, None)
+    settings.setdefault("zero_optimization", {})
+    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    if config.use_offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return DeepSpeedPlugin(hf_ds_config=settings)
+
+
+def settle_deepspeed(accelerator: Accelerator, config: Any) -> None:
+    """What DeepSpeed wants to know and only this project can tell it, whoever set it up."""
+    plugin = accelerator.deepspeed_plugin
+    settings = plugin.deepspeed_config
+    settings.pop("train_batch_size", None)  # the product of the others
+    # a micro-batch: it computes nothing with it but that product
+    settings["train_micro_batch_size_per_gpu"] = 1
+    settings["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    settings["gradient_clipping"] = config.max_grad_norm
+    zero = settings["zero_optimization"]
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # policy/ is a whole model
+    # torch's own AdamW steps on a CPU as well, and needs no compiler
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    # a model is loaded whole and cut by the engine: transformers' way of loading it in pieces would cut the frozen
+    # models too, which have no engine
+    plugin.zero3_init_flag = False
+    plugin.dschf = None
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage; 0 where another engine, or none, carries the run."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trained network
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, methods: tuple[str, ...]):
+    """Model and optimizer in the hands of the engine; `methods` of the model are called beside its forward."""
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # see settle_deepspeed
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type == "cpu":
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin it for
+        model._no_split_modules = sorted({type(layer).__name__ for layer in layers_of(model)})
+        model.to(next(model.parameters()).dtype)  # parameters of one kind are cut together, a value head's too
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        for method in methods:
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def gathered(accelerator: Accelerator, model: nn.Module, once: bool = True) -> Iterator[None]:
+    """All of a network's parameters on each process for the block, gathered once: no pass in it waits for another
+    process, however many passes each of them makes.
+
+    `model` is what `prepare` returned. Without sharded parameters there is nothing to do; nor is there where they are
+    not to be gathered `once`, as then every pass gathers its layers, and all processes have to make the same passes.
+    """
+    if not once:
+        yield
+    elif zero_stage(accelerator) == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(model):
+            yield
+    elif accelerator.is_fsdp2:
+        with unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module, reshard: bool = True) -> Iterator[None]:
+    """The block with an FSDP2 module's parameters whole; `reshard` is whether its layers part with them after a pass
+    outside of the block."""
+    root, *layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    root._get_fsdp_state()._lazy_init()  # else torch takes whatever is called first for the root
+    for part in (root, *layers):
+        part.unshard()
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in (root, *layers):
+            part.reshard()
+        for layer in layers:
+            layer.set_reshard_after_forward(reshard, recurse=False)
+
+
+def largest(number: int, accelerator: Accelerator) -> int:
+    """The largest of the numbers that the processes have."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Every weight of a sharded network on the main process, for all processes to call; None where nothing is cut, as
+    the module itself has them."""
+    if zero_stage(accelerator) == 3 or accelerator.is_fsdp2:
+        return accelerator.get_state_dict(model)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen models: reference and judge
+
+
+def place(model: nn.Module, placement: Placement, accelerator: Accelerator) -> nn.Module:
+    """Keep a frozen model on each device, in CPU memory between its uses, or cut over the processes."""
+    if placement not in get_args(Placement):
+        raise UserError(f"placement '{placement}' is unknown; expected {', '.join(get_args(Placement))}.")
+    if placement == "sharded" and accelerator.num_processes > 1:
+        device = accelerator.device.type
+        mesh = torch.distributed.init_device_mesh(device, (accelerator.num_processes,))
+        model.to(accelerator.device)
+        for layer in layers_of(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif placement == "offloaded":
+        model.to("cpu")
+        model.offloaded_from = accelerator.device
+    else:
+        model.to(accelerator.device)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a model of transformers."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+@contextlib.contextmanager
+def at_hand(*models: Any, once: bool = True) -> Iterator[None]:
+    """Frozen models on the device for the block, and whole, where they are gathered `once`; every process enters it."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            if isinstance(model, FSDPModule) and once:
+                stack.enter_context(unsharded(model))
+            elif hasattr(model, "offloaded_from"):
+                model.to(model.offloaded_from)
+                stack.callback(model.to, "cpu")
+        yield
+
+
+@contextlib.contextmanager
+def ready(accelerator: Accelerator, model: nn.Module, frozen: list[Any], once: bool = True) -> Iterator[None]:
+    """The block with the trained network and the frozen ones ready for passes without gradients, see `gathered`."""
+    with gathered(accelerator, model, once), at_hand(*frozen, once=once):
+        yield
+
+
+def placement_of(file: str) -> Placement:
+    """Where a DeepSpeed file for a frozen model (the tutorial's `ref_ds_config`) wants it kept."""
+    zero = load_deepspeed(file).get("zero_optimization") or {}
+    if zero.get("stage") == 3:
+        return "sharded"
+    return "offloaded" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "replicated"
