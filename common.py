@@ -69,10 +69,13 @@ def quiet_libraries() -> None:
     """Turn off the chatter of the libraries (progress bars of loading, advice to upgrade), not their errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import accelerate
     import datasets
     import huggingface_hub
     import transformers
 
+    # To see whether a model is DeepSpeed's, Accelerate imports all of DeepSpeed, which takes 3 s and announces itself
+    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -82,6 +85,8 @@ def quiet_libraries() -> None:
     # tied weights are saved once; Accelerate's loading knows
     logging.getLogger("accelerate.utils.other").addFilter(lambda r: "Removed shared tensor" not in r.getMessage())
     # DDP and torch's own schedulers warn about a copy they make themselves; nothing a user can act on.
+    # peft still asks transformers under a name that it is about to change
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
 
 

@@ -21,10 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
 from builtin_models import resolve_model
-from common import UserError, count_parameters, load_pretrained, run_script
+from common import UserError, count_parameters, fuse_gelu, load_pretrained, run_script
 from configuration import parse_config
 from engines import Placement
-from networks import keep_fewer_activations, with_adapter
+from networks import disable_dropout, keep_fewer_activations, with_adapter
 from ppo_dialog import PPOConfig
 
 Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"]
@@ -93,7 +93,10 @@ AttentionMaskInterface.register("counted", lambda *args, **kwargs: None)
 def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32, meta: bool = False) -> nn.Module:
     """A model of this configuration whose weights take no memory."""
     with torch.device("meta") if meta else FAKE:
-        return auto_class.from_config(config, dtype=dtype)
+        model = auto_class.from_config(config, dtype=dtype)
+    fuse_gelu(model)
+    disable_dropout(model)
+    return model
 
 
 def kept_bytes(model: nn.Module, tokens: int, autocast: torch.dtype | None) -> int:
@@ -248,8 +251,10 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
 def layer_peak(policy: nn.Module, shape: Shape) -> float:
     """Numbers alive at once for one position while a layer reads it, without gradients: the widest of its projections
     in and out, beside the residual stream."""
+    # an adapter's output is scaled and added aside
+    copies = 5 if hasattr(policy, "peft_config") else 2
     wide = max((m.weight.numel() // shape.width for m in policy.modules() if _is_projection(m, shape)), default=0)
-    return 2 * wide + 3 * shape.width
+    return copies * wide + 3 * shape.width
 
 
 def _is_projection(module: nn.Module, shape: Shape) -> bool:

@@ -302,7 +302,6 @@ class PPOConfig(FormatOptions):
         if self.reward == "default" and not (self.intent_coef or self.meteor_coef):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
-        self.placements  # noqa: B018  raises where a file cannot be read
         self.kl_controller()
 
     def check_processes(self, processes: int) -> None:
@@ -876,6 +875,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     run = config.run_folder
     accelerator = make_accelerator(config, run)
     config.check_processes(accelerator.num_processes)
+    ref_placement, intent_placement = config.placements
     main = accelerator.is_main_process
     if main and run.is_dir():
         FolderLock(run).release()  # a folder in use is refused before anything is loaded
@@ -913,7 +913,6 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     model = build_model(config, model_folder)
     check_model(model, codec, model_folder)
     disable_dropout(model)
-    ref_placement, intent_placement = config.placements
     ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
     if config.lora_rank:
         ref_model = AdapterOff(model.policy)
@@ -932,8 +931,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     parameters, trained = count_parameters(model), count_parameters(model, trained=True)
+    unwrapped = model  # as it is within what the engine makes of it
     model, optimizer = prepare(accelerator, model, optimizer, methods=("decode", "values_of"))
-    unwrapped = accelerator.unwrap_model(model)
     policy = getattr(unwrapped, "policy", unwrapped)
 
     # Reward and its judge

@@ -152,8 +152,10 @@ BLOCKS = {
     "amp": (AMP, dict(use_amp=True), []),
     "deepspeed": (
         DEEPSPEED,
-        dict(use_deepspeed=True, use_fp16=False, use_offload=False, deepspeed_config="ds_config.json") | MODELS,
-        [f"reward_class.args.{key}" for key in ("use_deepspeed", "ref_ds_config", "intent_ds_config")],
+        dict(use_deepspeed=True, use_fp16=False, use_offload=False, deepspeed_config="ds_config.json")
+        | dict.fromkeys(("ref_ds_config", "intent_ds_config"), "eval_ds_config.json")
+        | MODELS,
+        ["reward_class.args.use_deepspeed"],
     ),
 }
 
@@ -252,7 +254,7 @@ def test_deepspeed_files_in_general(write):
     for text, fault in (("{", "is not JSON that can be read"), ("[1]", "holds a list"), ("", "holds a NoneType")):
         with pytest.raises(UserError, match=fault):
             load_deepspeed(write(text))
-    with pytest.raises(UserError, match="deepspeed_config 'none.json' does not exist"):
+    with pytest.raises(UserError, match="configuration file 'none.json' does not exist"):
         load_deepspeed("none.json")
 
 

@@ -379,10 +379,10 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     scale = RunningMoments(config.normalize_values)
     scale.update(0.3, 0.5)
     advantages, returns = gae(token_rewards(rollout, 0.2, rollout.scores), rollout.values, rollout.mask, 1.0, 0.95)
-    sizes = BatchSizes(1, len(rollout.mask), config.num_mini_batch, parts, config.micro_batch_tokens or 1024)
-    order = torch.Generator().manual_seed(0)
+    rows = len(rollout.mask)
+    sizes = BatchSizes(1, rows, config.num_mini_batch, 1, 0, parts, config.micro_batch_tokens or 1024)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
-    stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, order)
+    stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, (0,))
     return {k: v.clone() for k, v in model.state_dict().items()}, stats
 
 
@@ -475,20 +475,40 @@ def test_rollout_figures_add_up():
 
 
 def test_batch_sizes_are_derived_and_refused():
-    one = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, device=torch.device("cpu"))
+    one = SimpleNamespace(num_processes=1, process_index=0, gradient_accumulation_steps=1, device=torch.device("cpu"))
     tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
     assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(
-        rounds=6, replies=12, num_mini_batch=12, parts=1, micro_batch=1024
+        rounds=6, replies=12, num_mini_batch=12, blocks=1, first_block=0, parts=1, micro_batch=1024
     )
-    two = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="env_num is 3"):
-        BatchSizes.derive(PPOConfig(env_num=3), 20, two)
+    with pytest.raises(UserError, match="env_num is 3; expected a multiple of the 2 processes"):
+        PPOConfig(env_num=3).check_processes(2)
     with pytest.raises(UserError, match="samples_per_prompt is 4; expected a divisor of the 6 dialogues"):
-        BatchSizes.derive(PPOConfig(env_num=12, samples_per_prompt=4), 20, two)
+        PPOConfig(env_num=12, samples_per_prompt=4).check_processes(2)
     with pytest.raises(UserError, match="cannot be cut"):
         BatchSizes.derive(
             tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2, device=torch.device("cpu"))
         )
+
+
+@pytest.mark.parametrize(("env_num", "rounds", "num_mini_batch"), [(32, 1, 4), (8, 3, 2), (24, 2, 6), (4, 1, 1)])
+def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(env_num, rounds, num_mini_batch):
+    config = PPOConfig(env_num=env_num, episode_length=20 * rounds, num_mini_batch=num_mini_batch)
+
+    def replies_of(processes: int) -> list[set[tuple[int, int]]]:
+        """(round, slot) of each mini-batch, by all processes."""
+        together = [set() for _ in range(num_mini_batch)]
+        for index in range(processes):
+            fields = dict(num_processes=processes, process_index=index, gradient_accumulation_steps=1)
+            sizes = BatchSizes.derive(config, 20, SimpleNamespace(device=torch.device("cpu"), **fields))
+            slots = env_num // processes
+            for mini_batch, rows in zip(together, sizes.mini_batches(7, 0, 1), strict=True):
+                mini_batch |= {(int(row) // slots, index * slots + int(row) % slots) for row in rows}
+        return together
+
+    alone = replies_of(1)
+    assert alone == replies_of(2) == replies_of(4)
+    assert sum(map(len, alone)) == env_num * rounds == len(set().union(*alone))
+    assert len({len(mini_batch) for mini_batch in alone}) == 1
 
 
 def test_the_value_of_a_separate_critic_leaves_the_policy_alone():
