@@ -1,13 +1,14 @@
 """Checkpoints: a run that was stopped, or killed, goes on as if nothing had happened.
 
     RUN/checkpoints/update-000040/
-        model.safetensors, optimizer.bin, random_states_0.pkl, ...   what Accelerate's save_state writes for the engine
+        model.safetensors, optimizer.bin, random_states_0.pkl, ...   what Accelerate's save_state writes for the engine:
+                         these, or folders of DeepSpeed or FSDP
         progress.json    counters, KL coefficient, value scale, best validation reward, place in the data, tracker ids
         manifest.json    size and SHA-256 of every other file
 
 A checkpoint is written aside and gets its name once it is whole, manifest included; one that does not match its
 manifest is refused by name, and the one before it is used. Nothing is unpickled: torch files are read with
-`weights_only`, which Accelerate's load_state does.
+`weights_only`, which Accelerate's load_state does. (DeepSpeed and FSDP read checkpoints of theirs as they like.)
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, update: int, progress: 
             if trouble:
                 raise OSError(trouble)
             write_json(aside / PROGRESS, progress)
-            write_json(aside / MANIFEST, {file.name: fingerprint(file) for file in files_of(aside)})
+            write_json(aside / MANIFEST, {f.relative_to(aside).as_posix(): fingerprint(f) for f in files_of(aside)})
             remove(final)
             aside.rename(final)
         except OSError:

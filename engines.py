@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -152,6 +153,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
             plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin it for
         model._no_split_modules = sorted({type(layer).__name__ for layer in layers_of(model)})
         model.to(next(model.parameters()).dtype)  # parameters of one kind are cut together, a value head's too
+    # torch renames its collectives, which its own FSDP and DeepSpeed still call by the old names
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning
+    )
+    # nothing here changes logits in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
         for method in methods:
@@ -168,37 +175,36 @@ def gathered(accelerator: Accelerator, model: nn.Module, once: bool = True) -> I
     `model` is what `prepare` returned. Without sharded parameters there is nothing to do; nor is there where they are
     not to be gathered `once`, as then every pass gathers its layers, and all processes have to make the same passes.
     """
-    if not once:
-        yield
-    elif zero_stage(accelerator) == 3:
+    if once and zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
         with unwrap_model_for_generation(model):
             yield
     elif accelerator.is_fsdp2:
-        with unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
+        with unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward, layers=once):
             yield
     else:
         yield
 
 
 @contextlib.contextmanager
-def unsharded(model: nn.Module, reshard: bool = True) -> Iterator[None]:
-    """The block with an FSDP2 module's parameters whole; `reshard` is whether its layers part with them after a pass
-    outside of the block."""
-    root, *layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> Iterator[None]:
+    """The block with an FSDP2 module's parameters whole, or only what is not in its `layers` (the vocabulary); `reshard`
+    is whether its layers part with theirs after a pass outside of the block."""
+    root, *parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = parts if layers else []
     root._get_fsdp_state()._lazy_init()  # else torch takes whatever is called first for the root
-    for part in (root, *layers):
+    for part in (root, *parts):
         part.unshard()
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for part in (root, *layers):
+        for part in (root, *parts):
             part.reshard()
-        for layer in layers:
-            layer.set_reshard_after_forward(reshard, recurse=False)
+        for part in parts:
+            part.set_reshard_after_forward(reshard, recurse=False)
 
 
 def largest(number: int, accelerator: Accelerator) -> int:
@@ -250,8 +256,8 @@ def at_hand(*models: Any, once: bool = True) -> Iterator[None]:
     """Frozen models on the device for the block, and whole, where they are gathered `once`; every process enters it."""
     with contextlib.ExitStack() as stack:
         for model in models:
-            if isinstance(model, FSDPModule) and once:
-                stack.enter_context(unsharded(model))
+            if isinstance(model, FSDPModule):
+                stack.enter_context(unsharded(model, layers=once))
             elif hasattr(model, "offloaded_from"):
                 model.to(model.offloaded_from)
                 stack.callback(model.to, "cpu")

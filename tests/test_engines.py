@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_distributed import ended, launched
-from test_programs import ROOT, flags, lines
+from test_programs import ROOT, flags, lines, run
 
 from builtin_models import builtin_model
 
@@ -39,7 +39,9 @@ def launch_by(engine: str, processes: int = 2) -> list[str]:
 
 def run_by(engine: str, program: str = "ppo_dialog.py", processes: int = 2, **settings) -> str:
     """What a run by an engine printed."""
-    process = launched(*flags(**RUN | settings), launch=launch_by(engine, processes), program=program)
+    settings = RUN | settings
+    gather = [] if settings.pop("gather", True) else ["--no-gather"]
+    process = launched(*gather, *flags(**settings), launch=launch_by(engine, processes), program=program)
     printed = ended(process)
     assert process.returncode == 0, printed[-3000:]
     return printed
@@ -77,3 +79,104 @@ def test_every_engine_learns_what_one_process_learns(engine, whole, tmp_path):
     # a sharded network is gathered once for a rollout: a tensor at a time at most, and not for each token
     counts = [int(n) for n in re.findall(r"gathers in a block: (\d+)", printed)]
     assert counts and max(counts) <= len(theirs)
+
+
+def test_dialogues_that_cannot_be_shared_out_are_refused_before_anything_is_loaded(tmp_path):
+    process = launched(*flags(env_num=3, model_path="nowhere/at/all"), launch=launch_by("ddp"))
+    printed = ended(process)
+    assert process.returncode != 0 and "error: env_num is 3; expected a multiple of the 2 processes." in printed
+    assert "does not exist" not in printed and 'Traceback (most recent call last):\n  File "ppo' not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_networks_that_are_gathered_layer_by_layer_learn_the_same(engine, whole, tmp_path):
+    """Replies of other lengths in each process do not make one wait for another."""
+    run_by(engine, run_dir=tmp_path, gather=False, ref_placement="sharded", intent_placement="sharded")
+    (expected,), (found,) = lines(whole), lines(tmp_path / "ppo_dialog")
+    for name in NUMBERS:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    assert found["validation_reward"] == pytest.approx(expected["validation_reward"], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_an_adapter_is_trained_by_every_engine(engine, tmp_path):
+    settings = dict(lora_rank=4, lr=1e-2)
+    process = launched(*flags(**RUN | settings | dict(run_dir=tmp_path / "alone")), launch=[sys.executable])
+    printed = ended(process)
+    assert process.returncode == 0, printed[-3000:]
+    run_by(engine, run_dir=tmp_path / "two", **settings)
+    (expected,), (found,) = (lines(tmp_path / name / "ppo_dialog") for name in ("alone", "two"))
+    for name in NUMBERS:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    ours, theirs = (
+        load_file(tmp_path / name / "ppo_dialog" / "policy" / "adapter_model.safetensors") for name in ("two", "alone")
+    )
+    assert ours.keys() == theirs.keys()
+    far = sum((~torch.isclose(ours[n], theirs[n], rtol=1e-3, atol=1e-4)).sum().item() for n in theirs)
+    assert far / sum(w.numel() for w in theirs.values()) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_run_by_an_engine_goes_on_from_its_checkpoint(engine, tmp_path):
+    settings = dict(total_time_steps=500, save_interval=2)  # three updates, of two rounds each
+    run_by(engine, run_dir=tmp_path, experiment_name="whole", **settings)
+    run_by(engine, run_dir=tmp_path, experiment_name="cut", **settings | dict(total_time_steps=150))
+    again = launched("--resume", *flags(run_dir=tmp_path, experiment_name="cut", **settings), launch=launch_by(engine))
+    printed = ended(again)
+    assert again.returncode == 0 and "resumed after update" in printed, printed[-3000:]
+    whole, cut = lines(tmp_path / "whole"), lines(tmp_path / "cut")
+    assert len(whole) == len(cut) > 2
+    for expected, found in zip(whole, cut):
+        for name in NUMBERS:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, found["update"])
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.allclose(ours[n], theirs[n], atol=1e-4) for n in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_process_that_fails_takes_the_others_along(engine, tmp_path):
+    (tmp_path / "one_fails.py").write_text(
+        "import os\n"
+        "def reward(prompts, responses, references, acts):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise RuntimeError('the scoring server is gone')\n"
+        "    return [0.0] * len(responses)\n"
+    )
+    settings = RUN | dict(run_dir=tmp_path, reward=f"{tmp_path}/one_fails.py:reward")
+    process = launched(*flags(**settings), launch=launch_by(engine))
+    printed = ended(process, seconds=120)
+    assert process.returncode != 0 and "the scoring server is gone" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_mixed_precision_trains(engine, precision, whole, tmp_path):
+    launch = [precision if part == "no" else part for part in launch_by(engine)]
+    process = launched(*flags(**RUN | dict(run_dir=tmp_path)), launch=launch)
+    printed = ended(process)
+    assert process.returncode == 0 and f"mixed precision {precision}" in printed, printed[-3000:]
+    (found,) = lines(tmp_path / "ppo_dialog")
+    assert 0 < found["grad_norm"] < 100 and found["skipped_steps"] == 0
+    (full,) = lines(whole)  # the same, but for rounding
+    for name in ("score", "policy_loss", "value_loss", "mean_output_length"):
+        assert found[name] == pytest.approx(full[name], rel=0.2, abs=0.05), name
+
+
+@pytest.mark.slow
+def test_the_tutorials_deepspeed_form_runs_as_printed(tmp_path, shared):
+    """Both JSON files cut out of the tutorial's text, one process, no launcher."""
+    text = (shared / "reference" / "openrl_dialogue_tutorial.txt").read_text()
+    for name, first in (("ds_config.json", "# ds_config.yaml"), ("eval_ds_config.json", "# eval_ds_config.yaml")):
+        block = text[text.index(first) :]
+        (tmp_path / name).write_text(block[: block.index("\n}\n") + 3])
+    ours = [ROOT / "ppo_dialog.py", "--use-deepspeed", "--deepspeed-config", "ds_config.json"]
+    frozen = ["--ref-ds-config", "eval_ds_config.json", "--intent-ds-config", "eval_ds_config.json"]
+    done = run(sys.executable, *map(str, ours), *frozen, *flags(**RUN | dict(run_dir="runs")), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = lines(tmp_path / "runs" / "ppo_dialog")
+    assert found["grad_norm"] > 0
