@@ -189,8 +189,9 @@ def gathered(accelerator: Accelerator, model: nn.Module, once: bool = True) -> I
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> Iterator[None]:
-    """The block with an FSDP2 module's parameters whole, or only what is not in its `layers` (the vocabulary); `reshard`
-    is whether its layers part with theirs after a pass outside of the block."""
+    """The block with an FSDP2 module's parameters whole, or only what is not in its `layers` (the vocabulary).
+
+    `reshard` is whether its layers part with theirs after a pass outside of the block."""
     root, *parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parts = parts if layers else []
     root._get_fsdp_state()._lazy_init()  # else torch takes whatever is called first for the root

@@ -174,11 +174,11 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     trained = count_parameters(policy, trained=True) + critic + shape.width + 1
     parameters = count_parameters(policy) + critic + shape.width + 1
 
-    # bytes of a weight, of its gradient, of its optimizer states: DeepSpeed keeps half weights and whole masters
+    # bytes of a weight, of its gradient, of its optimizer states: DeepSpeed keeps masters in fp32 beside the weights
     weight = 2.0 if config.weights == "bf16" or (deepspeed and half) else 4.0
     gradient = 2.0 if weight == 2 else 4.0
     state = 2 * weight if config.weights == "bf16" and not deepspeed else 8.0
-    state += 4.0 if deepspeed and weight == 2 else 0.0
+    state += 4.0 if deepspeed else 0.0
     stage = int(engine[4]) if deepspeed else 3 if engine.startswith("fsdp") else 0
     cut = lambda n, from_stage: n / processes if stage >= from_stage else n
     resident = {"weights": cut(weight * parameters, 3), "optimizer": cut(state * trained, 1)}
@@ -231,8 +231,13 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     tokens = int(min(micro_batch, in_mini_batch / max(1, config.gradient_accumulation_steps)))
     replied = tokens * max_new_tokens / (prompt + max_new_tokens)
     activations = kept_bytes(policy, tokens, None if half_weights else half) * (1 if config.use_share_model else 2)
-    update = {"gathered layers": layer * (2.0 if half else weight)} if "gathered policy" in rollout else {}
-    update |= {"gradients": gradients, "activations": activations, "vocabulary": 3 * 4.0 * replied * shape.vocabulary}
+    update = {"gradients": gradients, "activations": activations, "vocabulary": 3 * 4.0 * replied * shape.vocabulary}
+    if "gathered policy" in rollout:
+        # DeepSpeed keeps what it has gathered up to stage3_max_live_parameters, 10^9 unless told otherwise
+        live = min(1e9, parameters) if deepspeed else layer
+        update |= {"gathered layers": live * (2.0 if half else weight), "their gradients": layer * gradient}
+    if stage >= 2 and deepspeed:  # reduce_bucket_size and allgather_bucket_size, 5 * 10^8 numbers unless told otherwise
+        update["buckets"] = 2 * min(5e8, trained) * gradient
     if config.gradient_checkpointing:
         update["one layer again"] = layer_peak(policy, shape) * 2 * tokens * number
     if half and not half_weights:

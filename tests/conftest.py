@@ -13,6 +13,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 if (SHARED / "data" / "nltk_data").is_dir():
     os.environ["NLTK_DATA"] = str(SHARED / "data" / "nltk_data")  # NLTK reads it when it is imported, below
 
+# tests run side by side, and what they train is small
+os.environ.setdefault("TORCH_NUM_THREADS", "1")
+
 import torch  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: E402

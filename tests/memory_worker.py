@@ -1,5 +1,6 @@
 """ppo_dialog.py with the memory counted that its networks and updates take: GiB, on each process's last line."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import peft  # noqa: F401  libraries are not counted, whenever they are imported
+
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 import ppo_dialog
 from common import run_script

@@ -121,3 +121,13 @@ def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
         compare.compare(compare.CompareConfig(size="tiny", inputs=folder, envs=folder, peers=folder))
     with pytest.raises(UserError, match="ended with status 2.*\n.*does not exist"):
         compare.compare(compare.CompareConfig(size="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
+
+
+@pytest.mark.slow
+def test_engines_are_compared_with_one_process():
+    command = [sys.executable, "benchmarks/engines.py", *"--size tiny --rounds 1 --updates 2 --engines ddp".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" |")[0] for row in rows] == ["| one process", "| ddp, 2 processes"]
+    assert "| 1.00 (1.00 to 1.00) |" in rows[0]
