@@ -53,9 +53,8 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
     deepspeed, fsdp = told("ACCELERATE_USE_DEEPSPEED"), told("ACCELERATE_USE_FSDP")
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     groups, on_cpus = InitProcessGroupKwargs(timeout=PATIENCE), False
-    if (
-        not torch.accelerator.is_available()
-    ):  # on a CPU, Accelerate has to be told, or each process believes it is alone
+    if not torch.accelerator.is_available():
+        # Accelerate has to be told about CPUs, or each process believes that it is alone
         groups.backend = "gloo" if deepspeed or fsdp else None
         on_cpus = several and not deepspeed and not fsdp
         if deepspeed:
@@ -154,9 +153,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
         model._no_split_modules = sorted({type(layer).__name__ for layer in layers_of(model)})
         model.to(next(model.parameters()).dtype)  # parameters of one kind are cut together, a value head's too
     # torch renames its collectives, which its own FSDP and DeepSpeed still call by the old names
-    warnings.filterwarnings(
-        "ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     # nothing here changes logits in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -191,7 +188,8 @@ def gathered(accelerator: Accelerator, model: nn.Module, once: bool = True) -> I
 def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> Iterator[None]:
     """The block with an FSDP2 module's parameters whole, or only what is not in its `layers` (the vocabulary).
 
-    `reshard` is whether its layers part with theirs after a pass outside of the block."""
+    `reshard` is whether its layers part with theirs after a pass outside of the block.
+    """
     root, *parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parts = parts if layers else []
     root._get_fsdp_state()._lazy_init()  # else torch takes whatever is called first for the root

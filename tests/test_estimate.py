@@ -60,7 +60,7 @@ def test_a_run_takes_the_memory_that_was_estimated(case, model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "within"), [("ddp", 0.2), ("fsdp2", 0.2), ("zero2", 0.3), ("zero3", 0.4)])
+@pytest.mark.parametrize(("engine", "within"), [("ddp", 0.2), ("fsdp2", 0.2), ("zero2", 0.2), ("zero3", 0.35)])
 def test_so_does_each_of_two_processes(engine, within, model, tmp_path):
     """DeepSpeed's copies are not all accounted for: in a model as small as this one they weigh more than in others."""
     said, taken = said_and_taken(model, SETTINGS, launch_by(engine), tmp_path, engine=engine, processes=2)
@@ -120,7 +120,12 @@ def test_more_processes_and_less_to_train_take_less(model):
         return estimate(EstimateConfig(**dict(env_num=32) | settings), AutoConfig.from_pretrained(model), None, 20).peak
 
     assert peak() > peak(lora_rank=8) and peak() > peak(gradient_checkpointing=True)
-    assert peak(engine="zero3", processes=4) < peak(engine="zero2", processes=4) < peak(engine="ddp", processes=4)
+    always = lambda engine: sum(
+        estimate(
+            EstimateConfig(env_num=32, engine=engine, processes=4), AutoConfig.from_pretrained(model), None, 20
+        ).resident.values()
+    )
+    assert always("zero3") < always("zero2") < always("ddp")
     sampling = lambda gather: sum(
         estimate(
             EstimateConfig(env_num=32, engine="zero3", processes=4, gather=gather),
