@@ -10,6 +10,8 @@ them, and what an update keeps for its backward pass is what autograd would keep
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,6 +126,39 @@ def kept_bytes(model: nn.Module, tokens: int, autocast: torch.dtype | None) -> i
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is counted on a policy without memory."""
+
+    whole: int  # parameters without an adapter
+    parameters: int
+    trained: int
+    kept: int  # bytes that autograd keeps of a micro-batch
+    alive: int  # numbers alive at once for one position while a layer reads it, without gradients
+
+
+@functools.cache
+def sizes_of(
+    architecture: str, dtype: torch.dtype, rank: int, alpha: int, fewer: bool, tokens: int, autocast: torch.dtype | None
+) -> Sizes:
+    """`architecture` is a configuration of transformers as JSON; `fewer` is gradient checkpointing."""
+    config = AutoConfig.for_model(**json.loads(architecture))
+    config._attn_implementation = "counted"
+    policy = empty_model(AutoModelForCausalLM, config, dtype, meta=rank > 0)
+    whole, shape = count_parameters(policy), Shape.of(config)
+    if rank:
+        with torch.device("meta"):
+            policy = with_adapter(policy, "", rank, alpha)
+    if fewer:
+        keep_fewer_activations(policy)
+    projections = [w for m in policy.modules() if (w := getattr(m, "weight", None)) is not None and w.dim() == 2]
+    widest = max(w.numel() // shape.width for w in projections if shape.vocabulary not in w.shape)
+    # in and out of the widest projection, beside the residual stream; an adapter's output is scaled and added aside
+    alive = (5 if rank else 2) * widest + 3 * shape.width
+    counts = count_parameters(policy), count_parameters(policy, trained=True)
+    return Sizes(whole, *counts, kept_bytes(policy, tokens, autocast), alive)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The account
 
@@ -159,20 +194,32 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     shape, processes, engine = Shape.of(policy_config), config.processes, config.engine
     deepspeed, offload = engine.startswith("zero"), engine.endswith("offload")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "no")
-    policy_config._attn_implementation = "counted"
     # engines compute in half precision on half weights; otherwise autocast turns each to half as it is used
     half_weights = config.weights == "bf16" or (half is not None and not engine == "ddp")
-    dtype = torch.bfloat16 if half_weights else torch.float32
-    policy = empty_model(AutoModelForCausalLM, policy_config, dtype, meta=bool(config.lora_rank))
-    whole = count_parameters(policy)
-    if config.lora_rank:
-        with torch.device("meta"):
-            policy = with_adapter(policy, "", config.lora_rank, config.lora_alpha)
-    if config.gradient_checkpointing:
-        keep_fewer_activations(policy)
-    critic = 0 if config.use_share_model else whole
-    trained = count_parameters(policy, trained=True) + critic + shape.width + 1
-    parameters = count_parameters(policy) + critic + shape.width + 1
+
+    # texts: prompts as long as they may be, replies that do not end early
+    replies = config.env_num // processes
+    prompt = config.max_prompt_tokens or 128
+    micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
+    rounds = max(1, round(config.episode_length / max_new_tokens))
+    in_mini_batch = rounds * replies * (prompt + max_new_tokens) / config.num_mini_batch
+    tokens = int(min(micro_batch, in_mini_batch / max(1, config.gradient_accumulation_steps)))
+    replied = tokens * max_new_tokens / (prompt + max_new_tokens)
+
+    sizes = sizes_of(
+        policy_config.to_json_string(use_diff=False),
+        torch.bfloat16 if half_weights else torch.float32,
+        config.lora_rank,
+        config.lora_alpha,
+        config.gradient_checkpointing,
+        tokens,
+        None if half_weights else half,
+    )
+    critic = 0 if config.use_share_model else sizes.whole
+    whole, trained, parameters = (
+        sizes.whole,
+        *(n + critic + shape.width + 1 for n in (sizes.trained, sizes.parameters)),
+    )
 
     # bytes of a weight, of its gradient, of its optimizer states: DeepSpeed keeps masters in fp32 beside the weights
     weight = 2.0 if config.weights == "bf16" or (deepspeed and half) else 4.0
@@ -215,22 +262,15 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
         rollout["gathered policy"] = (parameters if config.gather else layer) * (2.0 if half else weight)
 
     # rollout: keys and values of every position, one layer's activations of all prompts, the vocabulary of each reply
-    replies = config.env_num // processes
-    prompt = config.max_prompt_tokens or 128
     number = 2.0 if half or weight == 2 else 4.0
     positions = replies * (prompt + max_new_tokens)
     cache = 2 * shape.layers * shape.cache_width * positions * number
     rollout["key/value cache"] = cache * (1 + 1 / shape.layers)  # a layer's is copied as it grows
-    rollout["reading prompts"] = layer_peak(policy, shape) * replies * prompt * number
+    rollout["reading prompts"] = sizes.alive * replies * prompt * number
     rollout["sampling"] = 3 * 4.0 * replies * shape.vocabulary
 
     # update: what one micro-batch keeps for the backward pass, logits and their gradient
-    micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
-    rounds = max(1, round(config.episode_length / max_new_tokens))
-    in_mini_batch = rounds * replies * (prompt + max_new_tokens) / config.num_mini_batch
-    tokens = int(min(micro_batch, in_mini_batch / max(1, config.gradient_accumulation_steps)))
-    replied = tokens * max_new_tokens / (prompt + max_new_tokens)
-    activations = kept_bytes(policy, tokens, None if half_weights else half) * (1 if config.use_share_model else 2)
+    activations = sizes.kept * (1 if config.use_share_model else 2)
     update = {"gradients": gradients, "activations": activations, "vocabulary": 3 * 4.0 * replied * shape.vocabulary}
     if "gathered policy" in rollout:
         # DeepSpeed keeps what it has gathered up to stage3_max_live_parameters, 10^9 unless told otherwise
@@ -239,7 +279,7 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     if stage >= 2 and deepspeed:  # reduce_bucket_size and allgather_bucket_size, 5 * 10^8 numbers unless told otherwise
         update["buckets"] = 2 * min(5e8, trained) * gradient
     if config.gradient_checkpointing:
-        update["one layer again"] = layer_peak(policy, shape) * 2 * tokens * number
+        update["one layer again"] = sizes.alive * 2 * tokens * number
     if half and not half_weights:
         update["weights in half precision"] = 2.0 * whole
 
@@ -251,20 +291,6 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     learning = 3 if not config.lora_rank else 2
     flops = texts * per_text * (2 + learning * config.ppo_epoch * (1 if config.use_share_model else 2))
     return Estimate(resident, rollout, update, on_cpu, parameters, trained, flops, texts * max_new_tokens)
-
-
-def layer_peak(policy: nn.Module, shape: Shape) -> float:
-    """Numbers alive at once for one position while a layer reads it, without gradients: the widest of its projections
-    in and out, beside the residual stream."""
-    # an adapter's output is scaled and added aside
-    copies = 5 if hasattr(policy, "peft_config") else 2
-    wide = max((m.weight.numel() // shape.width for m in policy.modules() if _is_projection(m, shape)), default=0)
-    return copies * wide + 3 * shape.width
-
-
-def _is_projection(module: nn.Module, shape: Shape) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.dim() == 2 and shape.vocabulary not in weight.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
