@@ -13,6 +13,7 @@ manifest is refused by name, and the one before it is used. Nothing is unpickled
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -23,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from common import EXIT_INTERRUPTED, UserError, write_json
+from engines import largest
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -41,36 +44,45 @@ SAME_REQUEST = 1.0  # seconds: Ctrl-C reaches a process from the terminal, and f
 # Writing
 
 
+@contextlib.contextmanager
+def together_or_not(accelerator: Accelerator) -> Iterator[None]:
+    """A block that writes: where it fails on one process (OSError), it fails on all, so that none waits for another."""
+    trouble = ""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # safetensors and torch report a full disk as errors of their own
+        trouble = str(error) or type(error).__name__
+    if largest(int(bool(trouble)), accelerator):
+        raise OSError(trouble or "another process could not write")
+
+
 def save_checkpoint(accelerator: Accelerator, run: Path, update: int, progress: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of this update and remove all but the newest `keep`; every process calls it.
 
-    Raises OSError where it cannot be written (a full disk): what is there already stays as it is.
+    Raises OSError, on all processes, where it cannot be written (a full disk): what is there already stays as it is.
     """
     final = folder_of(run, update)
     aside = final.with_name(f".{final.name}.part")
-    trouble = ""
+    main = accelerator.is_main_process
     try:
-        if accelerator.is_main_process:
+        with together_or_not(accelerator):
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        with together_or_not(accelerator):
+            accelerator.save_state(str(aside))
+        with together_or_not(accelerator):
+            if main:
+                write_json(aside / PROGRESS, progress)
+                write_json(aside / MANIFEST, {f.relative_to(aside).as_posix(): fingerprint(f) for f in files_of(aside)})
+                remove(final)
+                aside.rename(final)
+    except OSError:
+        if main:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-    except (OSError, RuntimeError) as error:  # safetensors and torch report a full disk as errors of their own
-        trouble = str(error)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        try:
-            if trouble:
-                raise OSError(trouble)
-            write_json(aside / PROGRESS, progress)
-            write_json(aside / MANIFEST, {f.relative_to(aside).as_posix(): fingerprint(f) for f in files_of(aside)})
-            remove(final)
-            aside.rename(final)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        for old in checkpoints(run)[:-keep]:
-            remove(old)
+        raise
+    for old in checkpoints(run)[:-keep] if main else ():
+        remove(old)
     return final
 
 
@@ -237,7 +249,9 @@ def follow_launcher() -> None:
 
 def lost_process(error: Exception) -> bool:
     """Whether a collective operation failed because another process of the run has ended."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
+    )
 
 
 def check_room(run: Path, checkpoint_bytes: int, keep: int) -> str:

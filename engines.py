@@ -20,7 +20,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from common import UserError
 from configuration import load_deepspeed
@@ -44,7 +50,7 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
     plugin = None
     if config.use_deepspeed:
-        plugin = deepspeed_plugin(config)
+        plugin = deepspeed_plugin(config, mixed_precision)
         # one process, started without DeepSpeed's launcher: what that launcher would have set
         alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
@@ -92,8 +98,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:
-    """The DeepSpeed of the tutorial's switches."""
+def deepspeed_plugin(config: Any, mixed_precision: str | None) -> DeepSpeedPlugin:
+    """The DeepSpeed of the tutorial's switches; a precision that was asked for comes before that of the file."""
     try:
         import deepspeed  # noqa: F401
     except ImportError:
@@ -103,6 +109,8 @@ def deepspeed_plugin(config: Any) -> DeepSpeedPlugin:
     for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):
         settings.pop(name, None)
     settings.setdefault("zero_optimization", {})
+    for name in ("fp16", "bf16") if mixed_precision else ():
+        settings[name] = settings.get(name, {}) | {"enabled": name == mixed_precision}
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     if config.use_offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -150,6 +158,14 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
         plugin.cpu_ram_efficient_loading = False  # see settle_deepspeed
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type == "cpu":
             plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin it for
+        if plugin.mixed_precision_policy is not None:  # gradients are added in fp32, and values stay so
+            half = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(half, torch.float32)
+        if len({p.dtype for p in model.parameters()}) > 1 and hasattr(getattr(model, "policy", None), "peft_config"):
+            raise UserError(
+                "FSDP2 cuts weights of one type together, and an adapter is in fp32; use --weights fp32 (with "
+                "--mixed-precision bf16 it computes in bf16), or another engine."
+            )
         model._no_split_modules = sorted({type(layer).__name__ for layer in layers_of(model)})
         model.to(next(model.parameters()).dtype)  # parameters of one kind are cut together, a value head's too
     # torch renames its collectives, which its own FSDP and DeepSpeed still call by the old names
@@ -265,8 +281,11 @@ def at_hand(*models: Any, once: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ready(accelerator: Accelerator, model: nn.Module, frozen: list[Any], once: bool = True) -> Iterator[None]:
-    """The block with the trained network and the frozen ones ready for passes without gradients, see `gathered`."""
-    with gathered(accelerator, model, once), at_hand(*frozen, once=once):
+    """The block with the trained network and the frozen ones ready for passes without gradients, see `gathered`; all
+    of them in one precision, or rounding would look like KL."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)
+    with autocast, gathered(accelerator, model, once), at_hand(*frozen, once=once):
         yield
 
 

@@ -37,6 +37,7 @@ from checkpoint import (
     lost_process,
     resume_point,
     save_checkpoint,
+    together_or_not,
 )
 from common import (
     UserError,
@@ -916,6 +917,10 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
     if config.lora_rank:
         ref_model = AdapterOff(model.policy)
+        if ref_placement != "replicated":
+            say(
+                f"note: ref_placement {ref_placement} has no meaning with lora_rank: the reference is the policy itself"
+            )
     else:
         ref_model = load_causal_lm(ref_folder, config.ref_weights).eval().requires_grad_(False)
         check_vocabulary(tokenizer, ref_model, ref_folder)
@@ -996,10 +1001,11 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     def checkpoint(best: bool = False) -> None:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
         nonlocal saved
+        state = whole_state(accelerator, model)
         try:
-            state = whole_state(accelerator, model)
-            for folder in (run, run / "best")[: 1 + best] if main else ():
-                save(unwrapped, codec, value_scale, folder, state)
+            with together_or_not(accelerator):
+                for folder in (run, run / "best")[: 1 + best] if main else ():
+                    save(unwrapped, codec, value_scale, folder, state)
             # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
             save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
             saved = progress.updates
@@ -1020,7 +1026,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
                 uniforms = torch.rand(shape, generator=generator_of(config.seed, progress.updates, 0))[:, env.slots]
                 unwrapped.eval()
-                with accelerator.autocast(), networks():
+                with networks():
                     rollout, observations = collect(
                         unwrapped,
                         ref_model,
