@@ -84,9 +84,9 @@ def quiet_libraries() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
     # tied weights are saved once; Accelerate's loading knows
     logging.getLogger("accelerate.utils.other").addFilter(lambda r: "Removed shared tensor" not in r.getMessage())
-    # DDP and torch's own schedulers warn about a copy they make themselves; nothing a user can act on.
     # peft still asks transformers under a name that it is about to change
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # torch warns at a barrier about a device that Accelerate chose; nothing a user can act on
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
 
 

@@ -215,11 +215,9 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
         tokens,
         None if half_weights else half,
     )
-    critic = 0 if config.use_share_model else sizes.whole
-    whole, trained, parameters = (
-        sizes.whole,
-        *(n + critic + shape.width + 1 for n in (sizes.trained, sizes.parameters)),
-    )
+    whole = sizes.whole
+    value = shape.width + 1 + (0 if config.use_share_model else whole)
+    trained, parameters = sizes.trained + value, sizes.parameters + value
 
     # bytes of a weight, of its gradient, of its optimizer states: DeepSpeed keeps masters in fp32 beside the weights
     weight = 2.0 if config.weights == "bf16" or (deepspeed and half) else 4.0

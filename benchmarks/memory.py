@@ -8,7 +8,6 @@ none does, with `--no-gather` ("by layers").
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def peak_of(architecture, engine: Engine, processes: int, rank: int, gather: boo
         gradient_checkpointing=large,
         gather=gather,
     )
-    return estimate(settings, copy.deepcopy(architecture), copy.deepcopy(JUDGE), 20)
+    return estimate(settings, architecture, JUDGE, 20)
 
 
 def table(config: MemoryConfig) -> str:
