@@ -80,7 +80,7 @@ from networks import (
     load_trunk,
     with_adapter,
 )
-from packing import cut, logits_at, position_ids, unpadded
+from packing import cut, logits_at, packed_lengths, position_ids, unpadded
 from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,6 +339,7 @@ class BatchSizes:
 
     rounds: int  # replies of each dialogue slot in a rollout
     replies: int  # replies of this process in a rollout
+    group: int  # replies to one prompt, which stay together
     num_mini_batch: int
     blocks: int  # groups of this process's slots, each of which gives every mini-batch its share
     first_block: int  # how many of them the processes before this one have
@@ -349,23 +350,26 @@ class BatchSizes:
     def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
         processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
         rounds = max(1, round(config.episode_length / max_new_tokens))
-        replies = rounds * config.env_num // processes
-        num_mini_batch = min(config.num_mini_batch, replies)
-        if replies // num_mini_batch < parts:
+        replies, group = rounds * config.env_num // processes, config.samples_per_prompt
+        num_mini_batch = min(config.num_mini_batch, replies // group)
+        if replies // group // num_mini_batch < parts:
+            prompts = f" to {replies // group // num_mini_batch} prompts" if group > 1 else ""
             raise UserError(
-                f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
+                f"a mini-batch of {replies // num_mini_batch} replies{prompts} cannot be cut into {parts} parts; "
                 "lower gradient_accumulation_steps or num_mini_batch."
             )
         # As many blocks as can be: the processes share them, and what a mini-batch holds does not depend on how
-        even = [b for b in range(processes, config.env_num + 1, processes) if config.env_num % b == 0]
-        even = [b for b in even if rounds * config.env_num // b % num_mini_batch == 0]
+        prompts = config.env_num // group
+        even = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
+        even = [b for b in even if rounds * prompts // b % num_mini_batch == 0]
         blocks = max(even, default=processes) // processes
         micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
-        return cls(rounds, replies, num_mini_batch, blocks, accelerator.process_index * blocks, parts, micro_batch)
+        first_block = accelerator.process_index * blocks
+        return cls(rounds, replies, group, num_mini_batch, blocks, first_block, parts, micro_batch)
 
     def mini_batches(self, *stream: int) -> list[torch.Tensor]:
-        """This process's rows of a rollout (n,) in each mini-batch of a pass, drawn anew for each `stream`."""
-        rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1).transpose(0, 1).flatten(1)
+        """This process's rows of a rollout (n, group) in each mini-batch of a pass, drawn anew for each `stream`."""
+        rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
         shuffled = [
             block[torch.randperm(len(block), generator=generator_of(*stream, self.first_block + i))]
             for i, block in enumerate(rows)
@@ -568,9 +572,10 @@ def collect(
         values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
         if getattr(model, "critic", None) is not None:
             values = torch.zeros_like(out.values)
-        lengths = attention_mask.sum(-1)
+        lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
         passes = min(together(-(-int(lengths.sum()) // micro_batch)), len(lengths))
-        for rows in cut(torch.arange(len(lengths), device=device), lengths, passes):
+        groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
+        for rows in map(torch.flatten, cut(groups, lengths, passes)):
             mask = out.mask[rows]
             inputs = inputs_of(input_ids[rows], attention_mask[rows], mask)
             logprobs = log_probs_of(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
@@ -779,13 +784,15 @@ def update(
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, skipped, passes = 0, 0, 0
-    lengths = rollout.attention_mask.sum(-1).cpu()  # (N,)
+    prompt_width = rollout.input_ids.shape[1] - rollout.response_length
+    lengths = packed_lengths(rollout.attention_mask, prompt_width, sizes.group).cpu()  # (N / group,)
     for epoch in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         for mini_batch in sizes.mini_batches(*stream, epoch):
             # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
             # all processes: each token weighs the same, however the batch is cut.
-            parts = max(sizes.parts, -(-int(lengths[mini_batch].sum()) // sizes.micro_batch))
+            tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
+            parts = max(sizes.parts, -(-int(tokens_of_groups.sum()) // sizes.micro_batch))
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
             tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
             tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
@@ -793,7 +800,7 @@ def update(
             # Accelerate divides by the parts (DeepSpeed by those it was made with), data parallelism by the processes
             divided = sizes.parts if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
             scale = divided * accelerator.num_processes / tokens
-            for rows in cut(mini_batch, lengths[mini_batch], parts):
+            for rows in map(torch.flatten, cut(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
                     stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
