@@ -81,7 +81,7 @@ from networks import (
     with_adapter,
 )
 from packing import cut, logits_at, packed_lengths, position_ids, unpadded
-from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
+from rewards import AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -132,6 +132,8 @@ class PPOConfig(FormatOptions):
     """How fast alpha moves after each rollout; 0 keeps it."""
     kl_clip: float = 0.2
     """Bound on the relative error of KL that moves alpha."""
+    length_rate: float = 0.0
+    """How fast a price on tokens moves that holds the mean length of replies at that of the first rollout (0: none)."""
 
     # how much
     total_time_steps: int = 50_000
@@ -304,6 +306,7 @@ class PPOConfig(FormatOptions):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
+        LengthPrice(self.length_rate)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -521,6 +524,11 @@ class Rollout:
     responses: list[str]
     references: list[str]
     seconds: dict[str, float]  # rollout and scoring
+
+    @property
+    def rewarded(self) -> torch.Tensor:
+        """(N,) the score less the price of the reply's length, where it has one."""
+        return self.scores + self.statistics.get("reward_length", 0.0)
 
     @property
     def response_length(self) -> int:
@@ -873,6 +881,7 @@ class Progress:
     best_reward: float | None = None  # on the validation samples
     rounds: int = 0  # steps of the environment: which dialogues are at hand
     kl_coef: float = 0.0
+    length_price: dict[str, float] = field(default_factory=dict)
     value_scale: dict[str, Any] = field(default_factory=dict)
     trackers: dict[str, str] = field(default_factory=dict)
 
@@ -957,7 +966,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
-    controller = config.kl_controller()
+    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -977,6 +986,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
         progress = Progress(**load_checkpoint(accelerator, point))
         controller.coef = progress.kl_coef
         vars(value_scale).update(progress.value_scale)
+        vars(length_price).update(progress.length_price)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         lock = open_run(run, keep=config.resume)
@@ -1049,7 +1059,9 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 between_updates = False
 
                 # 2. advantages
-                scores = above_the_others(rollout.scores, config.samples_per_prompt)
+                if config.length_rate:
+                    rollout.statistics["reward_length"] = -length_price.of(rollout.mask.sum(-1))
+                scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
                 old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
@@ -1076,6 +1088,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 # 4. account for it
                 figures = rollout_figures(rollout, returns, controller.coef, sum_over_processes)
                 controller.update(figures["kl_div"])
+                length_price.update(figures["mean_output_length"])
                 seconds = time.perf_counter() - started
                 progress.training_seconds += seconds
                 tokens = int(figures.pop("tokens"))
@@ -1111,11 +1124,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 if progress.updates % config.log_interval == 0:
                     say(progress_line(metrics, config))
                     log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
-                progress.kl_coef, progress.value_scale, progress.rounds = (
-                    controller.coef,
-                    vars(value_scale),
-                    env.rounds - 1,
-                )
+                progress.kl_coef, progress.rounds = controller.coef, env.rounds - 1
+                progress.value_scale, progress.length_price = vars(value_scale), vars(length_price)
                 between_updates = True
                 if due:
                     checkpoint(best)
@@ -1177,7 +1187,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
     """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score."""
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
-    score = {"episode_reward": rollout.scores + penalty, "score": rollout.scores}
+    score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
     columns = score | rollout.statistics | {"reward_kl": penalty}
     if not any(name.startswith("reward_") for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
