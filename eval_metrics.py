@@ -231,14 +231,16 @@ class Evaluation:
 
         `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
         the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
-        of two models with different tokenizers it cannot be compared. With `weights` (N,), sample i counts that often.
+        of two models with different tokenizers it cannot be compared; None where they were not priced. With `weights`
+        (N,), sample i counts that often.
         """
         weights = np.ones(len(self.texts)) if weights is None else weights
         values = {name: float(weights @ scores / weights.sum()) for name, scores in self.scores.items()}
         values["sacrebleu"] = bleu_of(weights @ self.bleu)
         values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
-        loss = -(weights @ self.reply_log_likelihoods) / (weights @ self.reply_tokens)
-        values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if tokens := weights @ self.reply_tokens:
+            loss = -(weights @ self.reply_log_likelihoods) / tokens
+            values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return {name: values.get(name) for name in LABELS if name in values or name != "intent_second_judge"}
 
 
@@ -292,12 +294,16 @@ def answer(
     seed: int = 0,
     batch_size: int = 32,
     report: Report | None = None,
+    perplexity: bool = True,
 ) -> Answers:
-    """Let the model, with dropout off, answer every sample and price the human replies. It stays on its device."""
+    """Let the model, with dropout off, answer every sample and price the human replies (unless without `perplexity`,
+    which leaves zeros there). It stays on its device."""
     started, training = time.perf_counter(), model.training
     model.eval()
     texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
-    log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
+    log_likelihoods = tokens = torch.zeros(len(samples))
+    if perplexity:
+        log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
     model.train(training)
     seconds = time.perf_counter() - started
     return Answers(texts, lengths, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
@@ -475,6 +481,8 @@ class EvalConfig:
     """Take the most likely token rather than sample."""
     bootstrap: int = 1000
     """Resamples for the intervals."""
+    perplexity: bool = True
+    """Price the human replies as well, which takes about half of the time."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Run the models under autocast to bf16."""
 
@@ -561,7 +569,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     for heading, (model, codec, asked) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            answers[heading] = answer(model, codec, asked, sampling, config.seed, config.batch_size, progress(heading))
+            how = sampling, config.seed, config.batch_size, progress(heading), config.perplexity
+            answers[heading] = answer(model, codec, asked, *how)
         model.cpu()
     if config.replies:
         answers["policy"].save(Path(config.replies), samples)
