@@ -258,8 +258,8 @@ class Answers:
     """Of each human reply with its marker."""
     seconds: float
 
-    def save(self, file: Path, samples: Sequence[Sample]) -> None:
-        """One line of JSON for each sample, written aside and renamed."""
+    def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
+        """One line of JSON for each sample, after one with the format of their prompts; written aside and renamed."""
         columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
         names = "text", "length", "reply_log_likelihood", "reply_tokens"
         lines = [
@@ -268,14 +268,20 @@ class Answers:
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(file.name + ".part")
-        aside.write_text("\n".join([json.dumps({"seconds": self.seconds}), *lines]) + "\n", encoding="utf-8")
+        head = json.dumps({"seconds": self.seconds, "format": dataclasses.asdict(fmt)})
+        aside.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
         aside.replace(file)
 
     @classmethod
-    def load(cls, file: Path, samples: Sequence[Sample]) -> Answers:
-        """UserError where the file holds something else than answers to these very samples."""
+    def load(
+        cls, file: Path, samples_of: Callable[[DialogueFormat], Sequence[Sample]], fmt: DialogueFormat | None = None
+    ) -> tuple[Answers, DialogueFormat]:
+        """What a file holds, and the format of its prompts. UserError where it answers something else than the samples
+        that `samples_of` makes of that format, or of `fmt` where one is given."""
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            fmt = fmt or DialogueFormat(**first["format"])
+            samples = samples_of(fmt)
             same = [(r["prompt"], r["reply"], r["act"]) for r in rows] == [(s.prompt, s.reply, s.act) for s in samples]
             columns = [[r[n] for r in rows] for n in ("text", "length", "reply_log_likelihood", "reply_tokens")]
             answers = cls(*columns, first["seconds"])
@@ -283,7 +289,7 @@ class Answers:
             raise UserError(f"'{file}' is not a file of replies written by --replies ({first_line(error)}).") from error
         if not same:
             raise UserError(f"the replies in '{file}' answer other samples; use the same data, split and limit.")
-        return answers
+        return answers, fmt
 
 
 def answer(
@@ -446,7 +452,8 @@ class EvalConfig:
     """Evaluation of a dialogue model, against a baseline where one is given."""
 
     model_path: str = tyro.MISSING
-    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name."""
+    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
+    its --replies, which are scored again."""
     baseline_path: str = ""
     """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
     data_path: str = "builtin"
@@ -537,11 +544,13 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     names = {"policy": config.model_path, "baseline": config.baseline_path}
     answers: dict[str, Answers] = {}
     models, fmt, samples = {}, None, []
+    samples_of = lambda fmt: make_samples(dialogues, fmt)[: config.limit or None]
     for heading, name in names.items():
         if not name:
             continue
-        if heading == "baseline" and Path(name).is_file():
-            answers[heading] = Answers.load(Path(name), samples)
+        if Path(name).is_file():
+            answers[heading], fmt = Answers.load(Path(name), samples_of, fmt)
+            samples = samples_of(fmt)
             continue
         folder = resolve_model(name)
         fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
@@ -549,11 +558,11 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         allow_packing(model)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
-        samples = make_samples(dialogues, fmt)[: config.limit or None]
+        samples = samples_of(fmt)
         models[heading] = model, DialogueCodec(tokenizer, fmt), samples
-        counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
         if not samples:
             raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
+    counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
     print(f"{config.split}: {counts}", flush=True)
 
     judge, name = None, config.intent_model or ("builtin" if config.data_path == "builtin" else "")
@@ -572,8 +581,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
             how = sampling, config.seed, config.batch_size, progress(heading), config.perplexity
             answers[heading] = answer(model, codec, asked, *how)
         model.cpu()
-    if config.replies:
-        answers["policy"].save(Path(config.replies), samples)
+    if config.replies and Path(config.replies) != Path(config.model_path):
+        answers["policy"].save(Path(config.replies), samples, fmt)
     evaluations = {heading: score_answers(a, samples, judge, second_judge) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)

@@ -407,6 +407,8 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     fresh = run_evaluation(EvalConfig(model_path=a, baseline_path=b, **settings | other))
     for part in ("policy", "baseline", "difference"):
         assert result[part] == fresh[part]
+    again = run_evaluation(EvalConfig(model_path=kept, baseline_path=kept, **settings | other))  # no model is loaded
+    assert again["policy"] == again["baseline"] == result["baseline"]
     assert result["policy"]["intent_second_judge"] == result["policy"]["intent"]
     assert "intent, second judge" in capsys.readouterr().out
     with pytest.raises(UserError, match="answer other samples"):
