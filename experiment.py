@@ -28,7 +28,7 @@ from checkpoint import FolderLock
 from common import UserError, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
 from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
-from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies
+from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies, progress
 from intent_classifier import IntentJudge, accuracy_on
 from rewards import Reward
 
@@ -118,9 +118,11 @@ def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[s
     if "wandb" in asked and accelerator.is_main_process:
         from wandb import Settings
 
-        # console off: it would keep every drawing of the display. quiet: no second table of the run at the end
+        offline = config.wandb_mode == "offline"
+        # console off: it would keep every drawing of the display. quiet: no table of the run's last figures at its end
+        settings_of_wandb = Settings(console="off", quiet=True, show_info=not offline)
         options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode)
-        options["wandb"] |= dict(dir=str(run), settings=Settings(console="off", quiet=True))
+        options["wandb"] |= dict(dir=str(run), settings=settings_of_wandb)
         if "wandb" in ids:
             options["wandb"] |= dict(id=ids["wandb"], resume="allow")
     options["trackio"] = dict(name=run.name, resume="allow" if updates else "never", embed=False)
@@ -132,8 +134,10 @@ def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[s
             f"a tracker could not start ({first_line(error)}). Without an account or a network use "
             "--wandb-mode offline, --track tensorboard or --track trackio."
         ) from error
-    if "trackio" in asked and accelerator.is_main_process:
-        print(f"trackio: look at it with `trackio show --project {config.wandb_project}`", flush=True)
+    ways = {"trackio": f"trackio show --project {config.wandb_project}", "tensorboard": f"tensorboard --logdir {run}"}
+    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if config.wandb_mode == "offline" else {}
+    for name in sorted(asked & set(ways)):
+        accelerator.print(f"{name}: {ways[name]}", flush=True)
 
 
 @contextlib.contextmanager
@@ -204,6 +208,10 @@ class Log:
         try:
             with quiet_trackio():
                 self.accelerator.end_training()
+                if any(tracker.name == "trackio" for tracker in getattr(self.accelerator, "trackers", [])):
+                    import trackio
+
+                    trackio.finish()  # else it ends the run once more, and says so, when the program ends
         except Exception as error:
             self.accelerator.print(f"WARNING: a tracker could not be closed ({first_line(error)})", flush=True)
         if self.missing:
@@ -324,7 +332,8 @@ def compare_with_start(
     for name, model in (("the supervised start", start), ("the PPO result", policy)):
         if main:
             print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed))
+        with progress(name, lines=False, main=main and config.progress != "plain") as report:
+            evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
         columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
         scores.append(score(*columns, [s.act for s in samples])[0])
     if not main:

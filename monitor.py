@@ -13,22 +13,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.align import Align
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
 from rich.spinner import Spinner
@@ -38,11 +40,11 @@ from rich.text import Text
 from common import finite
 
 ProgressMode = Literal["auto", "live", "plain"]
-CONSOLE = Console(highlight=False)
 REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
 
 # Only colours that can be read on a dark and on a light ground
 TREND, HEADING, ALARM = "cyan", "bold", "bold red"
+WIDEST, TWO_COLUMNS = 110, 76  # characters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,23 +53,32 @@ TREND, HEADING, ALARM = "cyan", "bold", "bold red"
 
 def drawable(mode: ProgressMode = "auto", main: bool = True) -> bool:
     """Whether to draw a display rather than print lines: `auto` draws on a terminal that can move its cursor, and not
-    in CI; of several processes only the main one draws."""
+    in CI; of several processes only the main one draws. $PPO_DIALOG_PROGRESS stands in for `auto`."""
+    if mode == "auto":
+        mode = os.environ.get("PPO_DIALOG_PROGRESS", "auto")
     if not main or mode == "plain":
         return False
-    utf8 = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # which a display that is on already stands before
+    utf8 = "utf" in (getattr(stdout, "encoding", None) or "").lower()
     if mode == "live":
         return utf8
     dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt"
-    return sys.stdout.isatty() and utf8 and not dumb and not os.environ.get("CI")
+    return stdout.isatty() and utf8 and not dumb and not os.environ.get("CI")
+
+
+@functools.cache
+def console() -> Console:
+    """The one that everything is drawn on, so that one display can stand within another; only for what is drawable."""
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # for good: others may redirect it for a while
+    return Console(file=stdout, highlight=False, force_terminal=True)
 
 
 def drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Live:
     """A display of what `renderable` gives, which other prints appear above. stderr stays its own where it is no
     terminal."""
-    CONSOLE._force_terminal = None if sys.stdout.isatty() else True  # `--progress live` in what is no terminal
     return Live(
         get_renderable=renderable,
-        console=CONSOLE,
+        console=console(),
         refresh_per_second=REFRESH,
         transient=transient,
         redirect_stderr=sys.stderr.isatty(),
@@ -112,31 +123,44 @@ def _spinning(spinner: Spinner, text: str, started: float) -> RenderableType:
 
 
 @contextlib.contextmanager
-def bar(label: str, total: float, draw: bool, done: float = 0, transient: bool = False) -> Iterator[Callable]:
-    """The block with a progress bar, moved by what it yields: a function of (done, note="", total=None)."""
+def bar(label: str, draw: bool, done: float = 0.0, transient: bool = False) -> Iterator[Callable[..., None]]:
+    """The block with a bar and the time left, moved by what it yields: a function of the share that is done (0 to 1)
+    and, where there is news, a note. A `transient` one is gone with the block."""
     if not draw:
-        yield lambda done, note="", total=None: None
+        yield lambda done, note="": None
         return
-    columns = TextColumn("{task.description}", style=HEADING), BarColumn(28, complete_style=TREND), TaskProgressColumn()
-    times = TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")
-    note = TextColumn("{task.fields[note]}", markup=False)
-    CONSOLE._force_terminal = None if sys.stdout.isatty() else True
-    progress = Progress(
-        *columns,
-        *times,
-        note,
-        console=CONSOLE,
-        refresh_per_second=REFRESH,
-        transient=transient,
-        redirect_stderr=sys.stderr.isatty(),
-    )
-    with SystemExitOnSigterm(), progress:
-        task = progress.add_task(label, total=total, completed=done, note="")
+    with (
+        SystemExitOnSigterm(),
+        Progress(
+            TextColumn("{task.description}", style=HEADING, markup=False),
+            BarColumn(24, complete_style=TREND, finished_style=TREND),
+            TaskProgressColumn(style="default"),
+            TextColumn("{task.fields[times]}  {task.fields[note]}", style="default", markup=False),
+            console=console(),
+            refresh_per_second=REFRESH,
+            transient=transient,
+            redirect_stderr=sys.stderr.isatty(),
+        ) as progress,
+    ):
+        task = progress.add_task(label, total=1.0, completed=done, note="", times="")
+        started, before = time.monotonic(), done
 
-        def move(done: float, note: str = "", total: float | None = None) -> None:
-            progress.update(task, completed=done, total=total, **({"note": note} if note else {}))
+        def move(done: float, note: str = "") -> None:
+            gone = time.monotonic() - started
+            times = f"{clock(gone)} gone"
+            if before < done < 1:
+                times += f", {clock(gone * (1 - done) / (done - before))} left"
+            progress.update(task, completed=done, times=times, **({"note": note} if note else {}))
 
         yield move
+        move(1.0)
+
+
+def follow(lines: Iterable[str], move: Callable[..., None]) -> None:
+    """Move a bar by the plain lines that supervised.fit prints in another process."""
+    for line in lines:
+        if found := re.search(r"step (\d+)/(\d+), [^,]*, (.*)", line):
+            move(int(found[1]) / int(found[2]), found[3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,16 +179,18 @@ def progress_line(metrics: dict[str, float], total_time_steps: int) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """The last `width` values as a line of small bars between their least and their largest; what is no number is a
-    blank."""
-    shown = list(values)[-width:]
-    numbers = [v for v in shown if _number(v)]
+    """Values as a line of at most `width` small bars between their least and their largest; of more values, several
+    make a bar, their mean. What is no number is left out."""
+    group = -(-len(values) // width)
+    groups = [[v for v in values[i : i + group] if _number(v)] for i in range(0, len(values), group)]
+    means = [sum(g) / len(g) if g else None for g in groups]
+    numbers = [m for m in means if m is not None]
     if not numbers:
         return ""
     low, span = min(numbers), max(numbers) - min(numbers)
+    flat = span <= 1e-9 * max(1.0, abs(low))
     bars = "▁▂▃▄▅▆▇█"
-    step = lambda v: bars[round((v - low) / span * 7)] if span > 1e-9 * max(1.0, abs(low)) else bars[3]
-    return "".join(step(v) if _number(v) else " " for v in shown)
+    return "".join(" " if m is None else bars[3 if flat else round((m - low) / span * 7)] for m in means)
 
 
 def _number(value: Any) -> bool:
@@ -197,16 +223,18 @@ def statistics_of(metrics: dict[str, Any]) -> list[str]:
 # Warnings. The thresholds were set beside healthy runs (five seeds of the built-in default, whose extremes are given)
 # and runs that were spoilt on purpose, see tests/test_monitor.py.
 
+RECENT = 120  # updates that are remembered, and whose trend is drawn
 WINDOW = 5  # updates, whose mean is looked at: one odd rollout is no news
 FIRST = 3  # updates that tell how the run began
-KL_FAR = 4.0  # times its target
+KL_FAR = 3.0  # times its target
 ENTROPY_LEFT = 0.3  # of what it was at first
 LENGTH_LEFT = 0.4  # of what it was at first
 LENGTH_FULL = 0.95  # of max_new_tokens: hardly a reply ends by itself
 DEVIATION_LEFT = 0.1  # of the scores' deviation at first: replies can no longer be told apart
 SATISFIED = 0.98  # mean of `intent`, of at most 1
-VALUE_AFTER = 15  # updates that a value function may take to explain anything
-VALUE_LEAST = 0.05  # of the returns' variance
+VALUE_AFTER = 30  # updates before a value function is judged, by its last VALUE_WINDOW
+VALUE_WINDOW = 20
+VALUE_LEAST = 0.02  # of the returns' variance
 CLIPPED = 0.3  # of the tokens; some 0.1 to 0.2 is what PPO is used to
 
 
@@ -227,11 +255,11 @@ def warnings_of(
 
     now = lambda name: mean(name, recent[-WINDOW:])
     then = lambda name: mean(name, first)
-    smaller_lr = f"--lr {config.lr / 3:.1g}"
+    kl = now("kl_div")
+    smaller_lr = f"--lr {config.lr / (10 if kl > 10 * config.kl_target else 3):.1g}"
     more_kl = f"--kl-coef {max(0.2, 2 * config.kl_coef):g}"
     found: dict[str, str] = {}
 
-    kl = now("kl_div")
     if kl > KL_FAR * config.kl_target:
         held = "nothing holds it (kl_coef is 0)" if not config.kl_coef else f"alpha is {now('alpha'):.3g}"
         ways = more_kl if not config.kl_coef else f"{smaller_lr}, or {more_kl}"
@@ -279,8 +307,8 @@ def warnings_of(
             "(eval_metrics.py --second-intent-model)."
         )
 
-    explained = now("explained_variance")
-    if len(recent) >= VALUE_AFTER and mean("explained_variance", recent[-VALUE_AFTER:]) < VALUE_LEAST:
+    explained = mean("explained_variance", recent[-VALUE_WINDOW:])
+    if len(recent) >= VALUE_AFTER and explained < VALUE_LEAST:
         rate = config.critic_lr / 3 if explained < -VALUE_LEAST else 3 * config.critic_lr
         found["value_blind"] = (
             f"the value function explains {explained:.2f} of the variance of the returns (1 is all of it, 0 what their "
@@ -354,7 +382,7 @@ class Monitor:
         self.config = config
         self.main, self.live = False, None
         self.first: list[dict[str, Any]] = []
-        self.recent: deque[dict[str, Any]] = deque(maxlen=max(VALUE_AFTER, 40))
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.said: set[str] = set()
         self.dialogues: deque[dict[str, Any]] = deque(maxlen=50)
         self.what, self.since = "", time.monotonic()
@@ -435,90 +463,86 @@ class Monitor:
                 if self.live is None:
                     print(f"WARNING: {text}", flush=True)
                 else:
-                    CONSOLE.print(Text.assemble(("WARNING: ", ALARM), text))
+                    console().print(Text.assemble(("WARNING: ", ALARM), text))
 
-    # The display: how far, figures with their trend, a dialogue; what does not fit a low terminal is cut from below
+    # The display: how far, figures with their trend, a dialogue. What does not fit a low terminal is cut from below.
 
     def _draw(self) -> RenderableType:
-        width = CONSOLE.width
-        parts: list[RenderableType] = [Text()] if self.recent else []
-        if self.recent:
-            parts += [self._how_far(width), Text(), self._figures(width)]
-            if self.dialogues:
-                parts += [Text(), self._dialogue(width)]
-        if self.what:
-            if not self.recent:
-                parts.append(_spinning(self.spinner, self.what, self.since))
+        width = min(console().width, WIDEST)
+        if not self.recent:
+            return _spinning(self.spinner, self.what, self.since) if self.what else Text()
+        parts = [Text(), self._how_far(width), Text(), self._figures(width)]
+        if self.dialogues:
+            parts += [Text(), self._dialogue(width)]
         return Group(*parts)
 
     def _how_far(self, width: int) -> RenderableType:
+        """Two lines: what is being done, and a bar with the time left (at the pace since this process began)."""
         steps, total = self.recent[-1]["env_steps"], self.config.total_time_steps
         gone, done = time.monotonic() - self.started, steps - self.steps_before
-        share = min(1.0, steps / total)
-        left = f"{clock(gone * max(0, total - steps) / done)} left" if done and steps < total else ""
-        heading = Text.assemble(
-            (self.config.experiment_name, HEADING),
-            f"  update {self.recent[-1]['update']:,}  {steps:,} of {total:,} steps",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-        times = f"{clock(gone)} gone" + (f", {left}" if left else "")
-        line = Table.grid(padding=(0, 1))
-        line.add_row(
-            ProgressBar(total, steps, width=max(8, min(40, width - 40)), complete_style=TREND, finished_style=TREND),
-            f"{share:4.0%}",
-            times,
-        )
-        doing = Text(no_wrap=True, overflow="ellipsis")
+        heading = Text(no_wrap=True, overflow="ellipsis")
+        heading.append(self.config.experiment_name, HEADING).append(f"  update {self.recent[-1]['update']:,}")
         if self.what:
             seconds = time.monotonic() - self.since
-            doing = Text.assemble(self.spinner.render(time.monotonic()), f" {self.what}  {clock(seconds)}")
-        return Group(heading, line, doing)
+            heading.append("  ").append_text(self.spinner.render(time.monotonic())).append(f" {self.what}")
+            heading.append(f"  {clock(seconds)}" if seconds > 3 else "")  # else it flickers
+        times = f"{clock(gone)} gone"
+        if done and steps < total:
+            times += f", {clock(gone * (total - steps) / done)} left"
+        words = Text(f"{min(1.0, steps / total):4.0%}  {steps:,} of {total:,} steps  {times}", no_wrap=True)
+        line = Table.grid(padding=(0, 1))
+        length = max(8, width - len(words) - 1)
+        line.add_row(ProgressBar(total, steps, width=length, complete_style=TREND, finished_style=TREND), words)
+        return Group(heading, line)
 
     def _figures(self, width: int) -> RenderableType:
-        rows = list(self.recent)
-        now = rows[-1]
-        target = f"target {self.config.kl_target:g}"
-        left = [("score", "score", "{:.3f}", "")]
-        left += [(f"  {one_line(n)}", n, "{:.3f}", "") for n in statistics_of(now)[:4]]
-        left += [("KL a token", "kl_div", "{:.4f}", target), ("alpha", "alpha", "{:.3f}", "")]
+        """The figures of the last update with their trends, in two columns where there is room."""
+        now = self.recent[-1]
+        left = [("score", "score", "{:.3f}")]
+        left += [(f"  {one_line(name)}", name, "{:.3f}") for name in statistics_of(now)[:4]]
+        left += [(f"KL, target {self.config.kl_target:g}", "kl_div", "{:.4f}"), ("alpha", "alpha", "{:.3f}")]
         right = [
-            ("length", "mean_output_length", "{:.1f}", f"of {self.max_new_tokens}"),
-            ("entropy", "entropy", "{:.2f}", ""),
-            ("clipped", "clipfrac", "{:.3f}", ""),
-            ("explained var.", "explained_variance", "{:.2f}", ""),
-            ("tokens/s", "fps", "{:,.0f}", ""),
-            ("memory, MiB", "peak_memory_mb", "{:,.0f}", ""),
+            (f"length, max {self.max_new_tokens}", "mean_output_length", "{:.1f}"),
+            ("entropy", "entropy", "{:.2f}"),
+            ("clipped", "clipfrac", "{:.3f}"),
+            ("explained var.", "explained_variance", "{:.2f}"),
+            ("tokens/s", "fps", "{:,.0f}"),
+            ("memory, MiB", "peak_memory_mb", "{:,.0f}"),
         ]
-        two = width >= 76
-        spark = max(0, min(20, (width // 2 if two else width) - 27))
-        tables = [self._column(side, rows, spark) for side in ((left, right) if two else (left + right,))]
-        grid = Table.grid(padding=(0, 3))
-        grid.add_row(*tables)
+        columns = [left, right] if width >= TWO_COLUMNS else [left + right]
+        trend = max(0, min(24, (width - 4) // len(columns) - 28))
+        grid = Table.grid(padding=(0, 4))
+        grid.add_row(*(self._column(lines, trend) for lines in columns))
         return grid
 
-    def _column(self, lines: list[tuple[str, str, str, str]], rows: list[dict[str, Any]], spark: int) -> Table:
+    def _column(self, lines: list[tuple[str, str, str]], trend: int) -> Table:
         table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True, width=14, overflow="ellipsis")
-        table.add_column(no_wrap=True, justify="right", width=8)
-        table.add_column(no_wrap=True, style=TREND, width=spark)
-        for label, name, form, _ in lines:
-            values = [row.get(name) for row in rows]
-            value = form.format(values[-1]) if _number(values[-1]) else "-"
-            table.add_row(Text(label), Text(value, style=HEADING), Text(sparkline(values, spark)))
+        table.add_column(no_wrap=True, width=16, overflow="ellipsis")
+        table.add_column(no_wrap=True, justify="right", width=8, style=HEADING)
+        table.add_column(no_wrap=True, width=trend, style=TREND)
+        for label, name, form in lines:
+            values = [row.get(name) for row in self.recent]
+            shown = form.format(values[-1]) if _number(values[-1]) else "-"
+            table.add_row(Text(label), shown, sparkline(values, trend) if trend else "")
         return table
 
     def _dialogue(self, width: int) -> RenderableType:
+        """The end of a context, its speakers as A and B, and what B says to it: before training, now, and a human."""
         row = self.dialogues[-1]
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for utterance in row["context"][-3:]:
-            table.add_row(Text("", style="dim"), Text(one_line(utterance), no_wrap=True, overflow="ellipsis"))
+        figures = list(row["scores"]["now"])[: 3 if width >= TWO_COLUMNS else 1]
+        table = Table.grid(padding=(0, 2), expand=True)
+        table.add_column(no_wrap=True, width=6)
+        table.add_column(ratio=1)
+        for name in figures:
+            table.add_column(no_wrap=True, justify="right", width=max(6, min(10, len(name))), overflow="ellipsis")
+        context = row["context"][-3:]
+        for i, utterance in enumerate(context):
+            speaker = "A" if (len(context) - i) % 2 else "B"
+            names = [Text(one_line(name)) for name in figures] if i == len(context) - 1 else []
+            table.add_row(speaker, Text(one_line(utterance), no_wrap=True, overflow="ellipsis"), *names)
         for name in ("before", "now", "human"):
             reply = Text(one_line(row[name]) or "(nothing)", style=HEADING if name == "now" else "")
-            scores = row["scores"].get(name)
-            if scores:
-                reply.append("  " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items() if _number(v)), style=TREND)
-            table.add_row(Text(name), reply)
-        return Group(Rule(f"a validation dialogue after update {row['update']}", style="default", align="left"), table)
+            values = [row["scores"].get(name, {}).get(figure) for figure in figures]
+            table.add_row(name, reply, *(f"{v:.2f}" if _number(v) else "" for v in values))
+        rule = Rule(f"validation dialogue after update {row['update']:,}", style="default", align="left")
+        return Align(Group(rule, table), width=width)

@@ -899,7 +899,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     for note in notes:
         say(f"note: {note}")
     monitor.start(main)
-    monitor.stage("reading the dialogues")
+    monitor.stage("looking for the models")
 
     # Data and text format
     model_folder = resolve_model(config.model_path)
@@ -913,6 +913,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
             f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.replies} replies of a rollout: using that"
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
+    monitor.stage("reading the dialogues")
     dialogues = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in needed}
     samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
     for split in needed:
@@ -966,7 +967,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         monitor.stage("measuring the judge")
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
-        say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
+        say(judge_sentence(judged["accuracy"]))
     controller = config.kl_controller()
     env = DialogueVectorEnv(
         samples["train"],
