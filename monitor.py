@@ -529,10 +529,11 @@ class Monitor:
     def _dialogue(self, width: int) -> RenderableType:
         """The end of a context, its speakers as A and B, and what B says to it: before training, now, and a human."""
         row = self.dialogues[-1]
-        figures = list(row["scores"]["now"])[: 3 if width >= TWO_COLUMNS else 1]
+        room = 3 if width >= TWO_COLUMNS else 1 if width >= 40 else 0
+        figures = list(row["scores"]["now"])[:room]
         table = Table.grid(padding=(0, 2), expand=True)
         table.add_column(no_wrap=True, width=6)
-        table.add_column(ratio=1)
+        table.add_column(ratio=1, min_width=8)
         for name in figures:
             table.add_column(no_wrap=True, justify="right", width=max(6, min(10, len(name))), overflow="ellipsis")
         context = row["context"][-3:]
