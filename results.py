@@ -21,6 +21,7 @@ import matplotlib
 import tyro
 
 from common import UserError, run_script, write_json
+from configuration import command_line
 from eval_metrics import LABELS
 
 matplotlib.use("Agg")
@@ -250,7 +251,7 @@ def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(ResultsConfig, description=__doc__)
+    config = command_line(ResultsConfig, __doc__)
     out, results = Path(config.out), Path(config.results)
     summary = summarize(out, config.seeds)
     results.mkdir(parents=True, exist_ok=True)

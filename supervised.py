@@ -24,6 +24,7 @@ from common import UserError, whole_folder, write_json
 class FitConfig:
     """Settings of a supervised run."""
 
+    # training
     seed: int = 0
     """Seed of initialisation, order and dropout."""
     lr: float = 5e-5
