@@ -43,7 +43,7 @@ class RecurrentCritic(nn.Module):
     def forward(self, input_ids, attention_mask, position_ids) -> torch.Tensor:
         """Values (B, S), one at each token; padding, on either side, is where attention_mask (B, S) is 0."""
         # tokens first, padding after them: it must not change what is remembered
-        order = (1 - attention_mask).argsort(-1, stable=True)
+        order = (1 - attention_mask).argsort(dim=-1, stable=True)
         states, _ = self.memory(self.embedding(input_ids.gather(1, order)))
         values = self.head(states).squeeze(-1)
         return torch.zeros_like(values).scatter(1, order, values)

@@ -26,5 +26,5 @@ class Variety:
             "new_replies": len(new) / len(replies),  # share never said before in this run
             "questions": sum("?" in text for text in replies) / len(replies),
             "best_reply_words": len(replies[best].split()),
-            "reward_per_nat": metrics["score"] / max(1e-6, metrics["kl_div"]),  # figures of the update are at hand
+            "score_per_token": metrics["score"] / metrics["mean_output_length"],  # the update's figures are at hand
         }

@@ -23,7 +23,9 @@ def convert(file: str, folder: Path) -> None:
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines)
         if missing := {"conversation_id", "speaker", "text"} - set(rows.fieldnames or ()):
-            sys.exit(f"'{file}' has no column {' and no '.join(missing)}; it has {', '.join(rows.fieldnames or ())}.")
+            sys.exit(
+                f"'{file}' has no column {' and no '.join(sorted(missing))}; it has {', '.join(rows.fieldnames or ())}."
+            )
         for row in rows:
             chat = chats.setdefault(row["conversation_id"], [])
             if chat and chat[-1][0] == row["speaker"]:
@@ -51,9 +53,8 @@ if __name__ == "__main__":
     parser.add_argument("--sft-lr", default="1e-3", help="supervised rate (1e-3 suits the built-in model)")
     parser.add_argument("--output", type=Path, default=Path("runs/own_dataset"), help="folder for all that is made")
     args, of_ppo = parser.parse_known_args()
-    data, start = args.output / "data", args.output / "sft"
-    convert(args.chats, data)
-    if not start.exists():
+    convert(args.chats, data := args.output / "data")
+    if not (start := args.output / "sft").exists():
         sft = "sft_dialog.py --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
         run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
     ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name ppo"
