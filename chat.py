@@ -45,7 +45,6 @@ from common import (
     run_script,
     use_all_cores,
 )
-from configuration import command_line
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat
 from generation import Sampling
 
@@ -63,7 +62,6 @@ class ChatConfig:
 
     path: tyro.conf.Positional[str]
     """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
-    # how the model is talked to
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     prompt: str | None = None
@@ -74,8 +72,6 @@ class ChatConfig:
     """System message, for a model with a chat template."""
     spaced: bool = False
     """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
-
-    # sampling
     temperature: float = 1.0
     """Below 1 the likely words become likelier."""
     top_k: int = 20
@@ -353,7 +349,7 @@ def answer_lines(agent: Agent, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    config = command_line(ChatConfig, __doc__)
+    config = tyro.cli(ChatConfig, description=__doc__)
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is blank; expected something to reply to.")
     for stream in (sys.stdin, sys.stdout):

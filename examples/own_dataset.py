@@ -23,9 +23,7 @@ def convert(file: str, folder: Path) -> None:
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines)
         if missing := {"conversation_id", "speaker", "text"} - set(rows.fieldnames or ()):
-            sys.exit(
-                f"'{file}' has no column {' and no '.join(sorted(missing))}; it has {', '.join(rows.fieldnames or ())}."
-            )
+            sys.exit(f"'{file}' has no column {' and no '.join(sorted(missing))}; it has {rows.fieldnames}.")
         for row in rows:
             chat = chats.setdefault(row["conversation_id"], [])
             if chat and chat[-1][0] == row["speaker"]:

@@ -106,7 +106,7 @@ def test_a_csv_without_the_columns_is_refused_in_a_sentence(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text("id,text\n1,Hello\n")
     said = run("examples/own_dataset.py", file, "--output", tmp_path, status=1)
-    assert "has no column conversation_id and no speaker; it has id, text" in said and "Traceback" not in said
+    assert "has no column conversation_id and no speaker; it has ['id', 'text']" in said and "Traceback" not in said
 
 
 def test_a_sweep_fills_its_table_goes_on_and_shows_what_failed(tmp_path):
