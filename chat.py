@@ -45,6 +45,7 @@ from common import (
     run_script,
     use_all_cores,
 )
+from configuration import command_line
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat
 from generation import Sampling
 
@@ -349,7 +350,7 @@ def answer_lines(agent: Agent, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(ChatConfig, description=__doc__)
+    config = command_line(ChatConfig, __doc__)
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is blank; expected something to reply to.")
     for stream in (sys.stdin, sys.stdout):

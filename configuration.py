@@ -90,6 +90,7 @@ def command_line(cls: type, description: str, arguments: Sequence[str] | None = 
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     given = {} if default is None else {"default": default}
+    given["config"] = (tyro.conf.PositionalMetavarFromFieldName,)  # PATH, not STR
     if not {"-h", "--help"} & set(arguments):
         return tyro.cli(cls, args=arguments, description=description, **given)
     shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, write_through=True)
@@ -128,8 +129,8 @@ def _under_headings(text: str, cls: type) -> str:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
         option = re.match(r"(.) (--[\w-]+)", plain)
         if option and option[2] in first:
-            left, rule, right = "├─┤" if option[1] == "│" else " - "
-            lines.append(f"{left}{rule} {first[option[2]]} ".ljust(len(plain) - 1, rule) + right)
+            boxed = f"├─ {first[option[2]]} ".ljust(len(plain) - 1, "─") + "┤"
+            lines += [boxed] if option[1] == "│" else ["", f" {first[option[2]]}", " " + "-" * (len(plain) - 2)]
         lines.append(line)
     return "\n".join(lines)
 
