@@ -8,11 +8,13 @@ intent_classifier.py run, from random weights; only tokenizer, sizes and setting
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from builtin_corpus import CORPUS_VERSION
 from common import UserError, cache_dir, is_adapter, run_script, use_all_cores, whole_folder
 from envs import DialogueFormat, load_dialogues
 from intent_classifier import IntentConfig, train_intent
+from monitor import bar, drawable, follow
 from sft_dialog import SFTConfig, train_sft
 
 VOCABULARY = 1200
@@ -47,10 +50,17 @@ def builtin_model(kind: str) -> Path:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 plain.pop(name, None)
             plain["TORCH_NUM_THREADS"] = "1"
-            # their progress goes to stderr: a program's own output (a chat's replies) stays its own
-            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, stdout=2) for k in missing]
+            plain["PPO_DIALOG_PROGRESS"] = "plain"
+            draw = drawable()
+            # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
+            pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
+            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, **pipes) for k in missing]
             try:
-                failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
+                with contextlib.ExitStack() as bars:
+                    for name, run in zip(missing, runs) if draw else ():
+                        move = bars.enter_context(bar(f"built-in {name}".ljust(15), draw, transient=True))
+                        threading.Thread(target=follow, args=(run.stdout, move), daemon=True).start()
+                    failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
             finally:
                 for run in runs:
                     run.kill()

@@ -14,11 +14,12 @@ bootstrap (Koehn, 2004), for which both models answer the same prompts with the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ from configuration import command_line
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
 from intent_classifier import IntentJudge
+from monitor import bar, drawable
 from packing import allow_packing
 from rewards import intent_hits, meteor, meteor_uses_synonyms, words
 
@@ -512,17 +514,21 @@ def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
     return dataclasses.replace(fmt, eou_marker=own.eou_marker)
 
 
-def progress(label: str) -> Report:
-    """Prints a line for each tenth of the replies."""
-    started, tenths = time.perf_counter(), 0
+@contextlib.contextmanager
+def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Report]:
+    """A bar on a terminal; anywhere else, where `lines` are wanted, one for each tenth of the replies."""
+    started, tenths, draw = time.perf_counter(), 0, drawable(main=main)
+    with bar(label, draw, transient=True) as move:
 
-    def report(done: int, total: int) -> None:
-        nonlocal tenths
-        if done * 10 // total > tenths:
-            tenths = done * 10 // total
-            print(f"{label}: {done} of {total} replies, {time.perf_counter() - started:.0f} s", flush=True)
+        def report(done: int, total: int) -> None:
+            nonlocal tenths
+            move(done / total, f"{done:,} of {total:,} replies")
+            if done * 10 // total > tenths:
+                tenths = done * 10 // total
+                if lines and not draw:
+                    print(f"{label}: {done} of {total} replies, {time.perf_counter() - started:.0f} s", flush=True)
 
-    return report
+        yield report
 
 
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
@@ -569,7 +575,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     for heading, (model, codec, asked) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            answers[heading] = answer(model, codec, asked, sampling, config.seed, config.batch_size, progress(heading))
+            with progress(heading) as report:
+                answers[heading] = answer(model, codec, asked, sampling, config.seed, config.batch_size, report)
         model.cpu()
     if config.replies:
         answers["policy"].save(Path(config.replies), samples)

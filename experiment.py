@@ -6,11 +6,14 @@ are used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from checkpoint import FolderLock
 from common import UserError, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
 from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
-from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies
+from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies, progress
 from intent_classifier import IntentJudge, accuracy_on
 from rewards import Reward
 
@@ -97,20 +100,52 @@ def open_run(run: Path, keep: bool) -> FolderLock:
         raise UserError(f"the run's folder '{run}' cannot be written: {error.strerror}.") from error
 
 
+TRACKED_AS = {"fps": "FPS"}  # the tutorial's name; the others are its names anyway
+TABLE = ("update", "context", "before", "now", "human", "score_before", "score_now")
+
+
 def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
-    """wandb and TensorBoard through Accelerate; a resumed run goes on where its `updates` ended."""
+    """wandb, TensorBoard and trackio through Accelerate; a resumed run goes on where its `updates` ended.
+
+    wandb (offline) and TensorBoard write into the run's folder, trackio where `trackio show` looks for it.
+    """
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in plain_values(config).items()}
-    wandb = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode, dir=str(run))
-    if "wandb" in ids:
-        wandb |= dict(id=ids["wandb"], resume="allow")
-    options = {"wandb": wandb, "tensorboard": dict(purge_step=updates + 1) if updates else {}}
+    options = {"tensorboard": dict(purge_step=updates + 1) if updates else {}}
+    asked = {*config.track, *(["wandb"] if config.use_wandb else [])}
+    missing = [name for name in sorted(asked) if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--track {missing[0]} needs the package {missing[0]}: pip install {missing[0]}.")
+    if "wandb" in asked and accelerator.is_main_process:
+        from wandb import Settings
+
+        offline = config.wandb_mode == "offline"
+        # console off: it would keep every drawing of the display. quiet: no table of the run's last figures at its end
+        settings_of_wandb = Settings(console="off", quiet=True, show_info=not offline)
+        options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode)
+        options["wandb"] |= dict(dir=str(run), settings=settings_of_wandb)
+        if "wandb" in ids:
+            options["wandb"] |= dict(id=ids["wandb"], resume="allow")
+    options["trackio"] = dict(name=run.name, resume="allow" if updates else "never", embed=False)
     try:
-        accelerator.init_trackers(config.wandb_project, settings, init_kwargs=options)
+        with quiet_trackio():
+            accelerator.init_trackers(config.wandb_project, settings, init_kwargs=options)
     except Exception as error:  # each tracker has its own: no login, no network, no permission
         raise UserError(
             f"a tracker could not start ({first_line(error)}). Without an account or a network use "
-            "--wandb-mode offline, or --track tensorboard."
+            "--wandb-mode offline, --track tensorboard or --track trackio."
         ) from error
+    ways = {"trackio": f"trackio show --project {config.wandb_project}", "tensorboard": f"tensorboard --logdir {run}"}
+    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if config.wandb_mode == "offline" else {}
+    for name in sorted(asked & set(ways)):
+        accelerator.print(f"{name}: {ways[name]}", flush=True)
+
+
+@contextlib.contextmanager
+def quiet_trackio() -> Iterator[None]:
+    """Trackio prints a page of advice when it starts and ends, and has no switch against it; its warnings stay."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
 
 
 class Log:
@@ -120,8 +155,46 @@ class Log:
         self.accelerator, self.missing = accelerator, 0
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
+        self._try(lambda: self.accelerator.log({TRACKED_AS.get(k, k): v for k, v in metrics.items()}, step=step))
+
+    def dialogues(self, rows: Sequence[dict[str, Any]], step: int) -> None:
+        """Sample dialogues (lines of samples.jsonl) as a table `samples`; TensorBoard, which has none, gets a text."""
+        data = [
+            [row["update"], "\n".join(row["context"]), *(row[name] for name in ("before", "now", "human"))]
+            + [row["scores"][name].get("score") for name in ("before", "now")]
+            for row in rows
+        ]
+        self._try(lambda: [self._table(tracker, data, step) for tracker in self.accelerator.trackers])
+
+    def _table(self, tracker: Any, data: list[list[Any]], step: int) -> None:
+        if tracker.name == "trackio":
+            import trackio
+
+            tracker.log({"samples": trackio.Table(columns=list(TABLE), data=data)}, step=step)
+        elif hasattr(tracker, "log_table"):
+            tracker.log_table("samples", list(TABLE), data, step=step)
+        else:
+            cells = [TABLE, ["---"] * len(TABLE), *data]
+            text = "\n".join(
+                f"| {' | '.join(str(c).replace('|', ' ').replace(chr(10), '<br>') for c in row)} |" for row in cells
+            )
+            tracker.log({"samples": text}, step=step)
+
+    def summary(self, file: Path, step: int) -> None:
+        """The closing comparison (eval.json) under names `eval/policy/meteor`, `eval/difference/meteor`, ..."""
+        result = json.loads(file.read_text(encoding="utf-8"))
+        flat = {
+            f"eval/{part}/{name}": value["value"] if isinstance(value, dict) else value
+            for part in ("policy", "baseline", "difference", "reward")
+            for name, value in result[part].items()
+        }
+        self({name: value for name, value in flat.items() if value is not None}, step)
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
         try:
-            self.accelerator.log(metrics, step=step)
+            write()
         except Exception as error:  # each tracker has its own: network, quota, disk, server
             if not self.missing:
                 self.accelerator.print(
@@ -133,7 +206,12 @@ class Log:
 
     def close(self) -> None:
         try:
-            self.accelerator.end_training()
+            with quiet_trackio():
+                self.accelerator.end_training()
+                if any(tracker.name == "trackio" for tracker in getattr(self.accelerator, "trackers", [])):
+                    import trackio
+
+                    trackio.finish()  # else it ends the run once more, and says so, when the program ends
         except Exception as error:
             self.accelerator.print(f"WARNING: a tracker could not be closed ({first_line(error)})", flush=True)
         if self.missing:
@@ -202,14 +280,40 @@ def validation_reward(
     return float(reward(*columns)[0].mean())
 
 
-def progress_line(metrics: dict[str, float], config: Any) -> str:
-    parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("intent", "meteor") if name in metrics)
-    return (
-        f"update {metrics['update']:>3}  steps {metrics['env_steps']:>7,}/{config.total_time_steps:,}  "
-        f"score {metrics['score']:.3f} {f'({parts}) ' if parts else ''}"
-        f"kl {metrics['kl_div']:.4f} alpha {metrics['alpha']:.3f}  length {metrics['mean_output_length']:.1f}  "
-        f"clipfrac {metrics['clipfrac']:.3f} ev {metrics['explained_variance']:.2f}  {metrics['fps']:.0f} tokens/s"
-    )
+SHOWN = 8  # validation dialogues that the sample dialogues are taken from
+
+
+def sample_dialogue(
+    policy: nn.Module,
+    start: nn.Module,
+    codec: DialogueCodec,
+    samples: list[Sample],
+    score: Callable,
+    config: Any,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """A line of samples.jsonl: one of `samples`, by turns, with what `start` and `policy` reply to it and their scores.
+
+    Sampled as the closing comparison samples, both with the same random numbers, which are their own: training does
+    not notice.
+    """
+    count = -(-metrics["update"] // max(1, config.sample_interval)) if metrics["update"] > 1 else 0
+    sample = samples[count % len(samples)]
+    replies = {}
+    for name, model in (("before", start), ("now", policy)):
+        model.eval()
+        replies[name] = generate_replies(model, codec, [sample], EVAL_SAMPLING, config.seed)[0][0]
+    human = sample.reply.strip()
+    scores, statistics = score([sample.prompt] * 2, list(replies.values()), [human] * 2, [sample.act] * 2)
+    figures = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}
+    return {
+        "update": metrics["update"],
+        "env_steps": metrics["env_steps"],
+        "context": [utterance.strip() for utterance in sample.context],
+        **replies,
+        "human": human,
+        "scores": {name: {k: float(v[i]) for k, v in figures.items()} for i, name in enumerate(replies)},
+    }
 
 
 def compare_with_start(
@@ -228,7 +332,8 @@ def compare_with_start(
     for name, model in (("the supervised start", start), ("the PPO result", policy)):
         if main:
             print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed))
+        with progress(name, lines=False, main=main and config.progress != "plain") as report:
+            evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
         columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
         scores.append(score(*columns, [s.act for s in samples])[0])
     if not main:

@@ -55,6 +55,7 @@ from configuration import HIDDEN, NamedValues, parse_config, save_yaml
 from engines import Placement, at_hand, largest, make_accelerator, place, placement_of, prepare, ready, whole_state
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
+    SHOWN,
     Log,
     checked_stats,
     compare_with_start,
@@ -62,7 +63,7 @@ from experiment import (
     make_stats,
     measure_judge,
     open_run,
-    progress_line,
+    sample_dialogue,
     save,
     save_merged,
     start_trackers,
@@ -71,6 +72,7 @@ from experiment import (
 )
 from generation import Sampling, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
+from monitor import Monitor, ProgressMode, judge_warning
 from networks import (
     AdapterOff,
     check_model,
@@ -237,8 +239,12 @@ class PPOConfig(FormatOptions):
     """Folder for runs."""
     experiment_name: str = "ppo_dialog"
     """Name of this run's folder in run_dir; an earlier run of that name is kept under another."""
+    progress: ProgressMode = "auto"
+    """A live display, or plain lines; auto: the display on a terminal, lines in a pipe, a file and CI."""
     log_interval: int = 1
     """Updates between two printed and tracked lines; metrics.jsonl has every update."""
+    sample_interval: int = 10
+    """Updates between two sample dialogues, before training and now, shown and kept in samples.jsonl (0: none)."""
     save_interval: int = 10
     """Updates between two checkpoints (the end, Ctrl-C and SIGTERM make one too)."""
     keep_checkpoints: int = 2
@@ -247,7 +253,7 @@ class PPOConfig(FormatOptions):
     """Go on from the newest whole checkpoint of the run's folder, with the settings stored there."""
     validation_limit: int = 200
     """Validation samples that a checkpoint's policy is scored on; best/ keeps the best one (0: no best/)."""
-    track: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Trackers to log to beside metrics.jsonl."""
     use_wandb: bool = False
     """The tutorial's switch for `--track wandb`."""
@@ -272,7 +278,8 @@ class PPOConfig(FormatOptions):
             1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
             "gradient_accumulation_steps save_interval keep_checkpoints",
             0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
-            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha",
+            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha "
+            "sample_interval",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -872,6 +879,12 @@ class Progress:
 
 def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     """The whole run: load, train, compare, save. Returns the run's folder."""
+    with Monitor(config) as monitor:
+        return train_under(monitor, config, notes or [])
+
+
+def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
+    """`train`, shown by a monitor."""
     config.check()
     run = config.run_folder
     accelerator = make_accelerator(config, run)
@@ -883,8 +896,10 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     say = lambda text: accelerator.print(text, flush=True)
     use_all_cores(accelerator.num_processes)
     set_seed(config.seed)
-    for note in notes or []:
+    for note in notes:
         say(f"note: {note}")
+    monitor.start(main)
+    monitor.stage("looking for the models")
 
     # Data and text format
     model_folder = resolve_model(config.model_path)
@@ -898,6 +913,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
             f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.replies} replies of a rollout: using that"
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
+    monitor.stage("reading the dialogues")
     dialogues = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in needed}
     samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
     for split in needed:
@@ -912,6 +928,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     codec = DialogueCodec(tokenizer, fmt)
 
     # Networks
+    monitor.stage("loading the models")
     model = build_model(config, model_folder)
     check_model(model, codec, model_folder)
     disable_dropout(model)
@@ -948,9 +965,10 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     frozen = [ref_model]
     if judge is not None:
         frozen.append(place(judge.model, intent_placement, accelerator))
+        monitor.stage("measuring the judge")
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
-        say(judge_sentence(judged["accuracy"], WEAK_JUDGE))
+        say(judge_sentence(judged["accuracy"]))
     controller = config.kl_controller()
     env = DialogueVectorEnv(
         samples["train"],
@@ -996,8 +1014,11 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     networks = lambda: ready(accelerator, model, frozen, config.gather)
     sum_over_processes = lambda x: x if alone else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
     validation = samples["validation"][: config.validation_limit]
+    shown = samples["validation"][:: -(-len(samples["validation"]) // SHOWN)]  # from all over the split
     observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
     saved = progress.updates
+    weak = judge_warning(judged["accuracy"], WEAK_JUDGE) if judged else {}
+    monitor.begin(run, progress.updates, fmt.max_new_tokens, weak)
 
     def checkpoint(best: bool = False) -> None:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
@@ -1024,6 +1045,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                     group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
 
                 # 1. collect replies, with their score and their KL to the reference
+                monitor.stage("collecting replies")
                 shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
                 uniforms = torch.rand(shape, generator=generator_of(config.seed, progress.updates, 0))[:, env.slots]
                 unwrapped.eval()
@@ -1054,6 +1076,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                     weights = whiten(advantages, rollout.mask, sum_over_processes)
 
                 # 3. improve policy and value
+                monitor.stage("learning from them")
                 update_started = time.perf_counter()
                 learn_from = rollout, weights, targets, old_values
                 stream = config.seed, progress.updates, 1
@@ -1099,11 +1122,17 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                             best = progress.best_reward is None or reached > progress.best_reward
                             progress.best_reward = reached if best else progress.best_reward
                             metrics["validation_reward"] = reached
+                if shown and monitor.dialogue_due(progress.updates):
+                    with networks():
+                        if main or in_step:
+                            row = sample_dialogue(policy, ref_model, codec, shown, score, config, metrics)
+                            monitor.dialogue(row)
+                            log.dialogues(monitor.dialogues, progress.updates)
                 if main:
                     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(finite(metrics)) + "\n")
+                monitor.update(metrics)
                 if progress.updates % config.log_interval == 0:
-                    say(progress_line(metrics, config))
                     log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
                 progress.kl_coef, progress.value_scale, progress.rounds = (
                     controller.coef,
@@ -1126,6 +1155,7 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
             raise
         if progress.updates > saved:
             checkpoint()
+    monitor.close()
     if asked:
         log.close()
         say(f"stopped after update {progress.updates}; go on with --resume")
@@ -1139,6 +1169,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
                 held_out = samples[config.eval_split][: config.eval_limit or None]
                 compare_with_start(config, policy, start, codec, held_out, score, judge, run, main)
+                if main:
+                    log.summary(run / "eval.json", progress.updates)
     if main and config.lora_merge:
         save_merged(run)
     accelerator.wait_for_everyone()
@@ -1186,7 +1218,9 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
     ).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
+    _, of_scores = masked_moments(rollout.scores, torch.ones_like(rollout.scores), reduce)
     return means | {
+        "score_std": of_scores**0.5,
         "kl_div": reduce(rollout.kl.sum()).item() / tokens,
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,

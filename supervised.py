@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common import UserError, whole_folder, write_json
+from monitor import ProgressMode, bar, drawable
 
 
 @dataclass
@@ -51,6 +52,8 @@ class FitConfig:
     """Optimizer steps between two printed lines."""
     resume: bool = False
     """Go on from the last look at the validation split of a run that was stopped."""
+    progress: ProgressMode = "auto"
+    """A progress bar, or plain lines; auto: the bar on a terminal, lines in a pipe, a file and CI."""
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
@@ -140,43 +143,49 @@ def fit(
                 kept = dict(step=step, epoch=epoch, batches=batches, minutes=minutes(), history=history)
                 write_json(folder / "fit.json", kept)
 
-    if not history:
-        look()
-    trained.train()
-    while step < total:
-        for batch in accelerator.skip_first_batches(loader, batches) if batches else loader:
-            batches += 1
-            progress = step / total
-            if config.max_minutes:
-                # one clock for all processes: they must agree on the rate and on when to stop
-                progress = broadcast_object_list([max(progress, minutes() / config.max_minutes)])[0]
-            if progress >= 1:
-                total, batches = step, batches - 1
-                break
-            warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * warmup * (1 - progress)
-            with accelerator.accumulate(trained):
-                with accelerator.autocast():
-                    loss = loss_of(trained, batch)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach().float())
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            if step % config.eval_every == 0:
-                look()
-            elif step % config.log_every == 0:
-                recent = torch.stack(losses[-config.log_every :]).mean().item()
-                accelerator.print(f"{label}: step {step}/{total}, {minutes():.1f} min, loss {recent:.3f}", flush=True)
-            if step >= total:
-                break
-        else:
-            epoch, batches = epoch + 1, 0
+    draw = drawable(config.progress, accelerator.is_main_process)
+    with bar(label, draw, step / total) as move:
+        if not history:
+            look()
+        trained.train()
+        while step < total:
+            for batch in accelerator.skip_first_batches(loader, batches) if batches else loader:
+                batches += 1
+                progress = step / total
+                if config.max_minutes:
+                    # one clock for all processes: they must agree on the rate and on when to stop
+                    progress = broadcast_object_list([max(progress, minutes() / config.max_minutes)])[0]
+                if progress >= 1:
+                    total, batches = step, batches - 1
+                    break
+                move(progress)
+                warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * warmup * (1 - progress)
+                with accelerator.accumulate(trained):
+                    with accelerator.autocast():
+                        loss = loss_of(trained, batch)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.detach().float())
+                if not accelerator.sync_gradients:
+                    continue
+                step += 1
+                if step % config.eval_every == 0:
+                    look()
+                elif step % config.log_every == 0:
+                    recent = torch.stack(losses[-config.log_every :]).mean().item()
+                    move(progress, f"step {step}/{total}, loss {recent:.3f}")
+                    if not draw:
+                        line = f"{label}: step {step}/{total}, {minutes():.1f} min, loss {recent:.3f}"
+                        accelerator.print(line, flush=True)
+                if step >= total:
+                    break
+            else:
+                epoch, batches = epoch + 1, 0
     if history[-1]["step"] != step:
         look()
     model.load_state_dict(best)

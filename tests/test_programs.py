@@ -66,13 +66,14 @@ def first_run(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_the_first_command_shows_progress_and_ends_with_the_table(first_run):
-    _, printed = first_run
+    folder, printed = first_run
     assert re.search(r"judge: right on (0\.9|1\.0)", printed)
     assert "update   1  steps" in printed and "tokens/s" in printed and "peak memory" in printed
+    assert len(re.findall(r"^update +\d+  steps ", printed, re.M)) == len(lines(folder)) and "\x1b" not in printed
     for row in ("ROUGE-1", "ROUGE-Lsum", "METEOR", "SacreBLEU", "intent", "mean output length"):
         assert row in printed
     assert "test reward:" in printed and "python chat.py" in printed
-    assert "Warning" not in printed
+    assert "warning" not in printed.lower() and not (folder / "warnings.jsonl").exists()
 
 
 def test_what_a_run_leaves_behind(first_run):

@@ -196,9 +196,8 @@ def test_pairs_of_leaves_out_unlabelled_utterances():
     assert pairs_of([dialogue]) == [("", "a", 1), ("b", "c", 3)]
 
 
-def test_judge_sentence_warns_of_a_weak_judge():
-    assert "WARNING" not in judge_sentence(0.8, 0.7)
-    assert "right on 0.600" in judge_sentence(0.6, 0.7) and "WARNING: below 0.7" in judge_sentence(0.6, 0.7)
+def test_judge_sentence_says_how_often_it_is_right():
+    assert "right on 0.600" in judge_sentence(0.6) and "(4 acts)" in judge_sentence(0.6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,353 @@
+"""What a run shows: the display on a real terminal, lines elsewhere, sample dialogues, warnings, trackers."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_programs import ROOT, SHORT, flags, lines, trained
+from test_reliability import RUN, digest, resumed
+
+import experiment
+import monitor
+from common import UserError
+from monitor import FIRST, VALUE_AFTER, WINDOW, Monitor, clock, drawable, follow, one_line, sparkline, warnings_of
+from ppo_dialog import PPOConfig
+
+CONFIG = PPOConfig()
+HEALTHY = dict(
+    score=0.5,
+    score_std=0.33,
+    intent=0.7,
+    meteor=0.3,
+    kl_div=0.07,
+    alpha=0.2,
+    entropy=1.0,
+    mean_output_length=10.0,
+    clipfrac=0.08,
+    explained_variance=0.1,
+)
+
+
+def rows(updates: int, **changes) -> list[dict]:
+    return [HEALTHY | changes | {"update": i + 1, "env_steps": 100 * (i + 1)} for i in range(updates)]
+
+
+def found(then: dict, now: dict, config: PPOConfig = CONFIG, updates: int = VALUE_AFTER) -> dict[str, str]:
+    return warnings_of(rows(FIRST, **then), rows(updates, **now), config, max_new_tokens=20)
+
+
+# --- warnings
+
+
+def test_a_healthy_history_gives_no_warning():
+    assert found({}, {}) == {}
+    assert found({"explained_variance": 0.0, "kl_div": 0.0}, {"intent": 0.95, "entropy": 0.4, "clipfrac": 0.2}) == {}
+
+
+@pytest.mark.parametrize(
+    "name, then, now, tried",
+    [
+        ("kl_runaway", {}, {"kl_div": 0.3}, "--lr 7e-05, or --kl-coef 0.4"),
+        ("entropy_collapse", {"entropy": 2.0}, {"entropy": 0.5}, "--entropy-coef 0.01"),
+        ("length_collapse", {"mean_output_length": 12.0}, {"mean_output_length": 3.0}, "from 12.0 to 3.0 tokens"),
+        ("length_cap", {}, {"mean_output_length": 19.8}, "--max-new-tokens 40"),
+        ("reward_constant", {"score_std": 0.0}, {"score_std": 0.0}, "the same score (0.5)"),
+        ("reward_saturated", {}, {"score_std": 0.01}, "0.33 at first"),
+        ("reward_saturated", {}, {"intent": 0.99}, "--intent-coef 0.2 --meteor-coef 0.8"),
+        ("value_blind", {}, {"explained_variance": 0.0}, "--critic-lr 0.009"),
+        ("value_blind", {}, {"explained_variance": -0.9}, "--critic-lr 0.001"),
+        ("clipfrac_high", {}, {"clipfrac": 0.4}, "--ppo-epoch 1"),
+    ],
+)
+def test_each_warning_names_what_to_try(name, then, now, tried):
+    warnings = found(then, now)
+    assert list(warnings) == [name] and tried in warnings[name]
+    options = re.findall(r"--([a-z][a-z-]+)", warnings[name])
+    fields = {f.replace("_", "-") for f in vars(CONFIG)} | {"second-intent-model"}
+    assert options or name == "reward_constant"
+    assert {o.removeprefix("no-") for o in options} <= fields  # an option that is not there helps nobody
+    assert found(then, now, updates=WINDOW - 1) == {}
+
+
+def test_warnings_follow_the_configuration_and_take_what_is_no_number():
+    held = found({}, {"kl_div": 1.0}, replace(CONFIG, kl_coef=0.0))["kl_runaway"]
+    assert "nothing holds it" in held and held.endswith("Try --kl-coef 0.2.")
+    assert "kl_runaway" not in found({}, {"kl_div": 0.3}, replace(CONFIG, kl_target=0.2))
+    assert found({}, dict.fromkeys(HEALTHY)) == {}  # metrics.jsonl has null for what is not finite
+    assert found({}, dict.fromkeys(HEALTHY, float("nan"))) == {}
+    one_odd = rows(VALUE_AFTER)
+    one_odd[-1] |= {"kl_div": 0.4, "clipfrac": 0.9}
+    assert warnings_of(rows(FIRST), one_odd, CONFIG, 20) == {}
+
+
+def test_a_warning_is_said_once_and_not_again_by_a_resumed_run(tmp_path, capsys):
+    def watch(updates: int, until: int) -> None:
+        with Monitor(CONFIG) as watching:
+            watching.start(True)
+            watching.begin(tmp_path, updates, 20, {"judge_weak": "the judge is weak"})
+            for row in history[updates:until]:
+                watching.update(row)
+
+    history = [HEALTHY | {"update": i, "env_steps": i, "episodes": i, "fps": 1.0} for i in range(1, 30)]
+    for row in history[9:]:
+        row["clipfrac"] = 0.9
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    watch(0, 25)
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: ") == 2 and "WARNING: 0." in printed and printed.count("update ") == 25
+    rows = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["update"]) for row in rows] == [("judge_weak", 0), ("clipfrac_high", 12)]
+    watch(20, 25)
+    assert "WARNING" not in capsys.readouterr().out
+    before = (tmp_path / "warnings.jsonl").read_bytes()
+    watch(8, 25)  # from a checkpoint before it: it is said again, at the same update
+    assert capsys.readouterr().out.count("WARNING: ") == 1
+    assert (tmp_path / "warnings.jsonl").read_bytes() == before
+
+
+def test_a_run_with_a_learning_rate_far_too_high_is_warned_and_resumes_with_the_same_words(tmp_path):
+    settings = RUN | dict(run_dir=str(tmp_path), lr=0.05, critic_lr=0.05, total_time_steps=6000, save_interval=3)
+    whole = trained(experiment_name="whole", **settings)
+    said = [json.loads(line) for line in (whole / "warnings.jsonl").read_text().splitlines()]
+    assert "kl_runaway" in {row["name"] for row in said} and len({row["name"] for row in said}) == len(said)
+    assert all(set(row) == {"update", "env_steps", "name", "text"} for row in said)
+
+
+# --- sample dialogues
+
+
+def test_sample_dialogues_change_nothing_and_are_the_same_in_a_resumed_run(tmp_path):
+    settings = RUN | dict(run_dir=str(tmp_path), keep_checkpoints=9)
+    without = trained(experiment_name="without", sample_interval=0, **settings)
+    shown = trained(experiment_name="shown", sample_interval=2, **settings)
+    assert digest(shown) == digest(without) and not (without / "samples.jsonl").exists()
+    before = (shown / "samples.jsonl").read_text()
+    samples = [json.loads(line) for line in before.splitlines()]
+    updates = [row["update"] for row in lines(shown)]
+    assert [row["update"] for row in samples] == [u for u in updates if u == 1 or u % 2 == 0]
+    assert len({tuple(row["context"]) for row in samples}) == len(samples)  # another dialogue each time
+    for row in samples:
+        assert set(row) == {"update", "env_steps", "context", "before", "now", "human", "scores"}
+        assert set(row["scores"]) == {"before", "now"} and set(row["scores"]["now"]) == {"score", "meteor"}
+        same = row["before"] == row["now"]
+        assert same == (row["scores"]["before"] == row["scores"]["now"]) or not same
+    with open(shown / "samples.jsonl", "a") as file:
+        file.write('{"update": 99, "torn')
+    (shown / "checkpoints" / f"update-{updates[-1]:06d}" / "manifest.json").unlink()
+    resumed(shown)
+    assert (shown / "samples.jsonl").read_text() == before and digest(shown) == digest(without)
+
+
+# --- the display
+
+
+def drawn(watching: Monitor, width: int, monkeypatch) -> list[str]:
+    """What the monitor draws on a terminal of this width."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(monitor, "console", lambda: console)
+    console.print(watching._draw())
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+def test_the_display_fits_every_terminal(width, tmp_path, monkeypatch):
+    nasty = "\x1b[31m[bold]Hello,\nthere\x07 " + "私は猫です " * 20
+    with Monitor(replace(CONFIG, experiment_name="a" * 30)) as watching:
+        watching.start(True)
+        watching.begin(tmp_path, 0, 20, {})
+        for row in rows(50, episodes=1, fps=1234.5, peak_memory_mb=float("nan"), reward_kl=0.0):
+            watching.update(row)
+        scores = {"before": {"score": 0.1, "intent": 0.0}, "now": {"score": None, "intent": 1.0}}
+        row = dict(update=50, env_steps=9, context=[nasty, "Two?"], before=nasty, now="", human="Hi.", scores=scores)
+        watching.dialogue(row)
+        watching.stage("collecting replies")
+        screen = drawn(watching, width, monkeypatch)
+    from rich.cells import cell_len
+
+    assert max(cell_len(line) for line in screen) <= width
+    assert len(screen) < 60 and any("(nothing)" in line for line in screen)
+    assert "\x1b[31m" not in "\n".join(screen) and "\x07" not in "\n".join(screen)
+    if width >= 80:
+        text = "\n".join(screen)
+        for word in ("update 50", "5,000 of 50,000 steps", "score", "KL, target 0.05", "explained var.", "1,234", "▄"):
+            assert word in text
+        assert "[bold]Hello, there" in text  # a model's text is shown, not obeyed
+
+
+class Terminal:
+    """A program on a pseudo-terminal, and what it has written there."""
+
+    def __init__(self, *command: str, columns: int = 100, **environment: str):
+        self.master, slave = pty.openpty()
+        plain = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "PPO_DIALOG_PROGRESS")}
+        size = dict(TERM="xterm-256color", COLUMNS=str(columns), LINES="50")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=plain | size | environment,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        self.written = ""
+
+    def read_until(self, words: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.written and time.monotonic() < deadline:
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self.written += os.read(self.master, 65536).decode(errors="replace")
+                except OSError:  # the program has ended
+                    break
+
+    def end(self) -> int:
+        self.read_until("\0never\0")
+        os.close(self.master)
+        return self.process.wait(30)
+
+
+def test_on_a_terminal_a_run_is_drawn_and_ctrl_c_gives_the_terminal_back(tmp_path):
+    settings = dict(run_dir=tmp_path, env_num=16, total_time_steps=10**6, eval_limit=-1, judge_samples=50)
+    terminal = Terminal(sys.executable, "ppo_dialog.py", *flags(**settings))
+    try:
+        terminal.read_until("update 3")
+        assert "validation dialogue after update 1" in terminal.written, terminal.written[-3000:]
+        terminal.process.send_signal(signal.SIGINT)
+    finally:
+        status = terminal.end()
+    assert status == 130
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.written)
+    for words in ("loading the models", "KL, target 0.05", "tokens/s", "of 1,000,000 steps", "left", "human"):
+        assert words in text
+    assert "update   1  steps" not in text  # no lines beside the display
+    assert "stopping after this update" in text and "stopped after update" in text
+    assert terminal.written.rindex("\x1b[?25h") > terminal.written.rindex("\x1b[?25l")  # the cursor is back
+    sample = json.loads((tmp_path / "ppo_dialog" / "samples.jsonl").read_text().splitlines()[0])
+    assert one_line(sample["human"])[:20] in text
+
+
+@pytest.mark.parametrize("spoilt", [{"TERM": "dumb"}, {"CI": "true"}, {"PPO_DIALOG_PROGRESS": "plain"}])
+def test_where_nothing_can_be_drawn_there_are_lines(spoilt, monkeypatch):
+    class Screen(io.StringIO):
+        encoding = "utf-8"
+        isatty = lambda self: True
+
+    for name in ("CI", "PPO_DIALOG_PROGRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Screen())
+    assert drawable() and not drawable(main=False) and not drawable("plain")
+    for name, value in spoilt.items():
+        monkeypatch.setenv(name, value)
+    assert not drawable() and drawable("live")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a file
+    assert not drawable()
+
+
+def test_small_parts():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0] * 5, 8) == "▄▄▄▄▄" and sparkline([None, float("nan")], 8) == ""
+    assert sparkline([0, None, 7], 8) == "▁ █" and len(sparkline(list(range(1000)), 20)) == 20
+    assert sparkline([0, 10, 100, 90], 2) == "▁█"  # means of two
+    assert [clock(s) for s in (7, 750, 10865, 97200)] == ["0:07", "12:30", "3:01:05", "1 d 3 h"]
+    moved = []
+    printed = [
+        "first use",
+        "sft: step 0/482, 0.0 min, validation loss 7.1, perplexity 1",
+        "sft: step 241/482, 1.0 min, loss 2",
+    ]
+    follow(printed, lambda share, note: moved.append((share, note)))
+    assert moved == [(0.0, "validation loss 7.1, perplexity 1"), (0.5, "loss 2")]
+
+
+# --- trackers
+
+
+NAMES = {"alpha", "kl_div", "intent", "meteor", "FPS", "episode_reward", "eval/policy/meteor", "eval/difference/intent"}
+
+
+def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    settings = SHORT | dict(total_time_steps=900, eval_limit=8, sample_interval=1, run_dir=str(tmp_path))
+    folder = trained(**settings, track=("wandb", "tensorboard", "trackio"), wandb_mode="offline")
+    printed = capfd.readouterr()
+    assert "WARNING" not in printed.out and "wandb" not in printed.out + printed.err.replace(str(tmp_path), "")
+    rows, result = lines(folder), json.loads((folder / "eval.json").read_text())
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for read in (read_tensorboard, read_wandb, read_trackio):
+        scalars, tables = read(folder, tmp_path)
+        assert NAMES <= set(scalars), (read.__name__, sorted(scalars))
+        assert len(scalars["alpha"]) == len(rows) > 1
+        for mine, theirs in (("fps", "FPS"), ("kl_div", "kl_div"), ("episode_reward", "episode_reward")):
+            assert [scalars[theirs][r["update"]] for r in rows] == pytest.approx([r[mine] for r in rows], rel=1e-4)
+        assert list(scalars["eval/policy/meteor"].values()) == pytest.approx([result["policy"]["meteor"]], rel=1e-4)
+        assert samples[-1]["now"] in tables[-1] and samples[-1]["human"] in tables[-1], read.__name__
+
+
+def read_tensorboard(folder: Path, _: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars, texts = {}, []
+    for file in sorted(folder.rglob("events.out.tfevents*")):
+        events = EventAccumulator(str(file), size_guidance={"tensors": 0, "scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["tensors"]:
+            if tag.startswith("samples"):
+                texts += [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
+    return scalars, texts
+
+
+def read_wandb(folder: Path, _: Path):
+    """The records of the offline file: LevelDB's log format (blocks of 32 KiB, each record with a head of 7 bytes)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    scalars: dict[str, dict[int, float]] = {}
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, part = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no head fits: the next block
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the end of one
+            record, part = Record.FromString(part), b""
+            for item in record.history.item:
+                value = json.loads(item.value_json)
+                if isinstance(value, (int, float)):
+                    scalars.setdefault(item.key or "/".join(item.nested_key), {})[record.history.step.num] = value
+    tables = sorted(folder.glob("wandb/offline-run-*/files/media/table/*.json"), key=lambda f: f.stat().st_mtime_ns)
+    return scalars, [" ".join(str(c) for row in json.loads(f.read_text())["data"] for c in row) for f in tables]
+
+
+def read_trackio(_: Path, tmp_path: Path):
+    scalars: dict[str, dict[int, float]] = {}
+    tables = []
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        for step, text in database.execute("select step, metrics from metrics order by id"):
+            for name, value in json.loads(text).items():
+                if name == "samples":
+                    tables.append(" ".join(str(c) for row in value["_value"] for c in row.values()))
+                else:
+                    scalars.setdefault(name, {})[step] = value
+    return scalars, tables
+
+
+def test_a_tracker_that_is_not_installed_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--track trackio needs the package trackio: pip install trackio"):
+        trained(run_dir=str(tmp_path), total_time_steps=200, eval_limit=-1, intent_coef=0.0, track=("trackio",))
