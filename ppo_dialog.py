@@ -65,6 +65,7 @@ from experiment import (
     progress_line,
     save,
     save_merged,
+    show_results,
     start_trackers,
     tracker_ids,
     validation_reward,
@@ -1140,6 +1141,8 @@ def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
                 compare_with_start(config, policy, start, codec, held_out, score, judge, run, main)
     if main and config.lora_merge:
         save_merged(run)
+    if main:
+        show_results(run)
     accelerator.wait_for_everyone()
     log.close()
     say(
