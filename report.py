@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shlex
 import statistics
@@ -37,8 +38,8 @@ import matplotlib.pyplot as plt
 
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
 POINTS = 400  # of a curve at most; of longer runs neighbours are averaged
-LIGHT = ("#2b6cdf", "#d97706", "#0d9373", "#9333c7", "#d1345b", "#64748b", "#0891b2", "#a16207")  # colour-blind safe
-DARK = ("#7eb0ff", "#fbb24c", "#4fd6a7", "#cf9cf5", "#ff8fa8", "#a9b6c9", "#5fd3e8", "#dfc056")  # in this order
+LIGHT = ("#2b6cdf", "#d97706", "#0d9373", "#9333c7", "#d1345b", "#64748b", "#0891b2", "#a16207")
+DARK = ("#7eb0ff", "#fbb24c", "#4fd6a7", "#cf9cf5", "#ff8fa8", "#a9b6c9", "#5fd3e8", "#dfc056")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # the figures of one panel, where colours tell runs apart
 
 
@@ -54,9 +55,9 @@ class Panel:
     names: str
     """Figures of metrics.jsonl, a line each; `reward_*` stands for all that begin so."""
     note: str = ""
-    """Unit and meaning."""
+    """Unit and meaning; where there are several lines, their legend stands in its place."""
     level: str = ""
-    """The setting whose value is drawn as a dashed line."""
+    """A setting, whose value is drawn as a dashed line."""
 
 
 PANELS = {
@@ -64,34 +65,33 @@ PANELS = {
         Panel("Score", "score", "mean reward of the sampled replies"),
         Panel("Score less KL penalty", "episode_reward", "what PPO maximises"),
         Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints"),
-        Panel("Intent", "intent", "share of replies with the act of the human reply"),
-        Panel("METEOR", "meteor", "likeness to the human reply"),
-        Panel("Parts of the reward", "reward_*", "weighted, as they add up"),
-        Panel("Shares of the reward", "share_*", "of the parts' absolute sizes"),
+        Panel("Intent and METEOR", "intent meteor"),
+        Panel("Parts of the reward", "reward_*"),
+        Panel("Shares of the reward", "share_*"),
     ),
     "Distance from the start": (
-        Panel("KL to the reference", "kl_div", "nats per token; dashed: the target", "kl_target"),
+        Panel("KL to the reference", "kl_div", "nats per token", "kl_target"),
         Panel("KL coefficient", "alpha", "rises while KL is above its target"),
-        Panel("KL of one update", "approx_kl", "nats per token, new policy against the one that sampled", "target_kl"),
+        Panel("KL of one update", "approx_kl", "nats per token, from the policy that sampled", "target_kl"),
     ),
     "Replies": (
-        Panel("Reply length", "mean_output_length", "tokens; dashed: the most allowed", "max_new_tokens"),
+        Panel("Reply length", "mean_output_length", "tokens", "max_new_tokens"),
         Panel("Prompt length", "mean_prompt_length", "tokens"),
-        Panel("Entropy", "entropy", "nats per token; falls as replies become uniform"),
+        Panel("Entropy", "entropy", "nats per token; falls as replies grow alike"),
     ),
     "Optimisation": (
-        Panel("Policy loss", "policy_loss"),
+        Panel("Policy loss", "policy_loss", "of PPO, a token's mean"),
         Panel("Value loss", "value_loss", "in units of the returns' deviation, squared"),
-        Panel("Explained variance", "explained_variance", "of the returns, by the value; 1 is perfect, 0 is useless"),
-        Panel("Clip fraction", "clipfrac", "share of tokens whose ratio left the clip range"),
-        Panel("Gradient norm", "grad_norm", "before clipping; dashed: where it is clipped", "max_grad_norm"),
+        Panel("Explained variance", "explained_variance", "of returns by values: 1 is all, 0 nothing"),
+        Panel("Clip fraction", "clipfrac", "share of tokens beyond the clip range"),
+        Panel("Gradient norm", "grad_norm", "before clipping", "max_grad_norm"),
         Panel("Learning rates", "lr critic_lr"),
         Panel("Passes", "passes", "over each rollout"),
         Panel("Skipped steps", "skipped_steps", "of the optimizer, loss or gradient not finite"),
     ),
     "Speed and memory": (
         Panel("Speed", "fps", "tokens a second"),
-        Panel("Time of an update", "rollout_s scoring_s update_s", "seconds"),
+        Panel("Seconds of an update", "rollout_s scoring_s update_s"),
         Panel("Peak memory", "peak_memory_mb", "MiB"),
         Panel("Padding", "padding_share", "share of the prompts' pass"),
     ),
@@ -210,6 +210,7 @@ class Line:
     """One curve: values over environment steps, as they are and as a running mean for the eye."""
 
     label: str
+    figure: str
     color: int
     dash: str
     x: list[float]
@@ -225,21 +226,30 @@ def points(run: Run, name: str) -> tuple[list[float], list[float]]:
     return [float(x) for x, _ in found], [float(y) for _, y in found]
 
 
+def last_step(runs: Sequence[Run]) -> float:
+    """The end of the x axis, the same in all panels."""
+    return max((row["env_steps"] for run in runs for row in run.metrics if number(row["env_steps"])), default=1) or 1
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
-    span = max(1, len(values) // 40)
-    return [statistics.fmean(values[max(0, i - span) : i + 1]) if span > 1 else v for i, v in enumerate(values)]
+    """Means over as many neighbours on either side, fewer towards the ends: a straight line stays as it is."""
+    reach, last = min(15, len(values) // 24), len(values) - 1
+    windows = [min(reach, i, last - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - w : i + w + 1]) for i, w in enumerate(windows)]
 
 
 def lines_of(names: Iterable[str], runs: Sequence[Run]) -> list[Line]:
     """A line for each figure of each run: colours tell runs apart, or the figures where there is one run."""
     lines, several, names = [], len(runs) > 1, list(names)
+    prefix = os.path.commonprefix(names).rpartition("_")[0] + "_"  # reward_intent and reward_kl: intent and kl
     for k, run in enumerate(runs):
         for j, name in enumerate(names):
             x, y = points(run, name)
-            label = name if not several else run.name if len(names) == 1 else f"{run.name}: {name}"
+            figure = name.removeprefix(prefix) if len(names) > 1 else name
+            label = figure if not several else run.name if len(names) == 1 else f"{run.name}, {figure}"
             dash = DASHES[j % len(DASHES)] if several else ""
             if x:
-                lines.append(Line(label, (k if several else j) % len(LIGHT), dash, x, y, running_mean(y)))
+                lines.append(Line(label, figure, (k if several else j) % len(LIGHT), dash, x, y, running_mean(y)))
     return lines
 
 
@@ -281,22 +291,26 @@ def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, l
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (panel, names) in zip(grid.flat, panels):
+        keys = {}  # of the panel's legend
         for line in lines_of(names, runs):
             color, style = LIGHT[line.color], (0, tuple(map(float, line.dash.split()))) if line.dash else "-"
+            keys[line.figure] = plt.Line2D([], [], color="#64748b" if len(runs) > 1 else color, linestyle=style)
             if line.smooth != line.y:
                 axes.plot(line.x, line.y, color=color, linewidth=0.8, alpha=0.25)
             marker = "o" if len(line.x) < 3 else None
-            axes.plot(line.x, line.smooth, color=color, linestyle=style, linewidth=1.6, marker=marker, label=line.label)
+            axes.plot(line.x, line.smooth, color=color, linestyle=style, linewidth=1.6, marker=marker)
         if (level := level_of(panel, runs)) is not None:
             axes.axhline(level, color="#64748b", linewidth=1, linestyle="--")
         axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
         axes.tick_params(labelsize=8, length=0)
+        axes.set_xlim(0, last_step(runs) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda x, _: tick_label(x))
         axes.grid(color="#e5e7eb", linewidth=0.8)
         axes.spines[:].set_visible(False)
         if len(names) > 1:
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(keys.values(), keys, fontsize=7.5, handlelength=1.8, framealpha=0.7, edgecolor="none")
     if len(runs) > 1 and panels:
         lines = [plt.Line2D([], [], color=LIGHT[k % len(LIGHT)], label=run.name) for k, run in enumerate(runs)]
         figure.legend(handles=lines, loc="upper center", ncols=len(runs), frameon=False, fontsize=10)
@@ -304,7 +318,7 @@ def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, l
     gap = 0.75 if len(runs) > 1 else 0.4
     figure.subplots_adjust(0.045, 0.45 / inches, 0.985, 1 - gap / inches, wspace=0.22, hspace=0.42)
     figure.text(0.985, 0.08 / inches, "environment steps", fontsize=9, ha="right", color="#64748b")
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
@@ -317,20 +331,20 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins for the labels
 
 def tick_label(value: float) -> str:
     value = round(value, 12) + 0.0  # no minus zero
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
+            return f"{value / size:g}{unit}"
     return f"{value:g}"
 
 
 class Frame:
     """Where numbers stand in a chart's box, and its ticks."""
 
-    def __init__(self, x: Sequence[float], y: Sequence[float]):
+    def __init__(self, x: Sequence[float], y: Sequence[float], whole: bool = False):
         self.x, self.y = self.range_of(x, 0.0), self.range_of(y, 0.06)
-        ticks = lambda low, high, n: [t for t in MaxNLocator(n).tick_values(low, high) if low <= t <= high]
-        self.x_ticks = [(self.at_x(t), tick_label(t)) for t in ticks(*self.x, 4)]
-        self.y_ticks = [(self.at_y(t), tick_label(t)) for t in ticks(*self.y, 4)]
+        inside = lambda ticks, low, high: [t for t in ticks.tick_values(low, high) if low <= t <= high]
+        self.x_ticks = [(self.at_x(t), tick_label(t)) for t in inside(MaxNLocator(5, integer=whole), *self.x)]
+        self.y_ticks = [(self.at_y(t), tick_label(t)) for t in inside(MaxNLocator(4), *self.y)]
 
     @staticmethod
     def range_of(values: Sequence[float], margin: float) -> tuple[float, float]:
@@ -352,7 +366,7 @@ def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str
     """A panel for the template: paths, ticks, legend, and the numbers that are read off with the pointer."""
     lines, level = lines_of(names, runs), level_of(panel, runs)
     heights = [y for line in lines for y in line.y] + ([] if level is None else [level])
-    frame = Frame([x for line in lines for x in line.x], heights)
+    frame = Frame([0, last_step(runs)], heights)
     paths = []
     for line in lines:
         color = f"var(--c{line.color})"
@@ -360,15 +374,16 @@ def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str
             paths.append({"d": frame.path(line.x, line.y), "color": color, "kind": "raw"})
         dots = [(frame.at_x(x), frame.at_y(y)) for x, y in zip(line.x, line.y)] if len(line.x) < 12 else []
         paths.append({"d": frame.path(line.x, line.smooth), "color": color, "dash": line.dash, "dots": dots})
-    legend = [(line.label, f"var(--c{line.color})", line.dash) for line in lines] if len(names) > 1 else []
+    color_of = lambda line: "var(--soft)" if len(runs) > 1 else f"var(--c{line.color})"
+    legend = {line.figure: (line.figure, color_of(line), line.dash) for line in lines} if len(names) > 1 else {}
     exact = lambda v: float(f"{v:.5g}")
     read = [[line.label, f"var(--c{line.color})", line.x, list(map(exact, line.y))] for line in lines]
     return {
         "title": panel.title,
-        "note": panel.note,
+        "note": panel.note + (f"; dashed: {panel.level}" if level is not None else ""),
         "frame": frame,
         "paths": paths,
-        "legend": legend,
+        "legend": list(legend.values()),
         "level": None if level is None else frame.at_y(level),
         "read": {"x": frame.x, "y": frame.y, "lines": read},
     }
@@ -382,22 +397,19 @@ def histogram_chart(name: str, columns: list[Replies]) -> dict[str, Any] | None:
         return None
     every = [v for _, values in found for v in values]
     low, high = min(every), max(every)
-    if all(float(v).is_integer() for v in every) and high - low <= 40:
-        edges = np.arange(low - 0.5, high + 1)  # a bar for each number
-    else:
-        edges = np.histogram_bin_edges(every, 24)
+    whole = all(float(v).is_integer() for v in every) and high - low <= 40
+    edges = np.arange(low - 0.5, high + 1) if whole else np.histogram_bin_edges(every, 24)  # a bar for each number
     shares = [np.histogram(values, edges)[0] / len(values) for _, values in found]
-    frame = Frame(edges.tolist(), [0.0, *(float(s) for share in shares for s in share)])
-    frame.y_ticks = [(y, f"{float(label):.0%}") for y, label in frame.y_ticks if float(label) >= 0]
+    frame = Frame(edges.tolist(), [0.0, *(float(s) for share in shares for s in share)], whole)
+    frame.y_ticks = [(y, f"{100 * float(label):g}%") for y, label in frame.y_ticks if float(label) >= 0]
     paths, means = [], []
     for (column, values), share in zip(found, shares):
         x, y = np.repeat(edges, 2), np.concatenate([[0], np.repeat(share, 2), [0]])
         paths.append({"d": frame.path(x, y), "color": column.color, "kind": "bars"})
         means.append((frame.at_x(statistics.fmean(values)), column.color))
     legend = [(f"{c.label} {statistics.fmean(values):.3g}", c.color, "") for c, values in found]
-    title = "Length, tokens" if name == "length" else LABELS.get(name, name)
-    note = "share of the replies; upright: the mean"
-    return {"title": title, "note": note, "frame": frame, "paths": paths, "means": means, "legend": legend}
+    title = {"reward": "Reward", "intent": "Intent", "length": "Length, tokens"}.get(name, LABELS.get(name, name))
+    return {"title": title, "frame": frame, "paths": paths, "means": means, "legend": legend}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,10 +584,11 @@ def commands_of(run: Run) -> list[tuple[str, str]]:
     launch = "accelerate launch ppo_dialog.py"
     where = "" if run.folder.parent.as_posix() == "runs" else f" --run-dir {shlex.quote(run.folder.parent.as_posix())}"
     go_on = f"{launch} --resume{where} --experiment-name {shlex.quote(run.folder.name)}"
-    commands = [("make it again", f"{launch} --config {shlex.quote(place + '/config.yaml')}")] if run.config else []
-    commands.append(
-        ("go on with it, further", f"{go_on} --total-time-steps N") if run.finished else ("go on with it", go_on)
-    )
+    commands = []
+    if run.config:
+        commands.append(("make it again", f"{launch} --config {shlex.quote(place + '/config.yaml')}"))
+        further = ("train it further", f"{go_on} --total-time-steps N")
+        commands.append(further if run.finished else ("go on where it stopped", go_on))
     if (run.folder / "policy").is_dir():
         commands.append(("talk to it", f"python chat.py {shlex.quote(place)}"))
     return [*commands, ("draw this page again", f"python report.py {shlex.quote(place)}")]
@@ -594,7 +607,7 @@ def trained_on(run: Run) -> str:
     """Model and data in a few words, without the machine's folders."""
     short = lambda name: Path(name).name if Path(name).is_absolute() else name
     model, data = (short(str(run.config.get(n) or "unknown")) for n in ("model_path", "data_path"))
-    return f"model {model}, dialogues {data}" if run.config else "settings unknown"
+    return f"PPO from the model {model} on the dialogues {data}" if run.config else "PPO with unknown settings"
 
 
 def looks(samples: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
