@@ -66,6 +66,7 @@ from experiment import (
     sample_dialogue,
     save,
     save_merged,
+    show_results,
     start_trackers,
     tracker_ids,
     validation_reward,
@@ -1173,6 +1174,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                     log.summary(run / "eval.json", progress.updates)
     if main and config.lora_merge:
         save_merged(run)
+    if main:
+        show_results(run)
     accelerator.wait_for_everyone()
     log.close()
     say(
