@@ -34,8 +34,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from builtin_models import resolve_model
 from common import UserError, count_parameters, nearest, run_script, use_all_cores
 from configuration import command_line
@@ -64,6 +62,7 @@ NARROW = 60  # columns of a terminal; below, two agents answer one under the oth
 class ChatConfig(AgentConfig):
     """Talk with a model."""
 
+    # conversation
     prompt: str | None = None
     """Reply to this once and end."""
     versus: str = ""

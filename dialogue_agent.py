@@ -45,6 +45,8 @@ class AgentConfig:
 
     path: tyro.conf.Positional[str]
     """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
+
+    # model
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     format: Literal["auto", "dialogue", "template"] = "auto"
@@ -53,6 +55,8 @@ class AgentConfig:
     """System message, for a model with a chat template."""
     spaced: bool = False
     """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
+
+    # sampling
     temperature: float = 1.0
     """Below 1 the likely words become likelier."""
     top_k: int = 20

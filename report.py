@@ -30,6 +30,7 @@ import yaml
 from matplotlib.ticker import MaxNLocator
 
 from common import UserError, first_line, run_script
+from configuration import command_line
 from envs import ACTS
 from eval_metrics import LABELS
 
@@ -691,7 +692,7 @@ class ReportConfig:
 
 
 def main() -> None:
-    config = tyro.cli(ReportConfig, description=__doc__)
+    config = command_line(ReportConfig, __doc__)
     if not config.runs:
         raise UserError("no run was given; name the folder of one, such as runs/ppo_dialog.")
     output = Path(config.output) if config.output else None

@@ -11,6 +11,7 @@ import estimate
 import eval_metrics
 import intent_classifier
 import ppo_dialog
+import report
 import results
 import sft_dialog
 from configuration import command_line, headings
@@ -21,7 +22,8 @@ GROUPS = {  # some of each, and all that there are under the headings of the sou
     sft_dialog: ("text format", "training", "model and data"),
     intent_classifier: ("training", "model and data"),
     eval_metrics: ("models and data", "results", "sampling", "engine"),
-    chat: (),
+    chat: ("model", "sampling", "conversation"),
+    report: (),
     results: (),
 }
 CONFIGS = {
@@ -32,6 +34,7 @@ CONFIGS = {
     eval_metrics: eval_metrics.EvalConfig,
     chat: chat.ChatConfig,
     results: results.ResultsConfig,
+    report: report.ReportConfig,
 }
 
 
