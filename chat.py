@@ -1,16 +1,22 @@
-"""Talk with a model at the terminal: a run of ppo_dialog.py, or any Hugging Face causal language model.
+"""Talk with a model: a run of ppo_dialog.py, or any Hugging Face causal language model.
 
     python chat.py runs/my_run                       # a trained run's folder (its policy/ is what answers)
     python chat.py builtin                           # the small built-in model, trained at first use
     python chat.py gpt2 --top-p 0.9 --seed 1         # a hub name or a folder
+    python chat.py runs/my_run --versus builtin      # two side by side: both answer each line
+    python chat.py runs/my_run --web                 # a page in the browser, where the better reply can be chosen
     python chat.py FOLDER --prompt "How are you ?"   # one reply, then end
     python chat.py FOLDER < lines.txt > replies.txt  # a reply to each line: no prompts, no banner
 
 A model that carries a chat template, and no dialogue_format.json of ours, is talked to through its template (`--system`
 gives it a role). Any other sees the last utterances joined as in training (see DialogueFormat in envs.py).
 
-Commands, at the terminal and in piped input: `reset` forgets the conversation, `help` lists the commands, `quit` or
-`exit` leaves, as does Ctrl-D. Ctrl-C stops a reply; at the prompt, twice in a row leaves. Blank lines are ignored.
+At the terminal `/help` lists the commands; the bare words `reset`, `help`, `quit` and `exit` are commands too. Ctrl-C
+stops a reply; at the prompt, twice in a row leaves, as does Ctrl-D. Lines are kept for the next session in
+$XDG_STATE_HOME/ppo_dialog/chat_history (~/.local/state where that is not set).
+
+In piped input only `reset`, `help`, `quit` and `exit` are commands, and blank lines are ignored. With `--versus` each
+line of output holds both replies, a tab between them.
 
 From Python: `agent = Agent("runs/my_run", seed=1)`, then `agent.reply("How are you ?")`, `agent.stream(...)`,
 `agent.reset()`.
@@ -21,348 +27,365 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-import tyro
-from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import Any
 
 from builtin_models import resolve_model
-from common import (
-    UserError,
-    check_vocabulary,
-    count_parameters,
-    load_pretrained,
-    load_tokenizer,
-    run_script,
-    use_all_cores,
-)
-from envs import FORMAT_FILE, DialogueCodec, DialogueFormat
-from generation import Sampling
+from common import UserError, count_parameters, nearest, run_script, use_all_cores
+from configuration import command_line
+from dialogue_agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of
+from intent_classifier import IntentJudge
 
-TEMPLATE_NEW_TOKENS = 200  # what a chat model may say at most, where --max-new-tokens says nothing
-HELP = """\
-  reset       forget the conversation and begin a new one
-  help        show these lines
-  quit, exit  leave; Ctrl-D does too
-  Ctrl-C      stop the reply that is being written"""
+COMMANDS = {  # name: what follows it, what it does
+    "/help": ("", "show these lines"),
+    "/reset": ("", "forget the conversation and begin a new one"),
+    "/undo": ("", "take back what you said last, and the reply"),
+    "/retry": ("", "another reply to what you said last"),
+    "/scores": ("[on|off]", "dialogue act and log-probability of the last reply; on: after each"),
+    "/human": ("TEXT", "score the last reply against the one that a person would have given (METEOR, intent)"),
+    "/save": ("FILE", "write the conversation to a new JSON file"),
+    "/load": ("FILE", "go on with a conversation that was saved"),
+    "/quit": ("", "leave; /exit and Ctrl-D do too"),
+}
+KEYS = """\
+  Ctrl-C      stop the reply that is being written
+  Alt-Enter   a new line; lines that are pasted together are said together
+  reset, help, quit, exit work without the slash; begin with a blank to say a line that begins with one"""
+NARROW = 60  # columns of a terminal; below, two agents answer one under the other
 
 
 @dataclass
-class ChatConfig:
-    """Talk with a model at the terminal."""
+class ChatConfig(AgentConfig):
+    """Talk with a model."""
 
-    path: tyro.conf.Positional[str]
-    """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
-    tokenizer_path: str = ""
-    """Tokenizer, where it is not the model's own."""
+    # conversation
     prompt: str | None = None
     """Reply to this once and end."""
-    format: Literal["auto", "dialogue", "template"] = "auto"
-    """How the model is talked to: utterances joined as in training, or its chat template (auto: see above)."""
-    system: str = ""
-    """System message, for a model with a chat template."""
-    spaced: bool = False
-    """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
-    temperature: float = 1.0
-    """Below 1 the likely words become likelier."""
-    top_k: int = 20
-    """Draw from so many most likely tokens (0: from all)."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this probability."""
-    greedy: bool = False
-    """Always take the most likely token."""
-    min_new_tokens: int = 1
-    """A reply has at least so many tokens."""
-    max_new_tokens: int | None = None
-    """A reply has at most so many tokens (default: as in training; 200 with a chat template)."""
-    seed: int | None = None
-    """With a seed the same conversation gets the same replies; without, they differ each time."""
+    versus: str = ""
+    """Another model, as `path`: both answer each line, with the same settings, each in its own conversation."""
+    intent_model: str = ""
+    """Judge of dialogue acts for /scores: folder, hub name or 'builtin'; left out, that of the run, if it is one."""
+    web: bool = False
+    """Talk on a page at http://127.0.0.1:PORT instead, with two replies side by side and a choice of the better one."""
+    port: int = 7860
+    """Port of the page."""
+    preferences: str = "preferences.jsonl"
+    """File that the page appends choices to: prompt, chosen and rejected, as TRL's DPOTrainer reads them."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent
-
-
-class Agent:
-    """One side of a conversation: it answers, and remembers what was said.
-
-    `settings` are those of ChatConfig. Raises UserError for a setting out of range, and for a model that is not there,
-    has no tokenizer or is no causal language model.
-    """
-
-    def __init__(self, path: str, **settings: Any):
-        settings = ChatConfig(path, **settings)
-        s = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
-        self.system, self.spaced, self.seed = settings.system, settings.spaced, settings.seed
-        self.name = name = resolve_model(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = load_pretrained(AutoConfig, name, "model")
-        # AutoModelForCausalLM would load BERT too, and say nothing of its reading both ways
-        if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-            what = " and ".join(config.architectures or ["no architecture"])
-            raise UserError(f"model '{name}' is {what} by its config.json; expected a causal LM (as GPT2LMHeadModel).")
-        self.tokenizer = load_tokenizer(settings.tokenizer_path or name)
-        dtype = "auto" if device == "cuda" else torch.float32  # half precision is slow on most CPUs
-        self.model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to(device).eval()
-        check_vocabulary(self.tokenizer, self.model, name)
-
-        template = bool(self.tokenizer.chat_template)
-        if settings.format == "template" and not template:
-            raise UserError(f"model '{name}' has no chat template; talk to it with --format dialogue.")
-        ours = (Path(name) / FORMAT_FILE).is_file()
-        self.uses_template = settings.format == "template" or (settings.format == "auto" and template and not ours)
-        if self.system and not self.uses_template:
-            raise UserError("--system is for a model that is talked to through its chat template; this one is not.")
-        if self.spaced and self.uses_template:
-            raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
-
-        fmt = DialogueFormat.load(name)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize  # ALiBi, Mamba...
-        new_tokens = settings.max_new_tokens
-        if new_tokens is None:
-            new_tokens = min(TEMPLATE_NEW_TOKENS if self.uses_template else fmt.max_new_tokens, positions // 2)
-        if not 1 <= new_tokens < positions:
-            raise UserError(f"max_new_tokens is {new_tokens}; this model has room for 1 to {positions - 1}.")
-        if s.min_new_tokens > new_tokens:
-            raise UserError(f"min_new_tokens is {s.min_new_tokens}, but max_new_tokens only {new_tokens}.")
-        self.room = positions - new_tokens  # tokens that a prompt may have
-        self.codec = None  # of the dialogue format; None where the chat template is used
-        if not self.uses_template:
-            self.room = min(self.room, fmt.max_prompt_tokens)
-            self.codec = DialogueCodec(self.tokenizer, replace(fmt, max_new_tokens=new_tokens))
-
-        # These settings and no others: what the model's folder says of sampling, penalties and lengths is set aside.
-        # Only its end tokens are kept, because chat models have several.
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
-        if self.codec:
-            ends.add(self.codec.marker_token_id)
-        self.model.generation_config = GenerationConfig()
-        draws = {} if s.greedy else dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        self.generation_config = GenerationConfig(
-            max_new_tokens=new_tokens,
-            min_new_tokens=s.min_new_tokens,
-            eos_token_id=sorted(ends - {None}) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            do_sample=not s.greedy,
-            **draws,
-        )
-        self.has_cut = False  # whether the user was told that an input was too long
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the conversation."""
-        self.history: list[str] = []  # what user and agent said, in turn
-
-    def reply(self, text: str) -> str:
-        """The whole reply to `text`."""
-        return "".join(self.stream(text))
-
-    def stream(self, text: str) -> Iterator[str]:
-        """The reply to `text` in pieces, as it is written. Close the iterator to stop it: what was said until then
-        stays in the conversation, unless that is nothing."""
-        text = text.strip()
-        prompt = self._prompt_ids(text)
-        said, complete = "", False
-        # with a seed a reply depends on nothing but the conversation
-        torch.manual_seed(torch.seed() if self.seed is None else self.seed)
-        try:
-            # closed at once when this iterator is, so that generation has ended before the next reply begins
-            with contextlib.closing(self._generate(prompt)) as pieces:
-                marker = self.codec.format.eou_marker.strip() if self.codec else ""
-                for piece in presentable(pieces, marker, one_line=self.codec is not None):
-                    said += piece
-                    yield piece
-            complete = True
-        finally:
-            if said or complete:
-                self.history += [text, said]
-
-    def _encode(self, history: list[str]) -> list[int]:
-        """Prompt tokens of a conversation, uncut."""
-        if self.codec:
-            blank = " " if self.spaced else ""
-            return self.tokenizer(self.codec.format.prompt([f"{blank}{u}{blank}" for u in history])).input_ids
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages += [{"role": ("user", "assistant")[i % 2], "content": u} for i, u in enumerate(history)]
-        try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
-        except TemplateError as error:
-            raise UserError(f"the chat template of '{self.name}' refuses the conversation: {error}") from error
-
-    def _prompt_ids(self, text: str) -> list[int]:
-        """Prompt tokens with as much of the conversation as there is room for; what does not fit is forgotten."""
-        history = [*self.history, text]
-        if self.codec:
-            history = history[-self.codec.format.context_utterances :]
-        step = 1 if self.codec else 2  # many templates insist that the user begins
-        while len(ids := self._encode(history)) > self.room and len(history) > 1:
-            history = history[step:]
-        self.history = history[:-1]
-
-        words = self.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) > self.room and not self.has_cut:
-            print(f"(more than the model's {self.room} tokens: the beginning is left out)", file=sys.stderr, flush=True)
-            self.has_cut = True
-        while len(ids) > self.room:
-            words = words[len(ids) - self.room :]
-            if not words:
-                raise UserError(
-                    f"a prompt has room for {self.room} tokens, too few for a word beside what the format and the "
-                    "system message take; lower --max-new-tokens or shorten --system."
-                )
-            ids = self._encode([self.tokenizer.decode(words, skip_special_tokens=False)])
-        return ids
-
-    def _generate(self, prompt: list[int]) -> Iterator[str]:
-        """Text of the model as it comes, word by word; its special tokens are left out."""
-        stop = threading.Event()
-
-        def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            marked = self.codec is not None and self.codec.ended(ids[0, len(prompt) :].tolist())
-            return torch.tensor([stop.is_set() or marked], device=ids.device)
-
-        def generate() -> None:
-            ids = torch.tensor([prompt], device=self.model.device)
-            try:
-                self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=self.generation_config,
-                    stopping_criteria=StoppingCriteriaList([ended]),
-                    streamer=streamer,
-                )
-            finally:
-                streamer.on_finalized_text("", stream_end=True)  # also where generate raises
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            running = thread.submit(generate)
-            try:
-                yield from streamer
-                running.result()  # raises what generate raised
-            finally:
-                stop.set()
-
-
-# A terminal obeys these: what a model writes must not move the cursor or rename the window.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def presentable(pieces: Iterable[str], marker: str, one_line: bool) -> Iterator[str]:
-    """Generated text up to the marker ("" for none), without control characters and surrounding blanks, as it comes.
-
-    Whatever may yet turn out to be the beginning of the marker, or the blanks before it, is held back until more is
-    known; at the end it is dropped, since a reply that was cut short may end within its marker.
-    """
-    held, begun = "", False
-    for piece in pieces:
-        held += CONTROLS.sub("", piece)
-        text, found = held, False
-        if marker:
-            text, found, _ = held.partition(marker)
-        sure = len(text)
-        if not found:
-            sure -= max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
-        words = text[:sure].rstrip()
-        held = text[len(words) :]
-        if not begun:
-            words = words.lstrip()
-        if words:
-            begun = True
-            yield re.sub(r"\s*\n\s*", " ", words) if one_line else words
-        if found:
-            return
+def open_agents(config: ChatConfig) -> list[Agent]:
+    """The agent, or the two of them. Settings of one format alone go to the one that they fit."""
+    settings = {f.name: getattr(config, f.name) for f in fields(AgentConfig)}
+    if not config.versus:
+        return [Agent(**settings)]
+    apart = settings | dict(system="", spaced=False)
+    agents = [Agent(**apart)]
+    agents.append(agents[0].twin() if config.versus == config.path else Agent(**apart | {"path": config.versus}))
+    for option, template in (("system", True), ("spaced", False)):
+        fitting = [agent for agent in agents if agent.uses_template == template]
+        if settings[option] and not fitting:
+            how = "through a chat template" if template else "in the dialogue format"
+            raise UserError(f"--{option} is for a model that is talked to {how}; neither of the two is.")
+        for agent in fitting:
+            setattr(agent, option, settings[option])
+    return agents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # At the terminal
 
 
-def is_command(line: str, agent: Agent, say: Callable[[str], Any]) -> bool:
-    """Obey `line` where it is a command; `say` prints what there is to say. Leaving is SystemExit."""
-    match line.lower():
-        case "quit" | "exit":
-            sys.exit(0)
-        case "help":
-            say(HELP)
-        case "reset":
-            agent.reset()
-            say("(forgotten)")
-        case _:
-            return False
-    return True
-
-
-def print_reply(agent: Agent, text: str, name: str = "", nothing: str = "") -> None:
-    """Print the reply word by word, with a name before it; `nothing` stands for an empty one."""
-    silent = True
-    with contextlib.closing(agent.stream(text)) as pieces:
+def print_reply(agent: Agent, text: str, attempt: int = 0) -> bool:
+    """Print the reply word by word; whether there was a word."""
+    spoke = False
+    with contextlib.closing(agent.stream(text, attempt)) as pieces:
         for piece in pieces:
-            print(name * silent + piece, end="", flush=True)
-            silent = False
-    print(name + nothing if silent else "", flush=True)
+            print(piece, end="", flush=True)
+            spoke = True
+    return spoke
 
 
-def converse(agent: Agent) -> None:
+class Conversation:
+    """A person at a terminal, and one agent or two."""
+
+    def __init__(self, agents: Sequence[Agent], intent_model: str = ""):
+        from rich.console import Console
+
+        self.agents, self.intent_model = agents, intent_model
+        self.names = ["agent"] if len(agents) == 1 else ["A", "B"]
+        self.shows_scores, self.attempt, self.judges = False, 0, {}
+        self.console = Console(highlight=False, markup=False, emoji=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim")
+
+    def obey(self, line: str) -> None:
+        """A command. Raises UserError for one that is unknown, or cannot be obeyed; leaving is SystemExit."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match name.lower():
+            case "/quit" | "/exit":
+                sys.exit(0)
+            case "/help":
+                rows = [f"{f'{command} {argument}':17} {what}" for command, (argument, what) in COMMANDS.items()]
+                self.console.print("\n".join(f"  {row}" for row in rows) + "\n" + KEYS)
+            case "/reset":
+                for agent in self.agents:
+                    agent.reset()
+                self.note("(forgotten)")
+            case "/undo":
+                self.note(f"(taken back: {self.undo()})")
+            case "/retry":
+                before = [list(agent.history) for agent in self.agents]
+                text = self.undo()
+                self.attempt += 1
+                self.answer(text, self.attempt, otherwise=before)
+            case "/scores":
+                if rest not in ("", "on", "off"):
+                    raise UserError(f"'/scores {rest}' means nothing; expected /scores, /scores on or /scores off.")
+                if rest:
+                    self.shows_scores = rest == "on"
+                if rest != "off" and self.agents[0].history:
+                    self.show_scores()
+                elif rest:
+                    self.note(f"(scores are {rest})")
+                else:
+                    raise UserError("nothing was said yet; there is no reply to score.")
+            case "/human":
+                if not self.agents[0].history or not rest:
+                    raise UserError("expected /human TEXT after a reply, TEXT what a person would have said instead.")
+                self.show_scores(rest)
+            case "/save":
+                save_conversation(file_name(rest, "/save"), self.agents)
+                self.note(f"(written to {file_name(rest)})")
+            case "/load":
+                histories = load_conversation(file_name(rest, "/load"), len(self.agents))
+                for agent, history in zip(self.agents, histories):
+                    agent.history = history
+                self.attempt = 0
+                self.recall()
+            case _:
+                raise UserError(
+                    f"there is no command '{name}'; /help lists them, and a line that begins with a blank is said."
+                    + nearest(name, COMMANDS)
+                )
+
+    def undo(self) -> str:
+        texts = [agent.undo() for agent in self.agents]
+        if not texts[0]:
+            raise UserError("nothing was said yet.")
+        return texts[0]
+
+    def recall(self, last: int = 6) -> None:
+        """Show the end of the conversation, for who goes on with one from a file."""
+        for name, agent in zip(self.names, self.agents):
+            self.note(f"({len(agent.history)} utterances)")
+            for i, text in list(enumerate(agent.history))[-last:]:
+                self.console.print(f"{('you', name)[i % 2]}: {text}", style="dim")
+
+    def show_scores(self, human: str = "") -> None:
+        for name, agent in zip(self.names, self.agents):
+            known = judge_name(agent.path, self.intent_model) or judge_name(self.agents[0].path)
+            if known not in self.judges:
+                self.judges[known] = IntentJudge(resolve_model(known, "judge")) if known else None
+                if not known:
+                    self.note("(no dialogue acts: no judge is known for this model; name one with --intent-model)")
+            who = f"{name} " if len(self.agents) > 1 else ""
+            for row in scores_of(agent, self.judges[known], human):
+                self.note(f"  {who}{row}")
+
+    def answer(self, text: str, attempt: int = 0, otherwise: list[list[str]] | None = None) -> None:
+        """Show the reply, or both. Where one is stopped before its first word nobody has heard the text: the histories
+        are then those before it, or `otherwise`."""
+        before = [list(agent.history) for agent in self.agents]
+        try:
+            if len(self.agents) > 1 and self.console.width >= NARROW and not self.console.is_dumb_terminal:
+                self.answer_side_by_side(text, attempt)
+            else:
+                for name, agent in zip(self.names, self.agents):
+                    self.console.print(f"{name}: ", style="bold", end="")
+                    print("" if print_reply(agent, text, attempt) else "(no words)", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)")
+        finally:
+            if any(agent.history == heard for agent, heard in zip(self.agents, before)):
+                for agent, heard in zip(self.agents, otherwise or before):
+                    agent.history = heard
+        if self.shows_scores and self.agents[0].history:
+            self.show_scores()
+
+    def answer_side_by_side(self, text: str, attempt: int) -> None:
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        said = [""] * len(self.agents)
+
+        def columns() -> Table:
+            table = Table.grid(expand=True, padding=(0, 3, 0, 0))
+            for _ in self.agents:
+                table.add_column(ratio=1)
+            table.add_row(*[Text.assemble((f"{name}: ", "bold"), reply) for name, reply in zip(self.names, said)])
+            return table
+
+        with Live(console=self.console, get_renderable=columns, refresh_per_second=12):
+            for i, agent in enumerate(self.agents):
+                with contextlib.closing(agent.stream(text, attempt)) as pieces:
+                    for piece in pieces:
+                        said[i] += piece
+                said[i] = said[i] or "(no words)"
+
+
+def file_name(rest: str, command: str = "") -> str:
+    """The one file named after a command, quoted or not."""
+    try:
+        names = shlex.split(rest)
+    except ValueError:  # an apostrophe
+        names = [rest]
+    if not rest:
+        raise UserError(f"expected the name of a file: {command} FILE.")
+    return names[0] if len(names) == 1 else rest
+
+
+def history_file() -> Path | None:
+    """Where the lines of earlier sessions are kept, readable by their owner alone; None where that cannot be."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # as the specification has it: a relative one is to be ignored
+        state = Path.home() / ".local" / "state"
+    file = state / "ppo_dialog" / "chat_history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))
+    except OSError as error:
+        print(f"(lines are not kept for the next session: '{file}': {error.strerror})", file=sys.stderr)
+        return None
+    return file
+
+
+def open_prompt() -> Any:
+    """The prompt: a prompt_toolkit session with history, completion of commands, and Alt-Enter for a new line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    class CommandCompleter(Completer):
+        def get_completions(self, document, complete_event):
+            command, blank, rest = document.text_before_cursor.partition(" ")
+            if blank and command in ("/save", "/load"):
+                yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+            options = {"on": "", "off": ""} if blank and command == "/scores" else {}
+            if not blank and command.startswith("/"):
+                options = {name: f"{argument} {what}".strip() for name, (argument, what) in COMMANDS.items()}
+            typed = rest if blank else command
+            for option, meaning in options.items():
+                if option.startswith(typed):
+                    yield Completion(option, -len(typed), display_meta=meaning)
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    file = history_file()
+    return PromptSession(
+        history=FileHistory(file) if file else InMemoryHistory(),
+        auto_suggest=AutoSuggestFromHistory(),
+        completer=CommandCompleter(),
+        complete_while_typing=True,
+        key_bindings=keys,
+        enable_open_in_editor=True,
+    )
+
+
+BARE = ("reset", "help", "quit", "exit")  # commands also without a slash, as the tutorial has them
+
+
+def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
     """A conversation with a person."""
-    with contextlib.suppress(ImportError):  # line editing and recall in input(), where the platform has it
-        import readline  # noqa: F401
-    how = "its chat template" if agent.uses_template else "the dialogue format"
-    print(f"{agent.name}: {count_parameters(agent.model):,} parameters, through {how}\n{HELP}", flush=True)
+    conversation, session = Conversation(agents, intent_model), open_prompt()
+    for name, agent in zip(conversation.names, agents):
+        how = "its chat template" if agent.uses_template else "the dialogue format"
+        who = f"{name}: " if len(agents) > 1 else ""
+        conversation.note(f"{who}{agent.name}: {count_parameters(agent.model):,} parameters, through {how}")
+    conversation.note("/help lists the commands, reset begins anew, quit leaves")
     interrupted = False
     while True:
         try:
-            line = input("you: ").strip()
+            line = session.prompt([("bold", "you: ")])
         except EOFError:
-            return print()
+            return
         except KeyboardInterrupt:
             if interrupted:
-                return print()
+                return
             interrupted = True
-            print("\n(Ctrl-C again, Ctrl-D or quit leaves)")
+            conversation.note("(Ctrl-C again, Ctrl-D or quit leaves)")
             continue
         interrupted = False
-        if not line or is_command(line, agent, print):
-            continue
         try:
-            print_reply(agent, line, name="agent: ", nothing="(no words)")
-        except KeyboardInterrupt:
-            print(" (stopped)")
+            if line.strip().lower() in BARE:
+                conversation.obey(f"/{line.strip()}")
+            elif line.startswith("/"):
+                conversation.obey(line.strip())
+            elif line.strip():
+                conversation.attempt = 0
+                conversation.answer(line)
+        except UserError as error:  # a command that cannot be obeyed is no reason to end a conversation
+            conversation.note(f"({error})")
+        except KeyboardInterrupt:  # while a judge is loaded, say
+            conversation.note("(stopped)")
 
 
-def answer_lines(agent: Agent, lines: Iterable[str]) -> None:
-    """A conversation with a pipe: nothing but replies on stdout."""
+def say_replies(agents: Sequence[Agent], text: str) -> None:
+    """Print the reply to `text` and nothing else; of two agents both on one line, a tab between them."""
+    if len(agents) == 1:
+        print_reply(agents[0], text)
+        print(flush=True)
+    else:
+        print("\t".join(re.sub(r"\s+", " ", agent.reply(text)) for agent in agents), flush=True)
+
+
+def answer_lines(agents: Sequence[Agent], lines: Iterable[str]) -> None:
+    """A conversation with a pipe."""
     for line in lines:
         line = line.strip()
-        if line and not is_command(line, agent, lambda text: None):
-            print_reply(agent, line)
+        match line.lower():
+            case "quit" | "exit":
+                return
+            case "reset":
+                for agent in agents:
+                    agent.reset()
+            case "" | "help":
+                pass
+            case _:
+                say_replies(agents, line)
 
 
 def main() -> None:
-    config = tyro.cli(ChatConfig, description=__doc__)
+    config = command_line(ChatConfig, __doc__)
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is blank; expected something to reply to.")
+    if config.web and config.prompt is not None:
+        raise UserError("--web and --prompt were both given; expected one of them.")
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     use_all_cores()
-    agent = Agent(**vars(config))
+    if config.web:
+        from chat_page import check_page, serve  # here, because it takes seconds that a terminal need not wait for
+
+        check_page(config.preferences, config.port)
+        return serve(open_agents(config), config.preferences, config.port)
+    agents = open_agents(config)
     try:
         if config.prompt is not None:
-            print_reply(agent, config.prompt)
-        elif sys.stdin.isatty():
-            converse(agent)
+            say_replies(agents, config.prompt)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            converse(agents, config.intent_model)
         else:
-            answer_lines(agent, sys.stdin)
+            answer_lines(agents, sys.stdin)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -105,6 +105,9 @@ def import_path(path: str, what: str) -> Any:
         if not file.is_file():
             raise UserError(f"{what} is '{path}', but there is no file '{file}'.")
         name = f"user_file_{file.stem}"  # a name of its own: the file may be called as one of ours is
+        folder = str(file.resolve().parent)
+        if folder not in sys.path:
+            sys.path.append(folder)  # what the file imports may stand beside it
         spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module

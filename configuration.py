@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import io
+import json
+import os
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import tyro
@@ -57,6 +62,79 @@ WITHOUT_MEANING = {
 }
 
 
+def _named_values(words: list[str]) -> dict[str, Any]:
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"'{word}' is no NAME=VALUE")  # tyro says so, and exits with status 2
+    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in words)}
+
+
+# Settings under any names, on the command line `weight=2 word=please`; a value is what it would be in YAML
+NamedValues = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=_named_values,
+        is_instance=lambda x: isinstance(x, dict),
+        str_from_instance=lambda values: [f"{name}={json.dumps(value)}" for name, value in values.items()],
+    ),
+]
+
+
+def command_line(cls: type, description: str, arguments: Sequence[str] | None = None, default: Any = None) -> Any:
+    """A `cls` from the command line: tyro.cli, whose `--help` gets the headings that the fields have in the source.
+
+    A comment that stands alone between the fields of the dataclass is the heading of those after it. `default` is what
+    a file of settings gave, for the scripts that take one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = {} if default is None else {"default": default}
+    given["config"] = (tyro.conf.PositionalMetavarFromFieldName,)  # PATH, not STR
+    if not {"-h", "--help"} & set(arguments):
+        return tyro.cli(cls, args=arguments, description=description, **given)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, write_through=True)
+    shown.isatty = sys.stdout.isatty  # colours and lines where there would be some
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        name = Path(sys.argv[0]).name + " [--config FILE.yaml]" * (default is not None)
+        tyro.cli(cls, prog=name, args=["--help"], description=description, **given)
+    try:
+        print(_under_headings(shown.buffer.getvalue().decode(shown.encoding), cls), flush=True)
+    except BrokenPipeError:  # `--help | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def headings(cls: type) -> dict[str, str]:
+    """The heading of each field of a dataclass that has one, in the order of the fields."""
+    found = {}
+    for part in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        heading = None
+        for line in inspect.getsource(part).splitlines():
+            if comment := re.match(r" {4}# (.+)", line):
+                heading = comment[1]
+            elif heading and (name := re.match(r" {4}(\w+): ", line)):
+                found.setdefault(name[1], heading)  # where a field is only given another default, it stays
+    return {f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found}
+
+
+def _under_headings(text: str, cls: type) -> str:
+    """The help text with a line that names the group before the first option of each."""
+    named, first = headings(cls), {}
+    for before, name in zip(("", *named), named):
+        if named[name] != named.get(before):
+            first["--" + name.replace("_", "-")] = named[name]
+    lines = []
+    for line in text.splitlines():
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
+        option = re.match(r"(.) (--[\w-]+)", plain)
+        if option and option[2] in first:
+            boxed = f"├─ {first[option[2]]} ".ljust(len(plain) - 1, "─") + "┤"
+            lines += [boxed] if option[1] == "│" else ["", f" {first[option[2]]}", " " + "-" * (len(plain) - 2)]
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any, list[str]]:
     """A `cls` from the command line and the file after `--config`, and sentences on keys that have no meaning here.
 
@@ -64,7 +142,7 @@ def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any,
     """
     arguments, file = _config_file(argv)
     values, notes = load_yaml(cls, file) if file else ({}, [])
-    config = tyro.cli(cls, args=arguments, default=cls(**values), description=description)
+    config = command_line(cls, description, arguments, default=cls(**values))
     if getattr(config, "resume", False):
         config, notes = _resumed(cls, config, arguments, description)
     return config, notes
@@ -90,7 +168,7 @@ def _resumed(cls: type, config: Any, arguments: list[str], description: str) -> 
         raise UserError(f"there is no run in '{config.run_folder}' to resume; leave --resume out to start one there.")
     values, _ = load_yaml(cls, str(stored))
     place = dict(run_dir=config.run_dir, experiment_name=config.experiment_name)
-    config = tyro.cli(cls, args=arguments, default=cls(**values | place), description=description)
+    config = command_line(cls, description, arguments, default=cls(**values | place))
     notes = [
         f"{f.name} is {getattr(config, f.name)}, {values[f.name]} before: from here on it is another run than the "
         "uninterrupted one"

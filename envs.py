@@ -91,7 +91,10 @@ def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> D
             if not skip_bad_rows:
                 raise UserError(f"{bad[0]}. Mend the row, or leave out all such rows with --skip-bad-rows.") from None
     if not good:
-        raise UserError(f"the {split} split of '{data_path}' holds no dialogue" + (f" ({bad[0]})." if bad else "."))
+        why = f" ({bad[0]})" if bad else ""
+        if Path(data_path).is_file() and not bad:
+            why = ": a single file is cut 90/5/5, so give at least 20 dialogues, or a folder with a file for each split"
+        raise UserError(f"the {split} split of '{data_path}' holds no dialogue{why}.")
     return Dialogues(good, bad)
 
 
@@ -420,6 +423,7 @@ class DialogueFormat:
 class FormatOptions:
     """Text format as settings of a script; what is left out is as the model's folder says, else the tutorial's."""
 
+    # text format
     context_utterances: int | None = None
     """Utterances of context in a prompt; only utterances with at least so many before them are samples [5]."""
     eou_marker: str | None = None

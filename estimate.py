@@ -39,6 +39,7 @@ FAKE = FakeTensorMode()
 class EstimateConfig(PPOConfig):
     """The options of ppo_dialog.py, and what it would be launched with."""
 
+    # what it would be launched with
     engine: Engine = "ddp"
     """What carries the run, by the names of the files in configs/accelerate."""
     processes: int = 1

@@ -45,6 +45,7 @@ from common import (
     use_all_cores,
     write_json,
 )
+from configuration import command_line
 from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
 from intent_classifier import IntentJudge
@@ -453,6 +454,7 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
 class EvalConfig:
     """Evaluation of a dialogue model, against a baseline where one is given."""
 
+    # models and data
     model_path: str = tyro.MISSING
     """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
     its --replies, which are scored again."""
@@ -470,14 +472,20 @@ class EvalConfig:
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
     """Another judge, which the training never asked: is a gain in intent more than this one judge's taste?"""
+
+    # results
     replies: str = ""
     """File for the replies, a line of JSON each; another evaluation takes it as --baseline-path and is sooner done."""
     output: str = ""
     """JSON file for metrics, differences and settings; the table is printed in any case."""
+    perplexity: bool = True
+    """Price the human replies as well, which takes about half of the time."""
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
+
+    # sampling
     seed: int = 0
     """Seed of the sampling; both models get the same random numbers."""
-    batch_size: int = 32
-    """Replies written at a time."""
     temperature: float = EVAL_SAMPLING.temperature
     """Divides the logits before sampling."""
     top_k: int = EVAL_SAMPLING.top_k
@@ -488,10 +496,10 @@ class EvalConfig:
     """A reply cannot end earlier."""
     greedy: bool = EVAL_SAMPLING.greedy
     """Take the most likely token rather than sample."""
-    bootstrap: int = 1000
-    """Resamples for the intervals."""
-    perplexity: bool = True
-    """Price the human replies as well, which takes about half of the time."""
+
+    # engine
+    batch_size: int = 32
+    """Replies written at a time."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Run the models under autocast to bf16."""
 
@@ -601,7 +609,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    config = tyro.cli(EvalConfig, description=__doc__)
+    config = command_line(EvalConfig, __doc__)
     use_all_cores()
     run_evaluation(config)
 

@@ -12,11 +12,15 @@ import inspect
 import io
 import itertools
 import json
+import platform
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file, save_model
@@ -25,11 +29,12 @@ from transformers import AutoModelForCausalLM
 
 from builtin_models import resolve_model
 from checkpoint import FolderLock
-from common import UserError, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
+from common import UserError, finite, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
 from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
-from eval_metrics import EVAL_SAMPLING, compare, evaluate_model, format_table, generate_replies, progress
+from eval_metrics import EVAL_SAMPLING, Evaluation, compare, evaluate_model, format_table, generate_replies, progress
 from intent_classifier import IntentJudge, accuracy_on
+from report import write_report
 from rewards import Reward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,21 +334,27 @@ def compare_with_start(
     run: Path,
     main: bool = True,
 ) -> None:
-    """Supervised start against the trained policy on held-out samples: table and eval.json, by the main process."""
-    evaluations, scores = [], []
+    """Supervised start against the trained policy on held-out samples: table, eval.json and eval_samples.jsonl (each
+    sample with both replies and their scores), by the main process."""
+    evaluations, scores, statistics = [], [], []
     for name, model in (("the supervised start", start), ("the PPO result", policy)):
         if main:
             print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
         with progress(name, lines=False, main=main and config.progress != "plain") as report:
             evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
         columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
-        scores.append(score(*columns, [s.act for s in samples])[0])
+        scored = score(*columns, [s.act for s in samples])
+        scores.append(scored[0])
+        statistics.append(scored[1])
     if not main:
         return
     before, after = scores
     error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
     gain = float((after - before).mean())
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     settings = {"split": config.eval_split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
+    settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
     result = compare(evaluations[1], evaluations[0], settings=settings)
     result["reward"] = {
         "policy": float(after.mean()),
@@ -351,6 +362,11 @@ def compare_with_start(
         "difference": gain,
         "standard_error": error,
     }
+    rows = [sample_scores(*columns) for columns in zip(evaluations, scores, statistics)]
+    with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
+        for sample, first, last in zip(samples, *rows):
+            row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
     write_json(run / "eval.json", result)
     print(format_table(result, headings=("supervised", "PPO")))
     print(
@@ -358,3 +374,24 @@ def compare_with_start(
         f"a change of {gain:+.3f} with a standard error of {error:.3f}",
         flush=True,
     )
+
+
+def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[str, np.ndarray]) -> list[dict]:
+    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
+    columns = statistics | evaluation.scores | {"reward": scores, "length": evaluation.scores["mean_output_length"]}
+    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
+    return [
+        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
+    ]
+
+
+def show_results(run: Path) -> None:
+    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
+    try:
+        print(f"report: {write_report([run])}", flush=True)
+    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
+        print(
+            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
+            f"`python report.py {run}` tries again",
+            flush=True,
+        )

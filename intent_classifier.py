@@ -31,6 +31,7 @@ from common import (
     whole_folder,
     write_json,
 )
+from configuration import command_line
 from envs import ACTS, Dialogue, load_dialogues
 from supervised import FitConfig, fit, forget, state_folder
 
@@ -123,6 +124,7 @@ def pairs_of(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
 class IntentConfig(FitConfig):
     """Training of the dialogue-act classifier."""
 
+    # model and data
     model_path: str = tyro.MISSING
     """Encoder to start from: hub name or folder."""
     data_path: str = "builtin"
@@ -212,7 +214,7 @@ def train_intent(config: IntentConfig) -> Path:
 
 
 def main() -> None:
-    config = tyro.cli(IntentConfig, description=__doc__)
+    config = command_line(IntentConfig, __doc__)
     use_all_cores(PartialState().num_processes)
     train_intent(config)
 

@@ -51,7 +51,7 @@ from common import (
     run_script,
     use_all_cores,
 )
-from configuration import HIDDEN, parse_config, save_yaml
+from configuration import HIDDEN, NamedValues, parse_config, save_yaml
 from engines import Placement, at_hand, largest, make_accelerator, place, placement_of, prepare, ready, whole_state
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
 from experiment import (
@@ -66,6 +66,7 @@ from experiment import (
     sample_dialogue,
     save,
     save_merged,
+    show_results,
     start_trackers,
     tracker_ids,
     validation_reward,
@@ -114,8 +115,8 @@ class PPOConfig(FormatOptions):
     # rewards
     reward: str = "default"
     """'default' (intent and METEOR), a registered name, or the import path of a Reward or function of your own."""
-    reward_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments for a reward of your own."""
+    reward_args: NamedValues = field(default_factory=dict)
+    """Arguments for a reward of your own: --reward-args weight=2 word=please."""
     intent_model: str = "builtin"
     """Dialogue-act classifier, the judge of the intent reward: hub name, folder or 'builtin'."""
     intent_coef: float = 0.5
@@ -937,7 +938,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         say(f"{split}: {len(dialogues[split])} dialogues, {len(samples[split])} samples{skipped}")
         if not samples[split]:
             raise UserError(
-                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample."
+                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
+                "--context-utterances for short dialogues."
             )
     tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
     codec = DialogueCodec(tokenizer, fmt)
@@ -1189,6 +1191,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                     log.summary(run / "eval.json", progress.updates)
     if main and config.lora_merge:
         save_merged(run)
+    if main:
+        show_results(run)
     accelerator.wait_for_everyone()
     log.close()
     say(

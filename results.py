@@ -21,7 +21,9 @@ import matplotlib
 import tyro
 
 from common import UserError, run_script, write_json
+from configuration import command_line
 from eval_metrics import LABELS
+from report import draw_curves, load_run, panels_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,6 +33,16 @@ MARKS = "<!-- made by results.py: begin -->", "<!-- made by results.py: end -->"
 TUTORIAL = {"rouge1": 0.10, "rougeLsum": 0.12, "meteor": 0.25, "sacrebleu": 0.43, "intent": 0.019}
 TUTORIAL["mean_output_length"] = -0.014
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
+CURVES = (
+    "Score less KL penalty",
+    "Intent and METEOR",
+    "Validation reward",
+    "KL to the reference",
+    "KL coefficient",
+    "Reply length",
+    "Clip fraction",
+    "Explained variance",
+)
 ABLATIONS = {"no-kl": "without KL (`--kl-coef 0`)", "no-meteor": "without METEOR (`--meteor-coef 0`)"}
 
 
@@ -207,36 +219,11 @@ def draw_gains(summary: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(out: Path, names: list[str], file: Path) -> None:
-    """Reward parts, KL with its coefficient, length and clipping over environment steps, a line for each run."""
-    panels = {
-        "episode_reward": "score less KL penalty",
-        "intent": "intent",
-        "meteor": "METEOR",
-        "kl_div": "KL per token, nats",
-        "alpha": "KL coefficient",
-        "mean_output_length": "reply, tokens",
-        "clipfrac": "clipped share",
-        "explained_variance": "explained variance",
-        "validation_reward": "validation reward",
-    }
-    figure, grid = plt.subplots(3, 3, figsize=(12, 9), sharex=True)
-    for name in names:
-        rows = read_lines(out / name / "metrics.jsonl")
-        for axes, (key, title) in zip(grid.flat, panels.items()):
-            points = [(row["env_steps"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                steps, values = zip(*points)
-                span = max(1, len(values) // 40)  # a running mean, for the eye
-                smooth = [statistics.fmean(values[max(0, i - span) : i + 1]) for i in range(len(values))]
-                axes.plot(steps, smooth, label=name, linewidth=1.2)
-            axes.set_title(title, fontsize=10)
-    grid[0][0].legend(fontsize=8)
-    for axes in grid[-1]:
-        axes.set_xlabel("environment steps")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def draw_runs(out: Path, names: list[str], file: Path) -> None:
+    """Reward parts, KL with its coefficient, length and clipping over environment steps, as report.py draws them."""
+    runs = [load_run(out / name) for name in names]
+    panels = [pair for section in panels_of(runs)[0].values() for pair in section]
+    draw_curves(runs, file, [(panel, figures) for panel, figures in panels if panel.title in CURVES])
 
 
 def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
@@ -250,13 +237,13 @@ def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(ResultsConfig, description=__doc__)
+    config = command_line(ResultsConfig, __doc__)
     out, results = Path(config.out), Path(config.results)
     summary = summarize(out, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
     draw_gains(summary, results / "results-gains.png")
-    draw_curves(out, [*(f"ppo-{s}" for s in config.seeds), *ABLATIONS], results / "results-curves.png")
+    draw_runs(out, [*(f"ppo-{s}" for s in config.seeds), *ABLATIONS], results / "results-curves.png")
     draw_supervised(summary["supervised_curve"], results / "results-supervised.png")
     page = results / "results.md"
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Results\n\n{MARKS[0]}\n{MARKS[1]}\n"

@@ -31,6 +31,7 @@ from common import (
     whole_folder,
     write_json,
 )
+from configuration import command_line
 from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from packing import allow_packing, logits_at
@@ -41,8 +42,9 @@ from supervised import FitConfig, fit, forget, state_folder
 class SFTConfig(FitConfig, FormatOptions):
     """Supervised fine-tuning of a causal language model on dialogues."""
 
+    # model and data
     model_path: str = tyro.MISSING
-    """Causal LM to start from: hub name or folder."""
+    """Causal LM to start from: hub name, folder, the folder of a run, or 'builtin'."""
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     data_path: str = "builtin"
@@ -62,8 +64,11 @@ def train_sft(config: SFTConfig) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
-    tokenizer = load_tokenizer(config.tokenizer_path or config.model_path)
-    fmt = config.dialogue_format(config.model_path)
+    from builtin_models import resolve_model  # which trains its policy with this function
+
+    start = resolve_model(config.model_path)
+    tokenizer = load_tokenizer(config.tokenizer_path or start)
+    fmt = config.dialogue_format(start)
     codec = DialogueCodec(tokenizer, fmt)
     splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
     samples = {s: make_samples(d, fmt) for s, d in splits.items()}
@@ -71,10 +76,13 @@ def train_sft(config: SFTConfig) -> Path:
         counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
         print(f"{split}: {counts}")
         if not samples[split]:
-            raise UserError(f"no {split} dialogue has more than {fmt.context_utterances} utterances.")
+            raise UserError(
+                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
+                "--context-utterances for short dialogues."
+            )
     # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
-    model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
-    check_vocabulary(tokenizer, model, config.model_path)
+    model = load_pretrained(AutoModelForCausalLM, start, "model", dtype=torch.float32)
+    check_vocabulary(tokenizer, model, start)
     model.to(PartialState().device)
     allow_packing(model)
 
@@ -139,7 +147,7 @@ def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
 
 
 def main() -> None:
-    config = tyro.cli(SFTConfig, description=__doc__)
+    config = command_line(SFTConfig, __doc__)
     use_all_cores(PartialState().num_processes)
     train_sft(config)
 

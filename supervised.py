@@ -25,6 +25,7 @@ from monitor import ProgressMode, bar, drawable
 class FitConfig:
     """Settings of a supervised run."""
 
+    # training
     seed: int = 0
     """Seed of initialisation, order and dropout."""
     lr: float = 5e-5

@@ -1,9 +1,12 @@
 """Fixtures that several test files share: small tokenizers and models made in-process, and the data beside the project.
 
-Nothing here needs a network. Tests of real data and of WordNet are skipped where ../shared is not there.
+Nothing here needs a network. Tests of real data and of WordNet are skipped where ../shared is not there, tests in a
+browser where there is no Chromium.
 """
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,31 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: the data and the tutorial are not here")
     return SHARED
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium, driven by selenium: a profile of its own, and its console and network in the driver's logs.
+
+    Without Chromium and chromedriver a test is skipped; where CI is set in the environment, it fails.
+    """
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    selenium = importlib.util.find_spec("selenium")
+    if not (chromium and driver and selenium):
+        missing = "no browser here: pip install selenium, and on Debian apt-get install chromium chromium-driver"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync disable-dev-shm-usage"
+    ).split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield chrome
+    chrome.quit()

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import chat
-from chat import Agent, presentable
 from common import UserError
+from dialogue_agent import Agent, presentable
 from envs import DialogueFormat
 
 ROOT = Path(chat.__file__).parent

@@ -1,0 +1,331 @@
+"""A page to talk with a model in the browser, and to choose the better of two replies (chat.py --web).
+
+    python chat.py runs/my_run --web                       # http://127.0.0.1:7860
+    python chat.py runs/my_run --versus builtin --web      # replies of two models to choose from
+
+The page is this machine's alone, and works without a network. Each tab has a conversation of its own; a reload begins
+a new one. A choice is a line of the file of `--preferences`, {"prompt", "chosen", "rejected"}, which
+`datasets.load_dataset("json", data_files=...)` and TRL's DPOTrainer read: strings for a model of the dialogue format,
+messages for one with a chat template. The conversation goes on with the chosen reply.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from common import UserError, count_parameters, first_line
+from dialogue_agent import Agent, messages_of
+
+HOST = "127.0.0.1"
+CSS = """
+.gradio-container { max-width: 62rem !important; margin: 0 auto; padding: 0.75rem !important; }
+#chat { height: 52vh !important; min-height: 15rem; }
+#status { min-height: 1.6em; }
+.reply textarea { font-size: var(--text-md); }
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file of preferences
+
+
+def check_page(preferences: str, port: int) -> None:
+    """UserError for a port that is taken, or a file that cannot take choices, before a model is loaded."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"port is {port}; expected 1 to 65535.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port.") from error
+    file = Path(preferences)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UserError(f"preferences '{file}' cannot be written; expected a file in a folder that exists.")
+    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+        raise UserError(f"preferences '{file}' may not be written and read by you.")
+
+
+def append_preference(path: str | Path, row: dict[str, Any]) -> None:
+    """Append `row` as one line of JSON, whole or not at all.
+
+    Raises UserError where the file cannot be written, its last line was cut short, or its rows are of the other format
+    (strings, or messages), since `datasets` would then read neither.
+    """
+    file, line = Path(path), (json.dumps(row) + "\n").encode()
+    try:
+        with file.open("ab+", buffering=0) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # another page may write to the same file
+            size = stream.seek(0, os.SEEK_END)
+            if size:
+                _check_rows(stream, size, row, file)
+            try:
+                if stream.write(line) != len(line):
+                    raise OSError(0, "the disk is full")
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(size)  # what was written of the line goes again
+                raise
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be written: {error.strerror}. Nothing was kept of this choice.") from error
+
+
+def _check_rows(stream: Any, size: int, row: dict[str, Any], file: Path) -> None:
+    stream.seek(size - 1)
+    if stream.read(1) != b"\n":
+        raise UserError(f"the last line of '{file}' was cut short; mend or remove it, then choose again.")
+    stream.seek(0)
+    try:
+        first = json.loads(stream.readline())
+        same = set(first) == set(row) and all(type(first[name]) is type(row[name]) for name in row)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"'{file}' is no file of preferences: its first line is no JSON ({first_line(error)})."
+        ) from error
+    if not same:
+        raise UserError(
+            f"the rows of '{file}' are not of this model's format (strings in the dialogue format, messages with a "
+            "chat template); start again with another --preferences."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
+    """The page of one agent or two; choices go to the file `preferences`, in the format of the first."""
+    stops: dict[str, threading.Event] = {}  # by session: set, it ends the reply that is being written there
+    names = ["First reply", "Second reply"] if len(agents) == 1 else ["Reply of A", "Reply of B"]
+
+    def sides(attempt: int) -> list[tuple[Agent, int]]:
+        """Who writes the two replies, and from which random numbers."""
+        return [(agents[i % len(agents)], len(names) // len(agents) * attempt + i // len(agents)) for i in range(2)]
+
+    def pieces_of(agent: Agent, history: list[str], text: str, attempt: int, stop: threading.Event) -> Iterator[str]:
+        """The reply as far as it is written, until it ends or is stopped."""
+        said = ""
+        with contextlib.closing(agent.respond(history, text, attempt)) as pieces:
+            for piece in pieces:
+                said += piece
+                yield said
+                if stop.is_set():
+                    return
+
+    def written(busy: bool) -> dict[Any, Any]:
+        """The box and its button: Send, or Stop while a reply is written."""
+        return {
+            box: gr.update(submit_btn=not busy, stop_btn=busy),
+            again: gr.update(interactive=not busy),
+            neither: gr.update(interactive=not busy),
+        } | {button: gr.update(interactive=not busy) for button in choices}
+
+    def shown(history: list[str], more: Sequence[str] = ()) -> list[dict[str, str]]:
+        return [m | {"content": m["content"] or "(no words)"} for m in messages_of([*history, *more])]
+
+    def say(text: str, history: list[str], pending: dict | None, compare: bool, request: gr.Request, attempt: int = 0):
+        """Answer `text`: one reply to go on with, or a pair to choose from."""
+        if not text.strip():
+            yield {status: ""}
+            return
+        if pending:
+            yield {status: "Choose a reply first; *Neither* takes both back."}
+            return
+        stop = stops[request.session_hash] = threading.Event()
+        text = agents[0].heard(text)
+        begin = {status: "", box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
+        try:
+            if not compare:
+                yield written(True) | begin
+                said = ""
+                for said in pieces_of(agents[0], history, text, attempt, stop):
+                    yield {chat: shown(history, [text, said])}
+                if said or not stop.is_set():
+                    history = [*history, text, said]
+                    yield written(False) | {chat: shown(history), past: history}
+                else:
+                    yield written(False) | {
+                        chat: shown(history),
+                        box: gr.update(value=text, submit_btn=True, stop_btn=False),
+                    }
+                return
+            yield written(True) | begin | {pair: gr.update(visible=True)} | dict.fromkeys(replies, "")
+            said = ["", ""]
+            for i, (agent, number) in enumerate(sides(attempt)):
+                for said[i] in pieces_of(agent, history, text, number, stop):
+                    yield {replies[i]: said[i]}
+            if stop.is_set():  # half a reply is no fair match
+                yield back(history, text)
+            elif said[0] == said[1]:
+                history = [*history, text, said[0]]
+                note = "Both replies were the same, so there was nothing to choose."
+                yield written(False) | {
+                    chat: shown(history),
+                    past: history,
+                    pair: gr.update(visible=False),
+                    status: note,
+                }
+            else:
+                empty = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
+                yield written(False) | empty | {waiting: dict(text=text, said=said, attempt=attempt)}
+        except UserError as error:
+            yield back(history, text) | {status: str(error)}
+
+    def back(history: list[str], text: str) -> dict[Any, Any]:
+        """As before `text` was said, with the text in the box."""
+        return written(False) | {
+            box: gr.update(value=text, submit_btn=True, stop_btn=False),
+            chat: shown(history),
+            waiting: None,
+            pair: gr.update(visible=False),
+        }
+
+    def choose(which: int, history: list[str], pending: dict | None, count: int) -> dict[Any, Any]:
+        """Write the choice down and go on with it; where it cannot be written the pair stays."""
+        if not pending:
+            return {status: ""}
+        text, said = pending["text"], pending["said"]
+        try:
+            append_preference(preferences, agents[0].preference([*history, text], said[which], said[1 - which]))
+        except UserError as error:
+            return {status: str(error)}
+        history = [*history, text, said[which]]
+        return {
+            past: history,
+            waiting: None,
+            chat: shown(history),
+            pair: gr.update(visible=False),
+            chosen: count + 1,
+            status: f"Written to `{preferences}` ({count + 1} in this conversation).",
+        }
+
+    def retry_pair(history: list[str], pending: dict | None, request: gr.Request):
+        if pending:
+            yield from say(pending["text"], history, None, True, request, pending["attempt"] + 1)
+
+    def retry(history: list[str], pending: dict | None, compare: bool, tries: int, request: gr.Request):
+        if not history or pending:
+            yield {status: "Choose a reply first; *Neither* takes both back." if pending else ""}
+            return
+        for update in say(history[-2], history[:-2], None, compare, request, tries):
+            yield {past: history[:-2], attempts: tries + 1} | update
+
+    def undo(history: list[str], pending: dict | None) -> dict[Any, Any]:
+        if pending or not history:
+            return {status: ""}
+        return back(history[:-2], history[-2]) | {past: history[:-2], status: ""}
+
+    def reset(request: gr.Request) -> dict[Any, Any]:
+        stop(request)
+        return written(False) | {
+            box: gr.update(value="", submit_btn=True, stop_btn=False),
+            past: [],
+            waiting: None,
+            chat: [],
+            pair: gr.update(visible=False),
+            chosen: 0,
+            attempts: 1,
+            status: "",
+        }
+
+    def stop(request: gr.Request) -> None:
+        if event := stops.pop(request.session_hash, None):
+            event.set()
+
+    with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as page:
+        past, waiting, chosen, attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
+        gr.Markdown("\n\n".join(heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)))
+        chat = gr.Chatbot(
+            show_label=False,
+            elem_id="chat",
+            render_markdown=False,
+            buttons=["copy"],
+            placeholder="Say something below.",
+        )
+        with gr.Row(visible=False, elem_id="pair") as pair:
+            replies, choices = [], []
+            for name in names:
+                with gr.Column(min_width=280):
+                    replies.append(gr.Textbox(label=name, lines=3, interactive=False, elem_classes="reply"))
+                    choices.append(gr.Button(f"{name} is better", variant="primary"))
+            with gr.Column(min_width=280):
+                with gr.Row():
+                    again = gr.Button("Two others")
+                    neither = gr.Button("Neither")
+        status = gr.Markdown("", elem_id="status")
+        box = gr.Textbox(
+            show_label=False,
+            placeholder="Say something, Enter sends",
+            submit_btn=True,
+            autofocus=True,
+            max_lines=6,
+            elem_id="say",
+        )
+        with gr.Row():
+            label = "Two replies to choose from" if len(agents) == 1 else "Compare A and B (else A alone answers)"
+            compare = gr.Checkbox(label=label, value=len(agents) > 1, container=False, elem_id="compare")
+            begin_anew = gr.Button("Reset", elem_id="reset", size="sm", scale=0, min_width=120)
+
+        everything = [past, waiting, chosen, attempts, chat, pair, *replies, *choices, again, neither, status, box]
+        hidden = dict(api_visibility="private", show_progress="hidden")
+        speaks = hidden | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
+        box.submit(say, [box, past, waiting, compare], everything, **speaks)
+        again.click(retry_pair, [past, waiting], everything, **speaks)
+        chat.retry(retry, [past, waiting, compare, attempts], everything, **speaks)
+        chat.undo(undo, [past, waiting], everything, **hidden)
+        neither.click(
+            lambda history, pending: back(history, pending["text"]) if pending else {status: ""},
+            [past, waiting],
+            everything,
+            **hidden,
+        )
+        for i, button in enumerate(choices):
+            button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **hidden)
+        box.stop(stop, None, None, queue=False, **hidden)
+        begin_anew.click(reset, None, everything, queue=False, **hidden)
+        page.unload(stop)
+    return page
+
+
+def heading(agent: Agent, name: str) -> str:
+    how = "its chat template" if agent.uses_template else "the dialogue format"
+    what = f"**`{agent.path}`**, {count_parameters(agent.model):,} parameters, through {how}"
+    return f"{name}: {what}" if name else what
+
+
+def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
+    """Show the page at http://127.0.0.1:`port` until Ctrl-C."""
+    page = build_page(agents, preferences)
+    # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST]))
+    try:
+        page.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            css=CSS,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        )
+    except OSError as error:
+        raise UserError(
+            f"the page cannot be shown at port {port} ({first_line(error)}); give another --port."
+        ) from error
+    print(f"http://{HOST}:{port} (choices go to {preferences}; Ctrl-C ends)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    page.close()

@@ -1,0 +1,440 @@
+"""A model that holds a conversation: what it is shown, how its reply comes word by word, what a reply was worth to it.
+
+    agent = Agent("runs/my_run", seed=1)           # a run's folder, a Hugging Face folder or hub name, or "builtin"
+    agent.reply("How are you ?")                   # the whole reply; agent.stream(...) gives it in pieces
+    agent.reset()                                  # agent.history is what was said, user and agent in turn
+
+`respond` answers after any conversation and keeps nothing of it, which is how chat_page.py serves several at once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+import yaml
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from builtin_models import resolve_model
+from common import UserError, check_vocabulary, first_line, load_pretrained, load_tokenizer
+from envs import ACTS, FORMAT_FILE, DialogueCodec, DialogueFormat
+from generation import Sampling, log_probs_of
+from intent_classifier import IntentJudge
+
+TEMPLATE_NEW_TOKENS = 200  # what a chat model may say at most, where --max-new-tokens says nothing
+Messages = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...], as chat templates and TRL have them
+
+
+@dataclass
+class AgentConfig:
+    """How a model is talked to."""
+
+    path: tyro.conf.Positional[str]
+    """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
+
+    # model
+    tokenizer_path: str = ""
+    """Tokenizer, where it is not the model's own."""
+    format: Literal["auto", "dialogue", "template"] = "auto"
+    """How the model is talked to: utterances joined as in training, or its chat template (auto: see above)."""
+    system: str = ""
+    """System message, for a model with a chat template."""
+    spaced: bool = False
+    """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
+
+    # sampling
+    temperature: float = 1.0
+    """Below 1 the likely words become likelier."""
+    top_k: int = 20
+    """Draw from so many most likely tokens (0: from all)."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that has this probability."""
+    greedy: bool = False
+    """Always take the most likely token."""
+    min_new_tokens: int = 1
+    """A reply has at least so many tokens."""
+    max_new_tokens: int | None = None
+    """A reply has at most so many tokens (default: as in training; 200 with a chat template)."""
+    seed: int | None = None
+    """With a seed the same conversation gets the same replies; without, they differ each time."""
+
+
+class Agent:
+    """One side of a conversation: it answers, and remembers what was said.
+
+    `settings` are those of AgentConfig. Raises UserError for a setting out of range, and for a model that is not there,
+    has no tokenizer or is no causal language model.
+    """
+
+    def __init__(self, path: str, **settings: Any):
+        settings = AgentConfig(path, **settings)
+        s = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
+        self.path, self.system, self.spaced, self.seed = path, settings.system, settings.spaced, settings.seed
+        self.name = name = resolve_model(path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = load_pretrained(AutoConfig, name, "model")
+        # AutoModelForCausalLM would load BERT too, and say nothing of its reading both ways
+        if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            what = " and ".join(config.architectures or ["no architecture"])
+            raise UserError(f"model '{name}' is {what} by its config.json; expected a causal LM (as GPT2LMHeadModel).")
+        self.tokenizer = load_tokenizer(settings.tokenizer_path or name)
+        dtype = "auto" if device == "cuda" else torch.float32  # half precision is slow on most CPUs
+        self.model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to(device).eval()
+        check_vocabulary(self.tokenizer, self.model, name)
+
+        template = bool(self.tokenizer.chat_template)
+        if settings.format == "template" and not template:
+            raise UserError(f"model '{name}' has no chat template; talk to it with --format dialogue.")
+        ours = (Path(name) / FORMAT_FILE).is_file()
+        self.uses_template = settings.format == "template" or (settings.format == "auto" and template and not ours)
+        if self.system and not self.uses_template:
+            raise UserError("--system is for a model that is talked to through its chat template; this one is not.")
+        if self.spaced and self.uses_template:
+            raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
+
+        fmt = DialogueFormat.load(name)
+        # models without a table of positions (ALiBi, Mamba, ...) have room for anything
+        self.positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        new_tokens = settings.max_new_tokens
+        if new_tokens is None:
+            new_tokens = min(TEMPLATE_NEW_TOKENS if self.uses_template else fmt.max_new_tokens, self.positions // 2)
+        if not 1 <= new_tokens < self.positions:
+            raise UserError(f"max_new_tokens is {new_tokens}; this model has room for 1 to {self.positions - 1}.")
+        if s.min_new_tokens > new_tokens:
+            raise UserError(f"min_new_tokens is {s.min_new_tokens}, but max_new_tokens only {new_tokens}.")
+        self.room = self.positions - new_tokens  # tokens that a prompt may have
+        self.codec = None  # of the dialogue format; None where the chat template is used
+        if not self.uses_template:
+            self.room = min(self.room, fmt.max_prompt_tokens)
+            self.codec = DialogueCodec(self.tokenizer, replace(fmt, max_new_tokens=new_tokens))
+
+        # These settings and no others: what the model's folder says of sampling, penalties and lengths is set aside.
+        # Only its end tokens are kept, because chat models have several.
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        if self.codec:
+            ends.add(self.codec.marker_token_id)
+        self.model.generation_config = GenerationConfig()
+        draws = {} if s.greedy else dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        self.generation_config = GenerationConfig(
+            max_new_tokens=new_tokens,
+            min_new_tokens=s.min_new_tokens,
+            eos_token_id=sorted(ends - {None}) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=not s.greedy,
+            **draws,
+        )
+        self.has_cut = False  # whether the user was told that an input was too long
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history: list[str] = []  # what user and agent said, in turn
+
+    def twin(self) -> Agent:
+        """The same model in a conversation of its own; with a seed it draws other numbers."""
+        other = copy.copy(self)
+        other.seed = None if self.seed is None else self.seed + 1
+        other.reset()
+        return other
+
+    def reply(self, text: str) -> str:
+        """The whole reply to `text`."""
+        return "".join(self.stream(text))
+
+    def stream(self, text: str, attempt: int = 0) -> Iterator[str]:
+        """The reply to `text` in pieces, as it is written. Close the iterator to stop it: what was said until then
+        stays in the conversation, unless that is nothing. Another `attempt` draws other numbers from the same seed."""
+        said, complete = "", False
+        try:
+            with contextlib.closing(self.respond(self.history, text, attempt)) as pieces:
+                for piece in pieces:
+                    said += piece
+                    yield piece
+            complete = True
+        finally:
+            if said or complete:
+                self.history += [self.heard(text), said]
+
+    def undo(self) -> str:
+        """Take the last exchange back; what the user had said in it, "" where nothing was said yet."""
+        text = self.history[-2] if self.history else ""
+        del self.history[-2:]
+        return text
+
+    def heard(self, text: str) -> str:
+        """What a user's text becomes: an utterance of the dialogue format is one line."""
+        return re.sub(r"\s*\n\s*", " ", text.strip()) if self.codec else text.strip()
+
+    def respond(self, history: Sequence[str], text: str, attempt: int = 0) -> Iterator[str]:
+        """The reply to `text` after `history` (user and agent in turn), in pieces; see `stream`."""
+        _, prompt = self.shown([*history, self.heard(text)])
+        # with a seed a reply depends on nothing but the conversation
+        torch.manual_seed(torch.seed() if self.seed is None else self.seed + 1000 * attempt)
+        # closed at once when this iterator is, so that generation has ended before the next reply begins
+        with contextlib.closing(self._generate(prompt)) as pieces:
+            marker = self.codec.format.eou_marker.strip() if self.codec else ""
+            yield from presentable(pieces, marker, one_line=self.codec is not None)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the model is shown
+
+    def shown(self, history: Sequence[str]) -> tuple[list[str], list[int]]:
+        """As much of a conversation that ends with the user's words as there is room for, and its prompt tokens."""
+        history = list(history)
+        if self.codec:
+            history = history[-self.codec.format.context_utterances :]
+        starts = range(0, len(history), 1 if self.codec else 2)  # many templates insist that the user begins
+        fits = lambda start: len(self._encode(history[start:])) <= self.room
+        history = history[starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)] :]
+
+        ids = self._encode(history)
+        words = self.tokenizer(history[-1], add_special_tokens=False).input_ids
+        if len(ids) > self.room and not self.has_cut:
+            print(f"(more than the model's {self.room} tokens: the beginning is left out)", file=sys.stderr, flush=True)
+            self.has_cut = True
+        while len(ids) > self.room:
+            words = words[len(ids) - self.room :]
+            if not words:
+                raise UserError(
+                    f"a prompt has room for {self.room} tokens, too few for a word beside what the format and the "
+                    "system message take; lower --max-new-tokens or shorten --system."
+                )
+            history = [self.tokenizer.decode(words, skip_special_tokens=False)]
+            ids = self._encode(history)
+        return history, ids
+
+    def _spaced(self, utterance: str) -> str:
+        return f" {utterance} " if self.spaced else utterance
+
+    def _prompt(self, history: Sequence[str]) -> str | Messages:
+        """A conversation as the model's format has it, uncut."""
+        if self.codec:
+            return self.codec.format.prompt([self._spaced(u) for u in history])
+        return ([{"role": "system", "content": self.system}] if self.system else []) + messages_of(history)
+
+    def _encode(self, history: Sequence[str]) -> list[int]:
+        """Prompt tokens of a conversation, uncut."""
+        prompt = self._prompt(history)
+        if self.codec:
+            return self.tokenizer(prompt).input_ids
+        try:
+            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+        except TemplateError as error:
+            raise UserError(f"the chat template of '{self.name}' refuses the conversation: {error}") from error
+
+    def preference(self, history: Sequence[str], chosen: str, rejected: str) -> dict[str, str | Messages]:
+        """One row of a preference dataset as TRL reads it: prompt, chosen, rejected.
+
+        `history` ends with the user's words. In the dialogue format three strings, the prompt as this model saw it and
+        replies closed by the marker, as it should write them; with a chat template lists of messages.
+        """
+        prompt = self._prompt(self.shown(history)[0])
+        if self.codec:
+            written = lambda reply: self.codec.format.target(self._spaced(self.heard(reply)))
+        else:
+            written = lambda reply: [{"role": "assistant", "content": reply}]
+        return {"prompt": prompt, "chosen": written(chosen), "rejected": written(rejected)}
+
+    @torch.no_grad()
+    def log_probability(self, history: Sequence[str], reply: str, most: int | None = None) -> float:
+        """Mean log-probability (nats) of a token of `reply`, its end included, said after `history`.
+
+        Of the model's whole distribution, at temperature 1, as the perplexity of eval_metrics.py. Only the first `most`
+        tokens count, where given: a reply that was cut at max_new_tokens has no end.
+        """
+        _, prompt = self.shown(history)
+        if self.codec:
+            target = self.codec.encode_target(self._spaced(self.heard(reply)))
+        else:
+            target = [*self.tokenizer(reply, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        target = target[: min(most or len(target), self.positions - len(prompt))]
+        ids = torch.tensor([prompt + target], device=self.model.device)
+        logits = self.model(ids[:, :-1]).logits[0, len(prompt) - 1 :]  # (T, V)
+        return log_probs_of(logits, ids[0, len(prompt) :], temperature=1.0).mean().item()
+
+    def _generate(self, prompt: list[int]) -> Iterator[str]:
+        """Text of the model as it comes, word by word; its special tokens are left out."""
+        stop = threading.Event()
+
+        def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            marked = self.codec is not None and self.codec.ended(ids[0, len(prompt) :].tolist())
+            return torch.tensor([stop.is_set() or marked], device=ids.device)
+
+        def generate() -> None:
+            ids = torch.tensor([prompt], device=self.model.device)
+            try:
+                self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=self.generation_config,
+                    stopping_criteria=StoppingCriteriaList([ended]),
+                    streamer=streamer,
+                )
+            finally:
+                streamer.on_finalized_text("", stream_end=True)  # also where generate raises
+
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            running = thread.submit(generate)
+            try:
+                yield from streamer
+                running.result()  # raises what generate raised
+            finally:
+                stop.set()
+
+
+def messages_of(history: Sequence[str]) -> Messages:
+    """A conversation that the user began, as messages."""
+    return [{"role": ("user", "assistant")[i % 2], "content": u} for i, u in enumerate(history)]
+
+
+# A terminal obeys these: what a model writes must not move the cursor or rename the window.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def presentable(pieces: Iterable[str], marker: str, one_line: bool) -> Iterator[str]:
+    """Generated text up to the marker ("" for none), without control characters and surrounding blanks, as it comes.
+
+    Whatever may yet turn out to be the beginning of the marker, or the blanks before it, is held back until more is
+    known; at the end it is dropped, since a reply that was cut short may end within its marker.
+    """
+    held, begun = "", False
+    for piece in pieces:
+        held += CONTROLS.sub("", piece)
+        text, found = held, False
+        if marker:
+            text, found, _ = held.partition(marker)
+        sure = len(text)
+        if not found:
+            sure -= max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
+        words = text[:sure].rstrip()
+        held = text[len(words) :]
+        if not begun:
+            words = words.lstrip()
+        if words:
+            begun = True
+            yield re.sub(r"\s*\n\s*", " ", words) if one_line else words
+        if found:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of a reply
+
+
+def judge_name(path: str, intent_model: str = "") -> str:
+    """The judge to ask about the replies of the model at `path`: the one given, a run's own, the built-in one for
+    built-in data; "" where there is none."""
+    if intent_model or path == "builtin":
+        return intent_model or "builtin"
+    stored = Path(path) / "config.yaml"
+    if not stored.is_file():
+        return ""
+    try:
+        run = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        judge, data = run.get("intent_model", ""), run.get("data_path", "")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"'{stored}' is not the configuration of a run ({first_line(error)}).") from error
+    return judge if judge != "builtin" or data == "builtin" else ""  # the built-in judge knows its own corpus alone
+
+
+def act_of(judge: IntentJudge, previous: str, reply: str) -> str:
+    """The dialogue act of a reply, by the judge; "none" for an empty one, as the reward has it."""
+    return ACTS[judge.acts([previous], [reply])[0] - 1] if reply else "none"
+
+
+def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[str]:
+    """Lines about the last reply: its act, its log-probability; with `human` that reply's as well, and METEOR."""
+    *history, reply = agent.history
+    rows, acts = [], []
+    for who, said, most in (("reply", reply, agent.generation_config.max_new_tokens), ("human", human, None)):
+        if who == "human" and not human:
+            continue
+        parts = [f"log-probability {agent.log_probability(history, said, most):.2f} a token"]
+        if judge:
+            acts.append(act_of(judge, history[-1], said))
+            parts.insert(0, acts[-1])
+        rows.append(f"{who}: {', '.join(parts)}")
+    if human:
+        from rewards import meteor  # here, because NLTK takes a while
+
+        same = ["intent 1 (the same act)" if acts[0] == acts[1] else "intent 0 (another act)"] if judge else []
+        rows.append(", ".join([f"reply against human: METEOR {meteor(reply, human):.2f}", *same]))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations in files
+
+
+def save_conversation(path: str, agents: Sequence[Agent]) -> None:
+    """Write what was said as JSON: {"conversations": [{"model": ..., "messages": [{"role", "content"}, ...]}, ...]}.
+
+    Raises UserError where there is such a file already, and where none can be written.
+    """
+    file = Path(path).expanduser()
+    said = {"conversations": [{"model": a.path, "messages": messages_of(a.history)} for a in agents]}
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            try:
+                stream.write(json.dumps(said, indent=2) + "\n")
+                stream.flush()
+            except OSError:  # a full disk: no half of a file stays behind
+                file.unlink()
+                raise
+    except FileExistsError:
+        raise UserError(f"'{file}' is there already and stays as it is; give another name.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def load_conversation(path: str, agents: int) -> list[list[str]]:
+    """The conversations of `agents` agents from a file of `save_conversation`; one alone is everyone's.
+
+    Raises UserError for a file that is not there or not of that form.
+    """
+    file = Path(path).expanduser()
+    wrong = lambda what: UserError(f"'{file}' is not a conversation that /save wrote: {what}.")
+    if not file.is_file():
+        raise UserError(f"there is no file '{file}'.")
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"it is not JSON ({first_line(error)})") from error
+    conversations = said.get("conversations") if isinstance(said, dict) else None
+    if not isinstance(conversations, list) or not conversations:
+        raise wrong("it has no list 'conversations'")
+    histories = []
+    for conversation in conversations:
+        messages = conversation.get("messages") if isinstance(conversation, dict) else None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise wrong("a conversation has no list 'messages'")
+        if len(messages) % 2 or [m.get("role") for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise wrong("the messages should be of 'user' and 'assistant' in turn, and end with the assistant's")
+        texts = [m.get("content") for m in messages]
+        if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[::2]):
+            raise wrong("the content of each message should be text, and the user's not blank")
+        histories.append([CONTROLS.sub("", text) for text in texts])
+    if len(histories) not in (1, agents):
+        raise UserError(
+            f"'{file}' holds {len(histories)} conversations; expected one"
+            + (", or one for each agent." if agents > 1 else " (start with --versus for two).")
+        )
+    return histories * agents if len(histories) == 1 else histories

@@ -1,0 +1,60 @@
+"""Your own chats, a CSV without labels, from the file to a conversation: convert, supervised start, PPO, chat.
+
+    python examples/own_dataset.py examples/chats.csv
+    python examples/own_dataset.py my_chats.csv --model-path gpt2 --sft-lr 5e-5 --lr 1e-5 --output runs/mine
+
+The CSV has a line for each message: conversation_id, speaker, text. Messages in a row from one speaker become one
+utterance, and every utterance with two before it is a reply to learn. Further options go to ppo_dialog.py. Without
+labels there is no intent reward: METEOR, or a --reward of your own, is what is left.
+"""
+
+import argparse
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+
+def convert(file: str, folder: Path) -> None:
+    """A file for each split, a line of JSON for each chat: {"dialog": [utterances]} is all that is needed."""
+    chats: dict[str, list[list[str]]] = {}  # of each chat, [speaker, text] of its utterances
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.DictReader(lines)
+        if missing := {"conversation_id", "speaker", "text"} - set(rows.fieldnames or ()):
+            sys.exit(f"'{file}' has no column {' and no '.join(sorted(missing))}; it has {rows.fieldnames}.")
+        for row in rows:
+            chat = chats.setdefault(row["conversation_id"], [])
+            if chat and chat[-1][0] == row["speaker"]:
+                chat[-1][1] += " " + row["text"].strip()
+            elif row["text"].strip():
+                chat.append([row["speaker"], row["text"].strip()])
+    rows = [json.dumps({"dialog": [text for _, text in chat]}) + "\n" for chat in chats.values() if chat]
+    random.Random(0).shuffle(rows)
+    tenth = max(1, len(rows) // 10)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in ("validation", rows[:tenth]), ("test", rows[tenth : 2 * tenth]), ("train", rows[2 * tenth :]):
+        (folder / f"{split}.jsonl").write_text("".join(part))
+
+
+def run(command: str, *options: object) -> None:
+    print(f"\n== {command} {' '.join(map(str, options))}", flush=True)
+    if failed := subprocess.run([sys.executable, *command.split(), *map(str, options)]).returncode:
+        sys.exit(failed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("chats", help="the CSV")
+    parser.add_argument("--model-path", default="builtin", help="causal LM to start from")
+    parser.add_argument("--sft-lr", default="1e-3", help="supervised rate (1e-3 suits the built-in model)")
+    parser.add_argument("--output", type=Path, default=Path("runs/own_dataset"), help="folder for all that is made")
+    args, of_ppo = parser.parse_known_args()
+    convert(args.chats, data := args.output / "data")
+    if not (start := args.output / "sft").exists():
+        sft = "sft_dialog.py --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
+        run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
+    ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name ppo"
+    run(ppo, "--run-dir", args.output, "--model-path", start, "--data-path", data, *of_ppo)
+    run("chat.py", args.output / "ppo", "--prompt", "Can you repair the chain of my bike?")

@@ -1,0 +1,436 @@
+"""The page of a run: what it says, that it says it of broken, strange and unfinished runs too, and a real browser."""
+
+import base64
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common import UserError
+from configuration import parse_config
+from experiment import show_results
+from ppo_dialog import PPOConfig
+from report import (
+    HEIGHT,
+    LIGHT,
+    POINTS,
+    WIDTH,
+    Frame,
+    load_run,
+    panels_of,
+    points,
+    replies_of,
+    shown_dialogues,
+    table_of,
+    write_report,
+)
+
+ROOT = Path(__file__).parents[1]
+EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'> & \"quotes\" </script>\u2028 end"
+
+
+def flags(**settings) -> list[str]:
+    return [part for k, v in settings.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory) -> tuple[Path, str]:
+    """A short run of the built-in models, to its end: its folder and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    short = dict(total_time_steps=900, env_num=16, num_mini_batch=2, judge_samples=50, validation_limit=8)
+    command = [sys.executable, "ppo_dialog.py", *flags(run_dir=runs, eval_limit=30, save_interval=2, **short)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return runs / "ppo_dialog", result.stdout
+
+
+def metric_rows(n: int, **figures) -> list[dict]:
+    """n updates of 100 tokens: each figure a function of the update."""
+    rows = [{"update": i + 1, "env_steps": 100 * (i + 1), "fps": 50.0} for i in range(n)]
+    return [row | {name: figure(i) for name, figure in figures.items()} for i, row in enumerate(rows)]
+
+
+def held_out(n: int, said: str = "after", **scores) -> list[dict]:
+    """n held-out samples; scores are functions of the sample, of the reply after (before: half of it)."""
+    row = lambda i: {name: float(f(i)) for name, f in scores.items()}
+    return [
+        {
+            "context": [f"Is it number {i}?", "Which one?"],
+            "act": 1 + i % 4,
+            "human": f"human {i}",
+            "before": {"text": f"before {i}", "length": 4} | {k: v / 2 for k, v in row(i).items()},
+            "after": {"text": f"{said} {i}", "length": 5 + i % 3} | row(i),
+        }
+        for i in range(n)
+    ]
+
+
+def made_run(folder: Path, metrics=(), evaluation=None, **lines) -> Path:
+    """A run's folder with these files."""
+    folder.mkdir(parents=True)
+    config = dict(total_time_steps=1000, kl_target=0.05, run_dir=folder.parent.name, experiment_name=folder.name)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | lines.pop("config", {})))
+    for name, rows in {"metrics": metrics, **lines}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evaluation:
+        (folder / "eval.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def evaluation_of(difference: dict[str, tuple[float, float, float]]) -> dict:
+    """eval.json of metrics that were 0.5 before, from (low, value, high) of the difference."""
+    return {
+        "policy": {name: 0.5 + d[1] for name, d in difference.items()},
+        "baseline": dict.fromkeys(difference, 0.5),
+        "difference": {
+            name: {"value": d[1], "ci95": [d[0], d[2]], "relative": d[1] / 0.5} for name, d in difference.items()
+        },
+        "settings": {"samples": 40, "split": "test"},
+        "reward": {"policy": 0.75, "baseline": 0.5, "difference": 0.25, "standard_error": 0.01},
+    }
+
+
+def page_of(*folders: Path, **options) -> str:
+    return write_report(list(folders), **options).read_text(encoding="utf-8")
+
+
+# --- what a run writes by itself
+
+
+def test_a_run_ends_with_its_page_and_says_where(real_run):
+    folder, printed = real_run
+    assert f"report: {folder / 'report.html'}" in printed and "WARNING" not in printed
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "not finished" not in page and "cannot be read" not in page
+    for heading in ("ROUGE-1", "METEOR", "perplexity", "KL to the reference", "Speed", "total_time_steps"):
+        assert heading in page
+    assert str(load_run(folder).evaluation["settings"]["versions"]["torch"]) in page
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_samples_are_what_eval_json_is_the_mean_of(real_run):
+    folder, _ = real_run
+    rows = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = json.loads((folder / "eval.json").read_text())
+    assert len(rows) == result["settings"]["samples"] == 30
+    assert set(rows[0]) == {"context", "act", "human", "before", "after"} and len(rows[0]["context"]) == 5
+    names = {"rouge1": "rouge1", "rougeLsum": "rougeLsum", "meteor": "meteor", "intent": "intent"}
+    for side, model in (("before", "baseline"), ("after", "policy")):
+        mean = lambda name: sum(row[side][name] for row in rows) / len(rows)  # noqa: B023  called at once
+        for name, theirs in (names | {"length": "mean_output_length"}).items():
+            assert mean(name) == pytest.approx(result[model][theirs])
+        assert mean("reward") == pytest.approx(result["reward"][model])
+        assert all(
+            row[side]["reward"] == pytest.approx((row[side]["intent"] + row[side]["meteor"]) / 2) for row in rows
+        )
+
+
+def test_a_page_that_cannot_be_written_is_a_sentence_and_no_more(tmp_path, capsys):
+    folder = made_run(tmp_path / "run", metric_rows(3, score=float))
+    (folder / "report.html").mkdir()  # what is there cannot be replaced
+    show_results(folder)
+    printed = capsys.readouterr().out
+    assert printed.startswith("WARNING: the report could not be written") and len(printed.splitlines()) == 1
+    assert f"python report.py {folder}" in printed
+
+
+# --- what it draws
+
+
+def test_curves_stand_where_their_numbers_are():
+    frame = Frame([0, 1000], [1.0, 3.0])
+    left, right = (frame.at_x(x) for x in (0, 1000))
+    assert frame.at_x(500) == pytest.approx((left + right) / 2) and 0 < left < right < WIDTH
+    low, high = (frame.at_y(y) for y in (1.0, 3.0))
+    assert 0 < high < low < HEIGHT and frame.at_y(2.0) == pytest.approx((low + high) / 2, abs=0.1)
+    assert frame.path([0, 1000], [1.0, 3.0]) == f"M{left:g} {low:g}L{right:g} {high:g}"
+    assert [
+        frame.at_x(float(label.removesuffix("k")) * 1000 if "k" in label else float(label))
+        for _, label in frame.x_ticks
+    ] == [x for x, _ in frame.x_ticks]
+    Frame([0, 1], [2.0, 2.0]), Frame([0, 1], [0.0, 0.0])  # a figure that does not move has a height too
+
+
+def test_every_figure_is_drawn_once_or_said_in_words(tmp_path):
+    figures = dict(
+        score=float, kl_div=lambda i: i / 100, passes=lambda i: 2, reward_kl=lambda i: -i, polite=lambda i: i * i
+    )
+    run = load_run(made_run(tmp_path / "run", metric_rows(5, reward_polite=float, **figures)))
+    sections, constant = panels_of([run])
+    drawn = [name for panels in sections.values() for _, names in panels for name in names]
+    assert sorted(drawn) == ["kl_div", "polite", "reward_kl", "reward_polite", "score"]
+    assert [names for _, names in sections["Your own figures"]] == [["polite"]]
+    assert constant == {"fps": 50.0, "passes": 2}
+    page = page_of(run.folder)
+    assert "dashed: kl_target" in page and "Intent and METEOR" not in page
+
+
+def test_figures_that_are_no_numbers_are_left_out(tmp_path):
+    rows = metric_rows(6, score=lambda i: [0.1, None, float("nan"), float("inf"), True, 0.6][i], intent=lambda i: None)
+    folder = made_run(tmp_path / "run", rows)
+    assert points(load_run(folder), "score") == ([100.0, 600.0], [0.1, 0.6])
+    page = page_of(folder)
+    assert ">Score<" in page and "Intent and METEOR" not in page
+    data = [part.split("</script>")[0] for part in page.split('<script type="application/json">')[1:]]
+    assert data and all(json.loads(text, parse_constant=pytest.fail) for text in data)
+
+
+def test_long_runs_are_thinned_to_means(tmp_path):
+    folder = made_run(tmp_path / "run", metric_rows(4000, score=lambda i: i % 2))
+    x, y = points(load_run(folder), "score")
+    assert len(x) == POINTS and set(y) == {0.5} and x == sorted(x)
+    assert len(page_of(folder)) < 200_000
+
+
+def test_the_table_marks_what_excludes_zero_and_cuts_off_what_is_far_out(tmp_path):
+    difference = dict(rouge1=(0.01, 0.02, 0.03), meteor=(-0.01, 0.01, 0.03), intent=(-0.04, -0.03, -0.02))
+    evaluation = evaluation_of(difference | {"sacrebleu": (-4.0, 3.0, 9.0)})
+    evaluation["difference"]["perplexity"] = None
+    run = load_run(made_run(tmp_path / "run", metric_rows(10, score=float), evaluation))
+    cells = {row["label"]: row["cells"][0] for row in table_of([run])}
+    assert list(cells) == ["ROUGE-1", "METEOR", "SacreBLEU", "intent"]
+    assert [cells[name]["sure"] for name in cells] == [True, False, False, True]
+    assert cells["SacreBLEU"]["place"] == [0, 100, 100]
+    low, value, high = cells["ROUGE-1"]["place"]
+    assert 50 < low < value < high < 100 and cells["intent"]["place"][2] < 50
+    page = page_of(run.folder)
+    assert "0.500 → 0.750" in page and "+0.250 ± 0.010" in page and "40 samples of the test split" in page
+
+
+def test_dialogues_are_picked_by_a_fixed_seed(tmp_path):
+    run = load_run(made_run(tmp_path / "run", metric_rows(2, score=float), eval_samples=held_out(200, reward=float)))
+    cards, sorts, total = shown_dialogues(replies_of([run]))
+    assert (len(cards), total) == (20, 200) and cards == shown_dialogues(replies_of([run]))[0]
+    assert set(sorts.values()) == {"gain in reward", "reward before", "reward after", "length after"}
+    for card in cards:
+        i = card["number"] - 1
+        assert [r["text"] for r in card["replies"]] == [f"before {i}", f"after {i}"] and card["human"] == f"human {i}"
+        assert card["gain"] == card["keys"]["gain-0"] == i / 2
+    assert page_of(run.folder) == page_of(run.folder)
+
+
+# --- runs as they are found
+
+
+def test_a_run_that_is_still_going_says_so(tmp_path):
+    page = page_of(made_run(tmp_path / "run", metric_rows(4, score=float)))
+    assert "not finished" in page and "400" in page and "of 1,000 planned" in page
+    assert "There is no eval.json" in page and "There is no eval_samples.jsonl" in page
+    page = page_of(made_run(tmp_path / "begun"))
+    assert "no update yet" in page and (tmp_path / "begun" / "curves.png").exists()
+
+
+def test_lines_that_were_torn_are_named(tmp_path):
+    folder = made_run(tmp_path / "run", metric_rows(3, score=float), warnings=[{"update": 2, "text": EVIL}])
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"update": 4, "env_st\xff')
+    (folder / "eval.json").write_text('{"policy": ')
+    page = page_of(folder)
+    assert "metrics.jsonl: line 4 cannot be read" in page and "eval.json cannot be read" in page
+    assert "1 warning" in page and "(update 2)" in page
+
+
+def test_a_bare_metrics_file_of_an_old_run_is_enough(tmp_path):
+    folder = made_run(tmp_path / "run", metric_rows(3, score=float))
+    (folder / "config.yaml").unlink()
+    page = page_of(folder)
+    assert "unknown settings" in page and "There is no config.yaml" in page and "did not note its versions" in page
+
+
+def test_a_reward_of_ones_own_without_intent_and_meteor(tmp_path):
+    rows = held_out(30, reward=lambda i: i % 2, polite=lambda i: i % 2)
+    page = page_of(made_run(tmp_path / "run", metric_rows(12, score=float, polite=lambda i: i / 12), eval_samples=rows))
+    assert "<b>polite</b>" in page and "polite after" in page and "meteor" not in page.lower().replace("rouge", "")
+
+
+def test_what_is_no_run_is_answered_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        write_report([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="is no run's folder.*metrics.jsonl"):
+        write_report([tmp_path])
+    folder = made_run(tmp_path / "run", metric_rows(2, score=float))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report([folder], tmp_path / "file" / "page.html")
+
+
+def test_the_command_line(tmp_path):
+    def told(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "report.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    folder = made_run(tmp_path / "run", metric_rows(2, score=float))
+    page = tmp_path / "pages" / "mine.html"
+    result = told(str(folder), "--output", str(page))
+    assert result.returncode == 0 and str(page) in result.stdout, result.stderr
+    assert page.exists() and page.with_suffix(".png").exists() and not (folder / "report.html").exists()
+    result = told(str(tmp_path))
+    assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
+
+
+def test_commands_on_the_page_are_commands_of_the_trainer(tmp_path, monkeypatch):
+    folder = made_run(tmp_path / "runs" / "it's mine", metric_rows(4, score=float))
+    monkeypatch.chdir(tmp_path)
+    page = page_of(Path("runs") / "it's mine")
+    commands = [part.split("</pre>")[0].replace("&#39;", "'").replace("&#34;", '"') for part in page.split("<pre>")[1:]]
+    launched = [shlex.split(c)[3:] for c in commands if c.startswith("accelerate launch ppo_dialog.py")]
+    assert len(launched) == 2
+    for arguments in launched:
+        config, _ = parse_config(PPOConfig, arguments, "")
+        assert config.run_folder.resolve() == folder and config.total_time_steps == 1000 and not config.check()
+
+
+# --- several runs
+
+
+def test_runs_beside_each_other(tmp_path):
+    samples = held_out(50, reward=float)
+    one = made_run(
+        tmp_path / "a" / "run",
+        metric_rows(10, score=float),
+        evaluation_of({"meteor": (0.01, 0.02, 0.03)}),
+        eval_samples=samples,
+    )
+    two = made_run(
+        tmp_path / "b" / "run",
+        metric_rows(8, score=lambda i: 2.0 * i),
+        config=dict(lr=0.5),
+        eval_samples=held_out(40, said="later", reward=lambda i: 2 * i)[:40],
+    )
+    assert write_report([one, two]) == tmp_path / "a" / "comparison.html"
+    page = (tmp_path / "a" / "comparison.html").read_text(encoding="utf-8")
+    assert "a/run" in page and "b/run" in page and page.count("<figure") >= 2
+    settings = page.split('id="settings"')[1]
+    assert '<th scope="row">lr</th><td></td><td>0.5</td>' in settings
+    assert "b/run: There is no eval.json" in page and "a/run: 40 samples of the test split" in page
+    columns = replies_of([load_run(one), load_run(two)])
+    assert [c.label for c in columns][0] == "supervised" and columns[-1].start is not columns[-2].start
+    cards, sorts, total = shown_dialogues(columns)
+    assert total == 40 and all(len(card["replies"]) == len(columns) for card in cards)
+    assert (tmp_path / "a" / "comparison.png").exists() and len(LIGHT) >= 2
+
+
+def test_the_same_start_is_shown_once(tmp_path):
+    folders = [
+        made_run(tmp_path / n, metric_rows(2, score=float), eval_samples=held_out(9, said=n, length=float))
+        for n in "ab"
+    ]
+    assert [c.label for c in replies_of([load_run(f) for f in folders])] == ["supervised", "run", "run"][:1] + [
+        "a",
+        "b",
+    ]
+
+
+# --- in a browser
+
+
+def opened(browser, page: Path, scheme: str = "light", width: int = 1280, mobile: bool = False) -> None:
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=mobile)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = dict(features=[dict(name="prefers-color-scheme", value=scheme)])
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+
+
+def requested(browser) -> list[str]:
+    """Every address that was asked for since the last look."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def brightness(browser, selector: str, what: str) -> float:
+    color = browser.execute_script(
+        "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, what
+    )
+    return sum(float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]) / 3
+
+
+def in_order(browser) -> list[dict]:
+    script = "return [...document.querySelectorAll('#cards > *')].filter(c => !c.hidden).map(c => c.dataset.keys)"
+    return [json.loads(keys) for keys in browser.execute_script(script)]
+
+
+def test_a_real_run_in_a_browser(real_run, browser):
+    page = real_run[0] / "report.html"
+    for scheme, dark in (("light", False), ("dark", True)):
+        opened(browser, page, scheme)
+        assert (brightness(browser, "body", "backgroundColor") < 60) == dark
+        assert (brightness(browser, "body", "color") > 180) == dark
+        assert (brightness(browser, ".plot text", "fill") > 120) == dark
+        assert len(browser.find_elements("css selector", ".chart .line")) > 15
+    for width in (390, 320):
+        opened(browser, page, width=width, mobile=True)
+        script = "return [document.scrollingElement.scrollWidth, innerWidth]"
+        wide, window = browser.execute_script(script)
+        assert wide <= window == width
+
+    opened(browser, page)
+    select = browser.find_element("id", "sort")
+    values = [option.get_attribute("value") for option in select.find_elements("tag name", "option")]
+    assert {"gain-0", "reward-0", "length-0", "meteor-0"} <= set(values)
+    number = lambda: [
+        int(c.text.split()[1]) for c in browser.find_elements("css selector", "#cards header span:first-child")
+    ]
+    assert number() == sorted(number()) and len(number()) == 20
+    for key in ("gain-0", "length-0"):
+        select.find_element("css selector", f"option[value={key}]").click()
+        order = [keys[key] for keys in in_order(browser)]
+        assert order == sorted(order, reverse=True)
+        browser.find_element("id", "turn").click()
+        assert [keys[key] for keys in in_order(browser)] == sorted(order)
+        browser.find_element("id", "turn").click()
+    text = browser.find_element("css selector", "#cards .reply p").text
+    browser.find_element("id", "search").send_keys(text.upper())
+    left = [c for c in browser.find_elements("css selector", "#cards > *") if c.is_displayed()]
+    assert 1 <= len(left) < 20 and all(text in c.text for c in left)
+    assert browser.find_element("id", "count").text == f"{len(left)} of 20"
+
+    from selenium.webdriver import ActionChains
+
+    chart = browser.find_element("css selector", ".chart .plot svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    ActionChains(browser).move_to_element(chart).perform()
+    scores = [row["score"] for row in load_run(real_run[0]).metrics]
+    read = float(browser.find_element("css selector", ".tip").text.split()[1])
+    assert min(abs(read - s) for s in scores) < 1e-3  # one of the numbers that are drawn
+
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", dict(printBackground=True))["data"])
+    assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert {url.partition(":")[0] for url in requested(browser)} <= {"file", "data"}  # nothing from a network
+    assert {url for url in requested(browser) if url.startswith("file")} <= {page.as_uri()}
+
+
+def test_text_of_a_run_is_only_text(tmp_path, browser):
+    samples = held_out(3, reward=float)
+    samples[1] |= {"context": [EVIL, EVIL], "human": EVIL, "after": samples[1]["after"] | {"text": EVIL}}
+    looks = [{"update": 1, "env_steps": 9, "context": [EVIL], "before": EVIL, "now": EVIL, "human": EVIL, "scores": {}}]
+    folder = made_run(
+        tmp_path / "<b>run",
+        metric_rows(9, **{EVIL: float, "score": float}),
+        config={"data_path": EVIL},
+        warnings=[{"update": 1, "text": EVIL}],
+        samples=looks,
+        eval_samples=samples,
+    )
+    page = write_report([folder])
+    opened(browser, page)
+    assert browser.execute_script("return window.evil") is None
+    assert len(browser.find_elements("css selector", "body script:not([type])")) == 1
+    assert not browser.find_elements("css selector", "img, main b b, h1 b")
+    for selector in (
+        "#cards .context li",
+        "#cards .reply p",
+        "#along .reply p",
+        ".warn li",
+        "#settings td",
+        ".chart b",
+    ):
+        shown = [e.text for e in browser.find_elements("css selector", selector)]
+        assert any(text.startswith("<script>window.evil = 1</script><img") for text in shown), selector
+    browser.find_element("id", "search").send_keys("<script>window.evil")
+    assert browser.find_element("id", "count").text == "1 of 3"
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
