@@ -308,7 +308,8 @@ def warnings_of(
         )
 
     explained = mean("explained_variance", recent[-VALUE_WINDOW:])
-    if len(recent) >= VALUE_AFTER and explained < VALUE_LEAST:
+    # with several replies to a prompt the others' mean is what a value would explain, and nothing is left of it
+    if len(recent) >= VALUE_AFTER and explained < VALUE_LEAST and config.samples_per_prompt == 1:
         rate = config.critic_lr / 3 if explained < -VALUE_LEAST else 3 * config.critic_lr
         found["value_blind"] = (
             f"the value function explains {explained:.2f} of the variance of the returns (1 is all of it, 0 what their "
