@@ -33,6 +33,7 @@ from common import (
 )
 from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import log_probs_of, reply_log_likelihoods
+from monitor import drawable, waiting
 from packing import allow_packing, logits_at
 from supervised import FitConfig, fit, forget, state_folder
 
@@ -65,7 +66,9 @@ def train_sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer_path or config.model_path)
     fmt = config.dialogue_format(config.model_path)
     codec = DialogueCodec(tokenizer, fmt)
-    splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
+    draw = drawable(config.progress, PartialState().is_main_process)
+    with waiting("reading the dialogues", draw):
+        splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
     samples = {s: make_samples(d, fmt) for s, d in splits.items()}
     for split, dialogues in splits.items():
         counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
@@ -73,12 +76,14 @@ def train_sft(config: SFTConfig) -> Path:
         if not samples[split]:
             raise UserError(f"no {split} dialogue has more than {fmt.context_utterances} utterances.")
     # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
-    model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
+    with waiting("loading the model", draw):
+        model = load_pretrained(AutoModelForCausalLM, config.model_path, "model", dtype=torch.float32)
     check_vocabulary(tokenizer, model, config.model_path)
     model.to(PartialState().device)
     allow_packing(model)
 
-    windows = windows_of(samples["train"], codec)
+    with waiting("tokenizing the dialogues", draw):
+        windows = windows_of(samples["train"], codec)
     looked_at = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
