@@ -121,13 +121,15 @@ def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[s
     if missing:
         raise UserError(f"--track {missing[0]} needs the package {missing[0]}: pip install {missing[0]}.")
     if "wandb" in asked and accelerator.is_main_process:
-        from wandb import Settings
+        import wandb
 
         offline = config.wandb_mode == "offline"
         # console off: it would keep every drawing of the display. quiet: no table of the run's last figures at its end
-        settings_of_wandb = Settings(console="off", quiet=True, show_info=not offline)
+        quiet = wandb.Settings(console="off", quiet=True, show_info=not offline)
+        wandb.setup()
+        wandb.termsetup(quiet, None)  # offline it tells that it is offline; warnings and errors stay
         options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode)
-        options["wandb"] |= dict(dir=str(run), settings=settings_of_wandb)
+        options["wandb"] |= dict(dir=str(run), settings=quiet)
         if "wandb" in ids:
             options["wandb"] |= dict(id=ids["wandb"], resume="allow")
     options["trackio"] = dict(name=run.name, resume="allow" if updates else "never", embed=False)

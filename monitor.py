@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.align import Align
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress_bar import ProgressBar
@@ -489,7 +489,8 @@ class Monitor:
         times = f"{clock(gone)} gone"
         if done and steps < total:
             times += f", {clock(gone * (total - steps) / done)} left"
-        words = Text(f"{min(1.0, steps / total):4.0%}  {steps:,} of {total:,} steps  {times}", no_wrap=True)
+        counts = f"  {steps:,} of {total:,} steps" if width >= 64 else ""
+        words = Text(f"{min(1.0, steps / total):4.0%}{counts}  {times}", no_wrap=True)
         line = Table.grid(padding=(0, 1))
         length = max(8, width - len(words) - 1)
         line.add_row(ProgressBar(total, steps, width=length, complete_style=TREND, finished_style=TREND), words)
@@ -529,10 +530,11 @@ class Monitor:
     def _dialogue(self, width: int) -> RenderableType:
         """The end of a context, its speakers as A and B, and what B says to it: before training, now, and a human."""
         row = self.dialogues[-1]
-        figures = list(row["scores"]["now"])[: 3 if width >= TWO_COLUMNS else 1]
-        table = Table.grid(padding=(0, 2), expand=True)
+        room = 3 if width >= TWO_COLUMNS else 1 if width >= 40 else 0
+        figures = list(row["scores"]["now"])[:room]
+        table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, width=6)
-        table.add_column(ratio=1)
+        table.add_column(min_width=8)
         for name in figures:
             table.add_column(no_wrap=True, justify="right", width=max(6, min(10, len(name))), overflow="ellipsis")
         context = row["context"][-3:]
@@ -545,4 +547,4 @@ class Monitor:
             values = [row["scores"].get(name, {}).get(figure) for figure in figures]
             table.add_row(name, reply, *(f"{v:.2f}" if _number(v) else "" for v in values))
         rule = Rule(f"validation dialogue after update {row['update']:,}", style="default", align="left")
-        return Align(Group(rule, table), width=width)
+        return Constrain(Group(rule, table), width)

@@ -43,7 +43,9 @@ REWARD = """
             raise RuntimeError("the scoring server is gone")
         return [sum(len(w) < 4 for w in r.split()) / (1 + len(r.split())) for r in responses]
 """
-RUN = dict(total_time_steps=1600, eval_limit=-1, save_interval=2, validation_limit=0, intent_coef=0.0)
+RUN = dict(
+    total_time_steps=1600, eval_limit=-1, save_interval=2, validation_limit=0, sample_interval=0, intent_coef=0.0
+)
 
 
 def digest(folder: Path) -> dict[str, str]:
