@@ -45,16 +45,18 @@ COMMANDS = {  # name: what follows it, what it does
     "/reset": ("", "forget the conversation and begin a new one"),
     "/undo": ("", "take back what you said last, and the reply"),
     "/retry": ("", "another reply to what you said last"),
-    "/scores": ("[on|off]", "dialogue act and log-probability of the last reply; on: after each"),
-    "/human": ("TEXT", "score the last reply against the one that a person would have given (METEOR, intent)"),
+    "/scores": ("[on|off]", "act and log-probability of the last reply; on: of each"),
+    "/human": ("TEXT", "score the last reply against what a person would have said"),
     "/save": ("FILE", "write the conversation to a new JSON file"),
     "/load": ("FILE", "go on with a conversation that was saved"),
     "/quit": ("", "leave; /exit and Ctrl-D do too"),
 }
 KEYS = """\
-  Ctrl-C      stop the reply that is being written
-  Alt-Enter   a new line; lines that are pasted together are said together
-  reset, help, quit, exit work without the slash; begin with a blank to say a line that begins with one"""
+  Ctrl-C            stop the reply that is being written
+  Ctrl-R            look for an earlier line; arrows recall the last ones
+  Alt-Enter         a new line; lines that are pasted together are said together
+  reset, help, quit, exit work without the slash; a line that begins with a
+  blank is said, whatever it is"""
 NARROW = 60  # columns of a terminal; below, two agents answer one under the other
 
 
@@ -195,7 +197,9 @@ class Conversation:
                 if not known:
                     self.note("(no dialogue acts: no judge is known for this model; name one with --intent-model)")
             who = f"{name} " if len(self.agents) > 1 else ""
-            for row in scores_of(agent, self.judges[known], human):
+            with self.console.status("scoring"):  # the first METEOR reads WordNet
+                rows = scores_of(agent, self.judges[known], human)
+            for row in rows:
                 self.note(f"  {who}{row}")
 
     def answer(self, text: str, attempt: int = 0, otherwise: list[list[str]] | None = None) -> None:
@@ -266,8 +270,10 @@ def history_file() -> Path | None:
     return file
 
 
-def open_prompt() -> Any:
-    """The prompt: a prompt_toolkit session with history, completion of commands, and Alt-Enter for a new line."""
+def open_prompt(**terminal: Any) -> Any:
+    """The prompt: a prompt_toolkit session with history, completion of commands, and Alt-Enter for a new line.
+
+    `terminal` may give its input and output, for what is none."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -295,9 +301,11 @@ def open_prompt() -> Any:
         history=FileHistory(file) if file else InMemoryHistory(),
         auto_suggest=AutoSuggestFromHistory(),
         completer=CommandCompleter(),
-        complete_while_typing=True,
+        search_ignore_case=True,
         key_bindings=keys,
         enable_open_in_editor=True,
+        reserve_space_for_menu=6,
+        **terminal,
     )
 
 
@@ -310,7 +318,7 @@ def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
     for name, agent in zip(conversation.names, agents):
         how = "its chat template" if agent.uses_template else "the dialogue format"
         who = f"{name}: " if len(agents) > 1 else ""
-        conversation.note(f"{who}{agent.name}: {count_parameters(agent.model):,} parameters, through {how}")
+        conversation.note(f"{who}{agent.path}: {count_parameters(agent.model):,} parameters, through {how}")
     conversation.note("/help lists the commands, reset begins anew, quit leaves")
     interrupted = False
     while True:

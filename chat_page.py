@@ -28,10 +28,14 @@ from dialogue_agent import Agent, messages_of
 
 HOST = "127.0.0.1"
 CSS = """
-.gradio-container { max-width: 62rem !important; margin: 0 auto; padding: 0.75rem !important; }
-#chat { height: 52vh !important; min-height: 15rem; }
-#status { min-height: 1.6em; }
-.reply textarea { font-size: var(--text-md); }
+.gradio-container { width: min(100%, 60rem) !important; margin: 0 auto !important; padding: 0.25rem !important; }
+.gradio-container > .main { padding: 0.5rem !important; }
+#chat { height: calc(100dvh - 17rem) !important; min-height: 14rem; }
+.gradio-container:has(#pair) #chat { height: calc(100dvh - 32rem) !important; }
+#chat button[aria-label="Clear"] { display: none; }  /* Reset does that */
+#chat .message-buttons-right { display: none; }  /* a copy of one's own words */
+#status { min-height: 1.5em; }
+@media (max-width: 40rem) { .gradio-container:has(#pair) #chat { height: 14rem !important; } }
 """
 
 
@@ -106,11 +110,11 @@ def _check_rows(stream: Any, size: int, row: dict[str, Any], file: Path) -> None
 def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
     """The page of one agent or two; choices go to the file `preferences`, in the format of the first."""
     stops: dict[str, threading.Event] = {}  # by session: set, it ends the reply that is being written there
-    names = ["First reply", "Second reply"] if len(agents) == 1 else ["Reply of A", "Reply of B"]
+    names = ["First", "Second"] if len(agents) == 1 else ["A", "B"]
 
     def sides(attempt: int) -> list[tuple[Agent, int]]:
         """Who writes the two replies, and from which random numbers."""
-        return [(agents[i % len(agents)], len(names) // len(agents) * attempt + i // len(agents)) for i in range(2)]
+        return [(agents[i % len(agents)], 2 // len(agents) * attempt + i // len(agents)) for i in range(2)]
 
     def pieces_of(agent: Agent, history: list[str], text: str, attempt: int, stop: threading.Event) -> Iterator[str]:
         """The reply as far as it is written, until it ends or is stopped."""
@@ -225,8 +229,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
             return {status: ""}
         return back(history[:-2], history[-2]) | {past: history[:-2], status: ""}
 
-    def reset(request: gr.Request) -> dict[Any, Any]:
-        stop(request)
+    def reset() -> dict[Any, Any]:
         return written(False) | {
             box: gr.update(value="", submit_btn=True, stop_btn=False),
             past: [],
@@ -244,7 +247,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
 
     with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as page:
         past, waiting, chosen, attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
-        gr.Markdown("\n\n".join(heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)))
+        gr.Markdown("<br>".join(heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)))
         chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",
@@ -252,16 +255,16 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
             buttons=["copy"],
             placeholder="Say something below.",
         )
-        with gr.Row(visible=False, elem_id="pair") as pair:
+        with gr.Column(visible=False, elem_id="pair") as pair:
             replies, choices = [], []
-            for name in names:
-                with gr.Column(min_width=280):
-                    replies.append(gr.Textbox(label=name, lines=3, interactive=False, elem_classes="reply"))
-                    choices.append(gr.Button(f"{name} is better", variant="primary"))
-            with gr.Column(min_width=280):
-                with gr.Row():
-                    again = gr.Button("Two others")
-                    neither = gr.Button("Neither")
+            with gr.Row():
+                for name in names:
+                    with gr.Column(min_width=280):
+                        replies.append(gr.Textbox(label=name, lines=2, interactive=False))
+                        choices.append(gr.Button(f"{name} is better", variant="primary"))
+            with gr.Row():
+                again = gr.Button("Two others", size="sm", min_width=120)
+                neither = gr.Button("Neither", size="sm", min_width=120)
         status = gr.Markdown("", elem_id="status")
         box = gr.Textbox(
             show_label=False,
@@ -292,7 +295,8 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         for i, button in enumerate(choices):
             button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **hidden)
         box.stop(stop, None, None, queue=False, **hidden)
-        begin_anew.click(reset, None, everything, queue=False, **hidden)
+        # in the queue behind the reply that it stops, whose last words would else come after it
+        begin_anew.click(stop, None, None, queue=False, **hidden).then(reset, None, everything, **speaks)
         page.unload(stop)
     return page
 
@@ -319,7 +323,9 @@ def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
             enable_monitoring=False,
             prevent_thread_lock=True,
             css=CSS,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=gr.themes.Default(
+                primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
         )
     except OSError as error:
         raise UserError(

@@ -1,24 +1,39 @@
 """The chat: what the model is shown of a conversation, what a person is shown of the model, and the terminal itself."""
 
+import fcntl
 import io
+import json
 import os
 import pty
+import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import chat
+from chat import ChatConfig, Conversation, open_agents
 from common import UserError
-from dialogue_agent import Agent, presentable
-from envs import DialogueFormat
+from dialogue_agent import Agent, judge_name, load_conversation, presentable, save_conversation
+from envs import ACTS, DialogueFormat, Sample
+from generation import reply_log_likelihoods
+from intent_classifier import IntentJudge
 
 ROOT = Path(chat.__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
@@ -353,18 +368,20 @@ def test_an_encoder_is_refused_with_status_2_and_a_sentence(tmp_path, monkeypatc
 
 
 class Terminal:
-    """chat.py on a pseudo-terminal."""
+    """chat.py on a pseudo-terminal; it keeps its lines in `state`."""
 
-    def __init__(self, *arguments):
+    def __init__(self, state, *arguments, term="dumb"):
         self.pid, self.fd = pty.fork()
+        self.prompt = "you: " if term == "dumb" else "you:"  # else its blank is where the cursor is moved to
         if self.pid == 0:
-            os.environ["TERM"] = "dumb"  # readline then sends no control sequences
+            # a dumb terminal is sent no control sequences, and none is asked where its cursor is
+            os.environ.update(TERM=term, XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
             os.execv(sys.executable, [sys.executable, str(ROOT / "chat.py"), *arguments])
 
     def send(self, keys):
         os.write(self.fd, keys.encode())
 
-    def until(self, text, seconds=180):
+    def until(self, text, seconds=60):
         """Everything written up to and including `text`."""
         seen, end = "", time.monotonic() + seconds
         while text not in seen:
@@ -377,11 +394,11 @@ class Terminal:
         return seen
 
     def press(self, key):
-        """A key pressed at the prompt, at a person's speed: readline loses a Ctrl-C that comes in the same instant."""
+        """A key pressed at the prompt, at a person's speed: before the prompt reads keys, Ctrl-C stops the program."""
         time.sleep(0.5)
         self.send(key)
 
-    def status(self, seconds=180):
+    def status(self, seconds=60):
         """Exit status."""
         with pytest.raises(AssertionError, match="ended before"):
             self.until("more than it says", seconds)
@@ -400,7 +417,7 @@ class Terminal:
 def terminal(request, tmp_path):
     path = make_model(tmp_path, positions=4096, n_layer=4)
     DialogueFormat(max_prompt_tokens=128, max_new_tokens=6).save(tmp_path)
-    terminal = Terminal(path, *getattr(request, "param", ()))
+    terminal = Terminal(tmp_path / "state", path, *getattr(request, "param", ()))
     request.addfinalizer(terminal.kill)
     return terminal
 
@@ -436,3 +453,349 @@ def test_ctrl_c_stops_a_reply_and_leaves_where_pressed_twice(terminal):
     terminal.until("you: ")
     terminal.press("\x03")
     assert terminal.status() == 0
+
+
+@pytest.fixture
+def start(request, tmp_path):
+    """Starts chat.py on terminals that keep their lines in one place."""
+
+    def start(*arguments, term="xterm"):
+        terminal = Terminal(tmp_path / "state", *arguments, term=term)
+        request.addfinalizer(terminal.kill)
+        fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        terminal.until(terminal.prompt)
+        return terminal
+
+    return start
+
+
+def test_lines_are_kept_for_the_next_session_and_a_paste_is_one_utterance(folder, start, tmp_path):
+    first = start(folder)
+    first.send("\x1b[200~how are you\ntoday\n\x1b[201~")  # what a terminal sends for a paste
+    time.sleep(0.5)
+    first.send("\r")
+    first.until("agent: ")
+    first.until("you:")
+    first.send(f"/save {tmp_path / 'said.json'}\r")
+    first.until("written to")
+    first.until("you:")
+    first.press("\x04")
+    assert first.status() == 0
+    [said] = load_conversation(str(tmp_path / "said.json"), 1)
+    assert said[0] == "how are you today" and len(said) == 2  # an utterance of the dialogue format is one line
+    lines = tmp_path / "state" / "ppo_dialog" / "chat_history"
+    assert lines.stat().st_mode & 0o077 == 0
+
+    second = start(folder)
+    second.send("\x1b[A\x1b[A")  # up: the command, then the paste
+    second.until("today")
+    second.send("\r")
+    second.until("agent: ")
+    second.until("you:")
+    second.send(f"/load {tmp_path / 'said.json'}\r")
+    second.until("(2 utterances)")
+    second.until("you:")
+    second.send("/sav\r")
+    second.until("Did you mean '/save'?")
+    second.until("you:")
+    second.send("quit\r")
+    assert second.status() == 0
+    assert lines.read_text().count("+how are you\n+today") == 2
+
+
+def test_no_lines_are_kept_of_piped_input(folder, tmp_path):
+    settings = dict(os.environ, XDG_STATE_HOME=str(tmp_path))
+    subprocess.run([sys.executable, ROOT / "chat.py", folder], input=b"hello\n", env=settings, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_cannot_be_kept_are_no_reason_not_to_talk(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert chat.history_file() is None and "not kept" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert chat.history_file() == tmp_path / ".local" / "state" / "ppo_dialog" / "chat_history"
+
+
+def completions(text):
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.input import DummyInput
+    from prompt_toolkit.output import DummyOutput
+
+    session = chat.open_prompt(input=DummyInput(), output=DummyOutput())
+    return [c.text for c in session.completer.get_completions(Document(text), CompleteEvent())]
+
+
+def test_commands_and_their_arguments_are_completed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert set(completions("/")) == set(chat.COMMANDS)
+    assert completions("/re") == ["/reset", "/retry"]
+    assert completions("/scores ") == ["on", "off"] and completions("/scores of") == ["off"]
+    (tmp_path / "said.json").write_text("")
+    assert completions(f"/load {tmp_path}/sa") == ["id.json"]
+    assert completions("so /re") == completions("reset") == []
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(folder):
+    return Conversation([Agent(folder, seed=1)])
+
+
+def test_undo_retry_and_reset(talk, capsys):
+    agent = talk.agents[0]
+    for command in ("/undo", "/retry", "/scores", "/human well"):
+        with pytest.raises(UserError):
+            talk.obey(command)
+    talk.answer("hello")
+    talk.answer("how are you")
+    first = list(agent.history)
+    talk.obey("/retry")
+    assert agent.history[:3] == first[:3] and agent.history[3] != first[3]  # the seed's next numbers
+    talk.obey("/undo")
+    assert agent.history == first[:2]
+    assert "(taken back: how are you)" in capsys.readouterr().out
+    talk.answer("how are you")
+    assert agent.history == first
+    talk.obey("/reset")
+    assert agent.history == []
+
+
+def test_a_retry_that_is_stopped_before_its_first_word_leaves_the_reply_as_it_was(talk, monkeypatch):
+    agent = talk.agents[0]
+    talk.answer("hello")
+    kept = list(agent.history)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(agent, "respond", stopped)
+    talk.obey("/retry")
+    assert agent.history == kept
+    talk.answer("how are you")
+    assert agent.history == kept
+
+
+def test_an_unknown_command_and_bad_arguments_are_sentences(talk):
+    for command, message in {
+        "/rset": "Did you mean '/reset'",
+        "/scores maybe": "/scores on",
+        "/save": "/save FILE",
+        "/human": "/human TEXT",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            talk.obey(command)
+    with pytest.raises(SystemExit):
+        talk.obey("/QUIT")
+
+
+def test_save_and_load(talk, tmp_path, capsys):
+    file = tmp_path / "what we said.json"
+    talk.answer("hello")
+    talk.obey(f"/save '{file}'")
+    said, stored = list(talk.agents[0].history), file.read_bytes()
+    talk.answer("how are you")
+    with pytest.raises(UserError, match="is there already"):
+        talk.obey(f"/save {file}")  # a name with blanks needs no quotes
+    assert file.read_bytes() == stored
+    with pytest.raises(UserError, match="cannot be written"):
+        talk.obey(f"/save {tmp_path / 'no' / 'folder.json'}")
+    talk.obey(f"/load {file}")
+    assert talk.agents[0].history == said
+    assert "(2 utterances)" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_of_a_conversation(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: "x" * 10_000_000)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(UserError, match="cannot be written"):
+            save_conversation(str(tmp_path / "said.json"), [Agent(folder)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert not (tmp_path / "said.json").exists()
+
+
+def turns(*roles, content="hi"):
+    return {"conversations": [{"messages": [{"role": role, "content": content} for role in roles]}]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "no list 'conversations'"),
+        ('{"conversations": []}', "no list 'conversations'"),
+        ('{"conversations": [{}]}', "no list 'messages'"),
+        (turns("user"), "in turn"),
+        (turns("assistant", "user"), "in turn"),
+        (turns("user", "assistant", content=3), "should be text"),
+        (turns("user", "assistant", content=" "), "not blank"),
+    ],
+)
+def test_files_that_hold_no_conversation_are_refused(talk, tmp_path, content, message):
+    file = tmp_path / "bad.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    talk.answer("hello")
+    kept = list(talk.agents[0].history)
+    with pytest.raises(UserError, match=message):
+        talk.obey(f"/load {file}")
+    assert talk.agents[0].history == kept
+
+
+def test_load_wants_a_file_and_as_many_conversations_as_there_are_agents(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        load_conversation(str(tmp_path), 1)
+    one, two = turns("user", "assistant"), turns("user", "assistant", content="a\x1b[2J")
+    (tmp_path / "two.json").write_text(json.dumps({"conversations": one["conversations"] + two["conversations"]}))
+    assert load_conversation(str(tmp_path / "two.json"), 2) == [["hi", "hi"], ["a[2J", "a[2J"]]
+    with pytest.raises(UserError, match="2 conversations"):
+        load_conversation(str(tmp_path / "two.json"), 1)
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert load_conversation(str(tmp_path / "one.json"), 2) == [["hi", "hi"]] * 2
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_log_probability_is_that_of_the_evaluation(folder):
+    agent = Agent(folder, spaced=True)
+    context = ["hello", "how are you", "fine thanks"]
+    prompt = agent.codec.format.prompt([f" {u} " for u in context])
+    sums, counts = reply_log_likelihoods(agent.model, agent.codec, [Sample(tuple(context), prompt, " see you ", 0)])
+    assert agent.log_probability(context, "see you") == pytest.approx((sums / counts).item(), abs=1e-5)
+    assert agent.log_probability(context, "see you", most=1) != pytest.approx((sums / counts).item(), abs=1e-2)
+
+
+def test_log_probability_through_a_template_counts_the_end(template_folder):
+    agent = Agent(template_folder)
+    ids = agent.tokenizer("[user] hello\n[assistant] ").input_ids
+    target = [*agent.tokenizer("good bye").input_ids, agent.tokenizer.eos_token_id]
+    logprobs = agent.model(torch.tensor([ids + target])).logits[0].log_softmax(-1)
+    expected = [logprobs[len(ids) + i - 1, token].item() for i, token in enumerate(target)]
+    assert agent.log_probability(["hello"], "good bye") == pytest.approx(sum(expected) / len(target), abs=1e-5)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A judge of random weights."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    tokenizer = make_tokenizer()
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=4, **sizes)).save_pretrained(
+        tmp_path / "judge"
+    )
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return str(tmp_path / "judge")
+
+
+def test_scores_on_request_and_after_each_reply(folder, judge, capsys):
+    talk = Conversation([Agent(folder, seed=1)], judge)
+    talk.answer("hello")
+    assert "log-probability" not in capsys.readouterr().out
+    talk.obey("/scores")
+    history = talk.agents[0].history
+    act = ACTS[IntentJudge(judge).acts([history[0]], [history[1]])[0] - 1]
+    shown = f"reply: {act}, log-probability {talk.agents[0].log_probability(*split(history), most=20):.2f} a token"
+    assert capsys.readouterr().out.strip() == shown
+    talk.obey("/scores on")
+    talk.answer("bye")
+    assert capsys.readouterr().out.count("log-probability") == 2
+    talk.obey("/scores off")
+    talk.answer("bye")
+    assert "log-probability" not in capsys.readouterr().out
+    talk.agents[0].history = ["see you", "good bye"]
+    talk.obey("/human good bye")
+    out = capsys.readouterr().out
+    assert "human: " in out and "METEOR 0." in out and "intent 1 (the same act)" in out
+
+
+def split(history):
+    return history[:-1], history[-1]
+
+
+def test_without_a_judge_the_rest_is_shown_and_how_to_name_one(talk, capsys):
+    talk.answer("hello")
+    talk.obey("/scores")
+    out = capsys.readouterr().out
+    assert "--intent-model" in out and "reply: log-probability" in out
+
+
+def test_the_judge_is_the_one_given_or_the_runs_own(tmp_path):
+    assert judge_name("builtin") == "builtin" and judge_name("builtin", "mine") == "mine"
+    assert judge_name(str(tmp_path)) == ""
+    for stored, judge in {
+        "intent_model: models/intent\ndata_path: chats.csv": "models/intent",
+        "intent_model: builtin\ndata_path: chats.csv": "",  # it knows the built-in corpus alone
+        "intent_model: builtin\ndata_path: builtin": "builtin",
+    }.items():
+        (tmp_path / "config.yaml").write_text(stored)
+        assert judge_name(str(tmp_path)) == judge
+    (tmp_path / "config.yaml").write_text("- no configuration")
+    with pytest.raises(UserError, match="config.yaml"):
+        judge_name(str(tmp_path))
+
+
+# --- two agents ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rival(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("rival"), seed=7)
+
+
+def test_two_agents_in_a_pipe_answer_on_one_line_each_in_its_own_conversation(folder, rival, monkeypatch, capsys):
+    lines = "hello\nhow are you\nreset\nhello\n"
+    status, out, err = run_main(monkeypatch, capsys, folder, "--versus", rival, "--seed", 1, stdin=lines)
+    assert (status, err) == (0, "")
+    replies = [line.split("\t") for line in out.split("\n")[:-1]]
+    assert [len(pair) for pair in replies] == [2, 2, 2] and replies[0] == replies[2]
+    for side, path in enumerate((folder, rival)):
+        agent = Agent(path, seed=1)
+        expected = [" ".join(agent.reply(line).split()) for line in ("hello", "how are you")]
+        assert [" ".join(pair[side].split()) for pair in replies[:2]] == expected
+
+
+def test_a_model_against_itself_is_loaded_once_and_says_something_else(folder):
+    first, second = open_agents(ChatConfig(folder, versus=folder, seed=1))
+    assert first.model is second.model and first.reply("hello") != second.reply("hello")
+    assert first.history != second.history
+
+
+def test_settings_of_one_format_go_to_the_agent_they_fit(folder, template_folder, rival):
+    a, b = open_agents(ChatConfig(folder, versus=template_folder, system="be kind", spaced=True))
+    assert (a.system, a.spaced, b.system, b.spaced) == ("", True, "be kind", False)
+    with pytest.raises(UserError, match="--system"):
+        open_agents(ChatConfig(folder, versus=rival, system="be kind"))
+
+
+def test_two_agents_stay_in_step_where_one_is_stopped(folder, rival, monkeypatch, capsys):
+    talk = Conversation([Agent(folder, seed=1), Agent(rival, seed=1)])
+    talk.answer("hello")
+    out = capsys.readouterr().out
+    assert "A: " in out and "B: " in out
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+        yield
+
+    before = [list(agent.history) for agent in talk.agents]
+    monkeypatch.setattr(talk.agents[1], "respond", stopped)
+    talk.answer("how are you")
+    assert [agent.history for agent in talk.agents] == before
+
+
+def test_two_agents_stand_side_by_side_in_a_wide_terminal(folder, rival, start):
+    terminal = start(folder, "--versus", rival, "--seed", "1")
+    terminal.send("hello\r")
+    assert "A: " in re.split(r"[\r\n]+", terminal.until("B: "))[-1]  # both names stand in one line
