@@ -234,14 +234,16 @@ class Evaluation:
 
         `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
         the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
-        of two models with different tokenizers it cannot be compared. With `weights` (N,), sample i counts that often.
+        of two models with different tokenizers it cannot be compared; None where they were not priced. With `weights`
+        (N,), sample i counts that often.
         """
         weights = np.ones(len(self.texts)) if weights is None else weights
         values = {name: float(weights @ scores / weights.sum()) for name, scores in self.scores.items()}
         values["sacrebleu"] = bleu_of(weights @ self.bleu)
         values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
-        loss = -(weights @ self.reply_log_likelihoods) / (weights @ self.reply_tokens)
-        values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if tokens := weights @ self.reply_tokens:
+            loss = -(weights @ self.reply_log_likelihoods) / tokens
+            values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return {name: values.get(name) for name in LABELS if name in values or name != "intent_second_judge"}
 
 
@@ -259,8 +261,8 @@ class Answers:
     """Of each human reply with its marker."""
     seconds: float
 
-    def save(self, file: Path, samples: Sequence[Sample]) -> None:
-        """One line of JSON for each sample, written aside and renamed."""
+    def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
+        """One line of JSON for each sample, after one with the format of their prompts; written aside and renamed."""
         columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
         names = "text", "length", "reply_log_likelihood", "reply_tokens"
         lines = [
@@ -269,14 +271,20 @@ class Answers:
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(file.name + ".part")
-        aside.write_text("\n".join([json.dumps({"seconds": self.seconds}), *lines]) + "\n", encoding="utf-8")
+        head = json.dumps({"seconds": self.seconds, "format": dataclasses.asdict(fmt)})
+        aside.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
         aside.replace(file)
 
     @classmethod
-    def load(cls, file: Path, samples: Sequence[Sample]) -> Answers:
-        """UserError where the file holds something else than answers to these very samples."""
+    def load(
+        cls, file: Path, samples_of: Callable[[DialogueFormat], Sequence[Sample]], fmt: DialogueFormat | None = None
+    ) -> tuple[Answers, DialogueFormat]:
+        """What a file holds, and the format of its prompts. UserError where it answers something else than the samples
+        that `samples_of` makes of that format, or of `fmt` where one is given."""
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            fmt = fmt or DialogueFormat(**first["format"])
+            samples = samples_of(fmt)
             same = [(r["prompt"], r["reply"], r["act"]) for r in rows] == [(s.prompt, s.reply, s.act) for s in samples]
             columns = [[r[n] for r in rows] for n in ("text", "length", "reply_log_likelihood", "reply_tokens")]
             answers = cls(*columns, first["seconds"])
@@ -284,7 +292,7 @@ class Answers:
             raise UserError(f"'{file}' is not a file of replies written by --replies ({first_line(error)}).") from error
         if not same:
             raise UserError(f"the replies in '{file}' answer other samples; use the same data, split and limit.")
-        return answers
+        return answers, fmt
 
 
 def answer(
@@ -295,12 +303,16 @@ def answer(
     seed: int = 0,
     batch_size: int = 32,
     report: Report | None = None,
+    perplexity: bool = True,
 ) -> Answers:
-    """Let the model, with dropout off, answer every sample and price the human replies. It stays on its device."""
+    """Let the model, with dropout off, answer every sample and price the human replies (unless without `perplexity`,
+    which leaves zeros there). It stays on its device."""
     started, training = time.perf_counter(), model.training
     model.eval()
     texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
-    log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
+    log_likelihoods = tokens = torch.zeros(len(samples))
+    if perplexity:
+        log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
     model.train(training)
     seconds = time.perf_counter() - started
     return Answers(texts, lengths, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
@@ -444,7 +456,8 @@ class EvalConfig:
 
     # models and data
     model_path: str = tyro.MISSING
-    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name."""
+    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
+    its --replies, which are scored again."""
     baseline_path: str = ""
     """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
     data_path: str = "builtin"
@@ -467,6 +480,8 @@ class EvalConfig:
     """JSON file for metrics, differences and settings; the table is printed in any case."""
     bootstrap: int = 1000
     """Resamples for the intervals."""
+    perplexity: bool = True
+    """Price the human replies as well, which takes about half of the time."""
 
     # sampling
     seed: int = 0
@@ -543,11 +558,13 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     names = {"policy": config.model_path, "baseline": config.baseline_path}
     answers: dict[str, Answers] = {}
     models, fmt, samples = {}, None, []
+    samples_of = lambda fmt: make_samples(dialogues, fmt)[: config.limit or None]
     for heading, name in names.items():
         if not name:
             continue
-        if heading == "baseline" and Path(name).is_file():
-            answers[heading] = Answers.load(Path(name), samples)
+        if Path(name).is_file():
+            answers[heading], fmt = Answers.load(Path(name), samples_of, fmt)
+            samples = samples_of(fmt)
             continue
         folder = resolve_model(name)
         fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
@@ -555,11 +572,11 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         allow_packing(model)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
-        samples = make_samples(dialogues, fmt)[: config.limit or None]
+        samples = samples_of(fmt)
         models[heading] = model, DialogueCodec(tokenizer, fmt), samples
-        counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
         if not samples:
             raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
+    counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
     print(f"{config.split}: {counts}", flush=True)
 
     judge, name = None, config.intent_model or ("builtin" if config.data_path == "builtin" else "")
@@ -576,10 +593,11 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             with progress(heading) as report:
-                answers[heading] = answer(model, codec, asked, sampling, config.seed, config.batch_size, report)
+                how = sampling, config.seed, config.batch_size, report, config.perplexity
+                answers[heading] = answer(model, codec, asked, *how)
         model.cpu()
-    if config.replies:
-        answers["policy"].save(Path(config.replies), samples)
+    if config.replies and Path(config.replies) != Path(config.model_path):
+        answers["policy"].save(Path(config.replies), samples, fmt)
     evaluations = {heading: score_answers(a, samples, judge, second_judge) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)

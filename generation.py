@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from envs import DialogueCodec, Sample
-from packing import logits_at, position_ids
+from packing import first_of_equals, logits_at, position_ids
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -167,9 +167,16 @@ def sample_responses(
     forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
 
     alive, length = torch.arange(batch, device=device), 0
-    tokens, attention, past = prompt_ids, prompt_mask, None
+    # a prompt that several rows answer is read once
+    first = first_of_equals(prompt_ids, prompt_mask)
+    leaders, copies = first.unique(return_inverse=True)
+    tokens, attention, past = prompt_ids[leaders], prompt_mask[leaders], None
     for t in range(max_new):
         logits, value, past = step(tokens, attention, past)  # (b, V), (b,)
+        if t == 0 and len(leaders) < batch:
+            logits, value = logits[copies], None if value is None else value[copies]
+            past.batch_select_indices(copies)
+            attention = prompt_mask
         if length:  # ours have ended, and this process only keeps the others company
             attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
             if not together(0):

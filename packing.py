@@ -2,6 +2,8 @@
 
 Texts of a batch differ in length, and a position of padding costs as much as one of text. Here the tokens of all texts
 stand end to end in one row, with positions that begin anew at each, and attention is computed for each text by itself.
+Several replies to one prompt share its tokens: the prompt stands there once, then the replies, each of which looks at
+the prompt and at itself. What is computed, gradients included, is what separate rows would give, to rounding.
 Models of transformers that take their attention from its registry (GPT-2, OPT, Llama, Qwen, ...) can do that;
 `allow_packing` tries it on the model at hand, and where it fails, batches stay padded.
 """
@@ -47,10 +49,31 @@ def unpadded(
             position_ids=positions[:, columns],
         )
         return inputs | ({"logits_to_keep": width} if head else {}), lambda x: x[:, -width:][keep[:, -width:]]
-    real = attention_mask.bool()
-    kept = keep[real].nonzero().squeeze(-1)  # (n,) places in the row
-    inputs = dict(input_ids=input_ids[real][None], position_ids=positions[real][None], texts=Texts(real))
+    real, width = attention_mask.bool(), int(keep.any(0).nonzero()[0]) + 1  # width: columns of the prompts
+    row = torch.arange(len(real), device=real.device)
+    first = first_of_equals(input_ids[:, :width], attention_mask[:, :width]) if width > 1 else row
+    owner = None  # of each token: 0 for the prompt's, else which of the rows that share it
+    if not torch.equal(first, row):
+        real = real.clone()
+        real[first != row, :width] = False
+        column = torch.arange(real.shape[1], device=real.device)
+        owner = ((row - first + 1)[:, None] * (column >= width))[real]
+    place = (real.flatten().cumsum(0) - 1).view(real.shape)  # in the row, of each token
+    place[:, :width] = place[first, :width]
+    kept = place[keep]  # (n,)
+    lengths = torch.zeros_like(row).index_add(0, first, real.sum(-1))
+    texts = Texts(lengths[first == row], owner)
+    inputs = dict(input_ids=input_ids[real][None], position_ids=positions[real][None], texts=texts)
     return inputs | ({"logits_to_keep": kept} if head else {}), lambda x: x[0] if head else x[0, kept]
+
+
+def first_of_equals(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """For each row (B,), the first of the run of equal rows that it stands in; input_ids, attention_mask (B, S)."""
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    real = attention_mask.bool()
+    same = ((input_ids[1:] == input_ids[:-1]) | ~real[1:]) & (real[1:] == real[:-1])
+    starts = torch.cat([rows[:1] == 0, ~same.all(-1)])
+    return torch.where(starts, rows, 0).cummax(0).values
 
 
 def logits_at(
@@ -62,14 +85,33 @@ def logits_at(
 
 
 class Texts:
-    """How many tokens of the packed row (N,) belong to each of B texts, for attention."""
+    """Which tokens of the packed row (N,) belong to each of B texts, and which of those they may look at.
 
-    def __init__(self, mask: torch.Tensor):
-        lengths = mask.sum(-1)  # (B,)
+    lengths (B,). owner (N,) where replies share prompts: 0 for a prompt's token, k for the k-th reply's.
+    """
+
+    def __init__(self, lengths: torch.Tensor, owner: torch.Tensor | None = None):
         self.lengths: list[int] = lengths.tolist()
-        column = torch.arange(max(self.lengths), device=mask.device)
+        column = torch.arange(max(self.lengths), device=lengths.device)
         self.real = column < lengths[:, None]  # (B, L), padded on the right
         self.place = ((lengths.cumsum(0) - lengths)[:, None] + column).clamp(max=sum(self.lengths) - 1)  # (B, L)
+        self._owner, self._masks = owner, {}
+
+    def masks(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to attention's scores, (B, 1, L, L): 0 where token i may look at token j, else minus infinity.
+
+        None where every token may look at all before it.
+        """
+        if self._owner is None:
+            return None
+        if dtype not in self._masks:  # once for all layers
+            owner = self._owner[self.place]  # (B, L)
+            looked_at = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
+            banned = ~looked_at.tril()[:, None]
+            self._masks[dtype] = torch.zeros(banned.shape, dtype=dtype, device=owner.device).masked_fill_(
+                banned, float("-inf")
+            )
+        return self._masks[dtype]
 
 
 def packed_sdpa(module, query, key, value, attention_mask, texts: Texts | None = None, **kwargs):
@@ -77,13 +119,18 @@ def packed_sdpa(module, query, key, value, attention_mask, texts: Texts | None =
     packed: query (1, H, N, D) -> (1, N, H, D)."""
     if texts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    masks = texts.masks(query.dtype)
     if query.device.type in TEXT_BY_TEXT:
         each = zip(*(x.split(texts.lengths, dim=2) for x in (query, key, value)))
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in each]
+        mask_of_text = lambda i, n: None if masks is None else masks[i : i + 1, :, :n, :n]
+        outputs = [
+            sdpa_attention_forward(module, q, k, v, mask_of_text(i, q.shape[2]), **kwargs)[0]
+            for i, (q, k, v) in enumerate(each)
+        ]
         return torch.cat(outputs, dim=1), None
     # one call for all; causal attention never looks at padding that stands on the right
     padded = (x[0][:, texts.place].transpose(0, 1) for x in (query, key, value))  # (B, H, L, D)
-    output, _ = sdpa_attention_forward(module, *padded, None, **kwargs)  # (B, L, H, D)
+    output, _ = sdpa_attention_forward(module, *padded, masks, **kwargs)  # (B, L, H, D)
     return output[texts.real][None], None
 
 
@@ -113,14 +160,18 @@ def allow_packing(model: nn.Module) -> bool:
     if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sliding_window", None):
         return packs(model)
     device = next(model.parameters()).device
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=device)
-    ids = torch.arange(10, device=device).view(2, 5) % min(10, model.get_input_embeddings().num_embeddings)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], device=device)
+    ids = torch.tensor(
+        [[0, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 4, 2]], device=device
+    )  # two share a prompt
+    ids = ids % model.get_input_embeddings().num_embeddings  # the last two share a prompt
+    keep = mask.bool() & (torch.arange(6, device=device) > 2)
     was_training, output = model.training, []
     model.eval()
     try:
         for implementation in ("sdpa", PACKED_SDPA):
             model.set_attn_implementation(implementation)
-            inputs, select = unpadded(model, ids, mask, mask.bool(), head=False)
+            inputs, select = unpadded(model, ids, mask, keep, head=False)
             output.append(select(model(**inputs, use_cache=False)[0]).float())
         same = torch.allclose(*output, rtol=1e-2, atol=1e-2 * float(output[0].abs().max()))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
@@ -131,8 +182,14 @@ def allow_packing(model: nn.Module) -> bool:
     return same
 
 
+def packed_lengths(attention_mask: torch.Tensor, prompt_width: int, group: int) -> torch.Tensor:
+    """Tokens (B / group,) of each `group` rows that answer one prompt, which counts once; attention_mask (B, S)."""
+    prompts, replies = attention_mask[:, :prompt_width].sum(-1), attention_mask[:, prompt_width:].sum(-1)
+    return prompts[::group] + replies.view(-1, group).sum(-1)
+
+
 def cut(rows: torch.Tensor, lengths: torch.Tensor, parts: int) -> list[torch.Tensor]:
-    """`rows` (n,), the shorter first, in `parts` (at most n) parts of about equal numbers of tokens, none empty.
+    """`rows` (n, ...), the shorter first, in `parts` (at most n) parts of about equal numbers of tokens, none empty.
 
     lengths (n,) belongs to rows. Rows of a length keep each other company: little is padded where padding there is.
     """

@@ -83,8 +83,8 @@ from networks import (
     load_trunk,
     with_adapter,
 )
-from packing import cut, logits_at, position_ids, unpadded
-from rewards import AdaptiveKL, Reward, judge_sentence, make_reward, score_episodes, token_kl
+from packing import cut, logits_at, packed_lengths, position_ids, unpadded
+from rewards import AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -135,6 +135,8 @@ class PPOConfig(FormatOptions):
     """How fast alpha moves after each rollout; 0 keeps it."""
     kl_clip: float = 0.2
     """Bound on the relative error of KL that moves alpha."""
+    length_rate: float = 0.0
+    """How fast a price on tokens moves that holds the mean length of replies at that of the first rollout (0: none)."""
 
     # how much
     total_time_steps: int = 50_000
@@ -312,6 +314,7 @@ class PPOConfig(FormatOptions):
             raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
+        LengthPrice(self.length_rate)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -347,6 +350,7 @@ class BatchSizes:
 
     rounds: int  # replies of each dialogue slot in a rollout
     replies: int  # replies of this process in a rollout
+    group: int  # replies to one prompt, which stay together
     num_mini_batch: int
     blocks: int  # groups of this process's slots, each of which gives every mini-batch its share
     first_block: int  # how many of them the processes before this one have
@@ -357,23 +361,26 @@ class BatchSizes:
     def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
         processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
         rounds = max(1, round(config.episode_length / max_new_tokens))
-        replies = rounds * config.env_num // processes
-        num_mini_batch = min(config.num_mini_batch, replies)
-        if replies // num_mini_batch < parts:
+        replies, group = rounds * config.env_num // processes, config.samples_per_prompt
+        num_mini_batch = min(config.num_mini_batch, replies // group)
+        if replies // group // num_mini_batch < parts:
+            prompts = f" to {replies // group // num_mini_batch} prompts" if group > 1 else ""
             raise UserError(
-                f"a mini-batch of {replies // num_mini_batch} replies cannot be cut into {parts} parts; "
+                f"a mini-batch of {replies // num_mini_batch} replies{prompts} cannot be cut into {parts} parts; "
                 "lower gradient_accumulation_steps or num_mini_batch."
             )
         # As many blocks as can be: the processes share them, and what a mini-batch holds does not depend on how
-        even = [b for b in range(processes, config.env_num + 1, processes) if config.env_num % b == 0]
-        even = [b for b in even if rounds * config.env_num // b % num_mini_batch == 0]
+        prompts = config.env_num // group
+        even = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
+        even = [b for b in even if rounds * prompts // b % num_mini_batch == 0]
         blocks = max(even, default=processes) // processes
         micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
-        return cls(rounds, replies, num_mini_batch, blocks, accelerator.process_index * blocks, parts, micro_batch)
+        first_block = accelerator.process_index * blocks
+        return cls(rounds, replies, group, num_mini_batch, blocks, first_block, parts, micro_batch)
 
     def mini_batches(self, *stream: int) -> list[torch.Tensor]:
-        """This process's rows of a rollout (n,) in each mini-batch of a pass, drawn anew for each `stream`."""
-        rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1).transpose(0, 1).flatten(1)
+        """This process's rows of a rollout (n, group) in each mini-batch of a pass, drawn anew for each `stream`."""
+        rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
         shuffled = [
             block[torch.randperm(len(block), generator=generator_of(*stream, self.first_block + i))]
             for i, block in enumerate(rows)
@@ -527,6 +534,11 @@ class Rollout:
     seconds: dict[str, float]  # rollout and scoring
 
     @property
+    def rewarded(self) -> torch.Tensor:
+        """(N,) the score less the price of the reply's length, where it has one."""
+        return self.scores + self.statistics.get("reward_length", 0.0)
+
+    @property
     def response_length(self) -> int:
         return self.mask.shape[1]
 
@@ -576,9 +588,10 @@ def collect(
         values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
         if getattr(model, "critic", None) is not None:
             values = torch.zeros_like(out.values)
-        lengths = attention_mask.sum(-1)
+        lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
         passes = min(together(-(-int(lengths.sum()) // micro_batch)), len(lengths))
-        for rows in cut(torch.arange(len(lengths), device=device), lengths, passes):
+        groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
+        for rows in map(torch.flatten, cut(groups, lengths, passes)):
             mask = out.mask[rows]
             inputs = inputs_of(input_ids[rows], attention_mask[rows], mask)
             logprobs = log_probs_of(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
@@ -787,13 +800,15 @@ def update(
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, skipped, passes = 0, 0, 0
-    lengths = rollout.attention_mask.sum(-1).cpu()  # (N,)
+    prompt_width = rollout.input_ids.shape[1] - rollout.response_length
+    lengths = packed_lengths(rollout.attention_mask, prompt_width, sizes.group).cpu()  # (N / group,)
     for epoch in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         for mini_batch in sizes.mini_batches(*stream, epoch):
             # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
             # all processes: each token weighs the same, however the batch is cut.
-            parts = max(sizes.parts, -(-int(lengths[mini_batch].sum()) // sizes.micro_batch))
+            tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
+            parts = max(sizes.parts, -(-int(tokens_of_groups.sum()) // sizes.micro_batch))
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
             tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
             tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
@@ -801,7 +816,7 @@ def update(
             # Accelerate divides by the parts (DeepSpeed by those it was made with), data parallelism by the processes
             divided = sizes.parts if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
             scale = divided * accelerator.num_processes / tokens
-            for rows in cut(mini_batch, lengths[mini_batch], parts):
+            for rows in map(torch.flatten, cut(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
                     stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
@@ -874,6 +889,7 @@ class Progress:
     best_reward: float | None = None  # on the validation samples
     rounds: int = 0  # steps of the environment: which dialogues are at hand
     kl_coef: float = 0.0
+    length_price: dict[str, float] = field(default_factory=dict)
     value_scale: dict[str, Any] = field(default_factory=dict)
     trackers: dict[str, str] = field(default_factory=dict)
 
@@ -970,7 +986,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"]))
-    controller = config.kl_controller()
+    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -990,6 +1006,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         progress = Progress(**load_checkpoint(accelerator, point))
         controller.coef = progress.kl_coef
         vars(value_scale).update(progress.value_scale)
+        vars(length_price).update(progress.length_price)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         lock = open_run(run, keep=config.resume)
@@ -1066,7 +1083,9 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                 between_updates = False
 
                 # 2. advantages
-                scores = above_the_others(rollout.scores, config.samples_per_prompt)
+                if config.length_rate:
+                    rollout.statistics["reward_length"] = -length_price.of(rollout.mask.sum(-1))
+                scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
                 old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
@@ -1094,6 +1113,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                 # 4. account for it
                 figures = rollout_figures(rollout, returns, controller.coef, sum_over_processes)
                 controller.update(figures["kl_div"])
+                length_price.update(figures["mean_output_length"])
                 seconds = time.perf_counter() - started
                 progress.training_seconds += seconds
                 tokens = int(figures.pop("tokens"))
@@ -1135,11 +1155,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                 monitor.update(metrics)
                 if progress.updates % config.log_interval == 0:
                     log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
-                progress.kl_coef, progress.value_scale, progress.rounds = (
-                    controller.coef,
-                    vars(value_scale),
-                    env.rounds - 1,
-                )
+                progress.kl_coef, progress.rounds = controller.coef, env.rounds - 1
+                progress.value_scale, progress.length_price = vars(value_scale), vars(length_price)
                 between_updates = True
                 if due:
                     checkpoint(best)
@@ -1206,7 +1223,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
     """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score."""
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
-    score = {"episode_reward": rollout.scores + penalty, "score": rollout.scores}
+    score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
     columns = score | rollout.statistics | {"reward_kl": penalty}
     if not any(name.startswith("reward_") for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one

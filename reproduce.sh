@@ -4,9 +4,11 @@
 #
 #   bash reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
 #   bash reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
+#   bash reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
-# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds.
+# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds,
+# SFT_EPOCHS how long the supervised start is trained (1; two hours at most).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -14,14 +16,16 @@ DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
 SEEDS=${SEEDS:-0 1 2}
-sft=(--max-minutes 120 --epochs 1) judge=(--epochs 2) ppo=() eval=()
+sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-1}" --eval-samples 100) judge=(--epochs 2) ppo=() eval=() only=()
 if [[ ${1:-} == --quick ]]; then
     OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
     judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
     ppo=(--total-time-steps 600 --env-num 16 --validation-limit 0 --judge-samples 200) eval=(--limit 32 --bootstrap 100)
-elif [[ $# -gt 0 ]]; then
-    echo "reproduce.sh takes --quick or nothing; it was given: $*" >&2
+elif [[ ${1:-} == -* ]]; then
+    echo "reproduce.sh takes --quick, names of stages, or nothing; it was given: $*" >&2
     exit 2
+else
+    only=("$@")
 fi
 OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
 mkdir -p "$OUT/done"
@@ -30,10 +34,12 @@ mkdir -p "$OUT/done"
 precision=no
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then precision=bf16; fi
 
-stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end
+stages=" "
+stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end, or others were asked for
     local name=$1
     shift
-    if [[ -e $OUT/done/$name ]]; then return; fi
+    stages+="$name "
+    if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* || -e $OUT/done/$name ]]; then return; fi
     echo "== $name: $*"
     "$@"
     touch "$OUT/done/$name"
@@ -52,25 +58,38 @@ train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
         --run-dir "$OUT" --experiment-name "$name" ${ppo[@]+"${ppo[@]}"} "$@" ${resume[@]+"${resume[@]}"}
 }
 
-evaluate() { # NAME OPTIONS...
-    python eval_metrics.py --data-path "$DATA" --skip-bad-rows --split validation --mixed-precision "$precision" \
-        --intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --model-path "$OUT/$1" \
-        --replies "$OUT/replies/$1.jsonl" --output "$OUT/eval/$1.json" ${eval[@]+"${eval[@]}"} "${@:2}"
+evaluate() { # NAME OPTIONS...: replies, which are kept, then their scores
+    local name=$1 replies=$OUT/replies/$1.jsonl evaluation=(python eval_metrics.py --data-path "$DATA" --skip-bad-rows
+        --split validation --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
+    shift
+    if [[ ! -e $replies ]]; then
+        "${evaluation[@]}" --model-path "$OUT/$name" --batch-size 128 --bootstrap 1 --replies "$replies" "$@"
+    fi
+    "${evaluation[@]}" --model-path "$replies" --baseline-path "$OUT/replies/sft.jsonl" \
+        --intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --output "$OUT/eval/$name.json"
 }
 
 data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
 stage judge whole "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
 stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
-stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --eval-every 100 "${data[@]}" "${sft[@]}"
+stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --batch-size 16 --lr 2e-4 --warmup-steps 20 \
+    --eval-every 70 "${data[@]}" "${sft[@]}"
 stage eval-sft evaluate sft
 for seed in $SEEDS; do
     stage "ppo-$seed" train "ppo-$seed" --seed "$seed"
-    stage "eval-ppo-$seed" evaluate "ppo-$seed" --baseline-path "$OUT/replies/sft.jsonl"
+    stage "eval-ppo-$seed" evaluate "ppo-$seed"
 done
 stage no-kl train no-kl --kl-coef 0
 stage no-meteor train no-meteor --meteor-coef 0
 for name in no-kl no-meteor; do
-    stage "eval-$name" evaluate "$name" --baseline-path "$OUT/replies/sft.jsonl"
+    stage "eval-$name" evaluate "$name" --no-perplexity
 done
+for name in ${only[@]+"${only[@]}"}; do
+    if [[ $stages != *" $name "* ]]; then
+        echo "reproduce.sh has no stage '$name'; it has:$stages" >&2
+        exit 2
+    fi
+done
+if [[ ${#only[@]} -gt 0 ]]; then exit; fi
 python results.py "$OUT" --results "$RESULTS" --seeds $SEEDS

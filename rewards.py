@@ -11,7 +11,8 @@ A reward looks at whole replies, a batch at a time:
         return np.array([1 / (1 + len(r.split())) for r in responses])
 
 The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply, and a KL penalty for each
-token with an adaptive coefficient (`token_kl`, `AdaptiveKL`), which PPO adds whatever the reward is.
+token with an adaptive coefficient (`token_kl`, `AdaptiveKL`), which PPO adds whatever the reward is, as it does a price
+of length (`LengthPrice`) where one is asked for.
 """
 
 from __future__ import annotations
@@ -356,6 +357,28 @@ class AdaptiveKL:
     def update(self, kl: float) -> None:
         """`kl`: mean KL of a token to the reference model over the last rollout, in nats."""
         self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
+
+
+class LengthPrice:
+    """What a reply pays for its tokens, steered so that the mean length stays that of the first rollout.
+
+    METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
+    policy that follows it drifts to the limit of tokens. After each rollout the price of a reply of the first mean
+    length moves by rate * (mean length / first mean length - 1); it falls below 0 where replies become short.
+    """
+
+    def __init__(self, rate: float = 0.0, price: float = 0.0, target: float = 0.0):
+        if not 0 <= rate < float("inf"):
+            raise UserError(f"length_rate is {rate}; expected 0 or more.")
+        self.rate, self.price, self.target = rate, price, target
+
+    def of(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The price (N,), in units of the score, of replies of so many tokens (N,)."""
+        return self.price * lengths / self.target if self.target else torch.zeros(lengths.shape, device=lengths.device)
+
+    def update(self, mean_length: float) -> None:
+        self.target = self.target or mean_length
+        self.price += self.rate * (mean_length / self.target - 1)
 
 
 def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

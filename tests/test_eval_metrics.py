@@ -32,6 +32,7 @@ from eval_metrics import (
     NGrams,
     Rouge,
     SacreBleu,
+    answer,
     baseline_format,
     bleu_statistics,
     compare,
@@ -42,6 +43,7 @@ from eval_metrics import (
     paired_difference,
     rouge_scores,
     run_evaluation,
+    score_answers,
 )
 from generation import reply_log_likelihoods
 from rewards import words
@@ -328,6 +330,9 @@ def test_evaluating_a_model(tokenizer, samples):
     assert metrics["intent"] == np.mean([bool(t) and s.act == 1 for t, s in zip(texts, samples)])
     sums, counts = reply_log_likelihoods(model, codec, samples)
     assert metrics["perplexity"] == pytest.approx(torch.exp(-sums.sum() / counts.sum()).item(), rel=1e-4)
+    unpriced = answer(model, codec, samples, EVAL_SAMPLING, perplexity=False)
+    rest = score_answers(unpriced, samples, ActJudge()).metrics()
+    assert rest.pop("perplexity") is None and rest == {k: v for k, v in metrics.items() if k != "perplexity"}
     unlabelled = [dataclasses.replace(s, act=0) for s in samples[:2]]
     assert evaluate_model(model, codec, unlabelled, ActJudge(), EVAL_SAMPLING).metrics()["intent"] is None
 
@@ -402,6 +407,8 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     fresh = run_evaluation(EvalConfig(model_path=a, baseline_path=b, **settings | other))
     for part in ("policy", "baseline", "difference"):
         assert result[part] == fresh[part]
+    again = run_evaluation(EvalConfig(model_path=kept, baseline_path=kept, **settings | other))  # no model is loaded
+    assert again["policy"] == again["baseline"] == result["baseline"]
     assert result["policy"]["intent_second_judge"] == result["policy"]["intent"]
     assert "intent, second judge" in capsys.readouterr().out
     with pytest.raises(UserError, match="answer other samples"):

@@ -23,7 +23,7 @@ from transformers import (
 
 import packing
 from common import fuse_gelu, turn_head
-from packing import allow_packing, cut, logits_at, packs, position_ids, unpadded
+from packing import allow_packing, cut, logits_at, packed_lengths, packs, position_ids, unpadded
 
 V = 40
 SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -70,6 +70,47 @@ def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_ca
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+
+
+def replies_to_prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts on the left, replies on the right: three to one prompt, one to another, two to a third; what to keep."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, V, (3, 5), generator=generator)[torch.tensor([0, 0, 0, 1, 2, 2])]
+    prompts[1, 0] = prompts[0, 0] + 1  # filler, which makes no other prompt of it
+    ids = torch.cat([prompts, torch.randint(0, V, (6, 4), generator=generator)], -1)
+    begins, ends = torch.tensor([1, 1, 1, 0, 3, 3])[:, None], torch.tensor([9, 6, 7, 8, 6, 9])[:, None]
+    column = torch.arange(9)
+    keep = (column >= 4) & (column < ends)  # the prompt's last token and all of the reply but its own
+    return ids, ((column >= begins) & (column < ends)).long(), keep
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("one_call", [False, True])
+def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, one_call, monkeypatch):
+    if one_call:
+        monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    ids, mask, keep = replies_to_prompts()
+    expected = []
+    for row in range(len(ids)):
+        real = mask[row].bool()
+        expected.append(model(input_ids=ids[row : row + 1, real]).logits[0][keep[row, real]])
+    expected = torch.cat(expected)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    assert allow_packing(model)
+    logits = logits_at(model, ids, mask, keep)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+    inputs, _ = unpadded(model, ids, mask, keep)
+    alone = mask.sum() - mask[1, :5].sum() - mask[2, :5].sum() - mask[5, :5].sum()
+    assert inputs["input_ids"].shape == (1, int(alone))  # each prompt is read once
+    assert torch.equal(packed_lengths(mask[:3], 5, 3), mask[0, :5].sum()[None] + mask[:3, 5:].sum())
 
 
 def test_only_kept_positions_reach_the_vocabulary_and_no_padding_any_layer():

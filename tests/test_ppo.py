@@ -61,17 +61,19 @@ class FakeCodec:
         return ids[-1] == 1
 
 
-def prompts(batch: int = 6, width: int = 9, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded prompts of different lengths; filler is random, it must not matter."""
+def prompts(batch: int = 6, width: int = 9, seed: int = 0, group: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts of different lengths, each `group` times; filler is random, it must not matter."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (batch, width), generator=generator)
     lengths = torch.randint(2, width + 1, (batch,), generator=generator)
-    return ids, (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
+    mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
+    first = torch.arange(batch) // group * group
+    return torch.where(mask[first] > 0, ids[first], ids), mask[first]
 
 
-def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0) -> Rollout:
+def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1) -> Rollout:
     """A rollout of the model as `collect` makes it, without an environment."""
-    ids, mask = prompts(seed=seed)
+    ids, mask = prompts(seed=seed, group=group)
     uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
 
     out = sample_responses(model.decode, FakeCodec(), ids, mask, sampling, uniforms)
@@ -369,7 +371,9 @@ def config_for_update(**changes) -> PPOConfig:
     return PPOConfig(**dict(ppo_epoch=1, num_mini_batch=1, lr=1e-2, critic_lr=1e-2, entropy_coef=0.01) | changes)
 
 
-def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[dict[str, torch.Tensor], dict]:
+def updated(
+    make, rollout: Rollout, config: PPOConfig, parts: int = 1, group: int = 1
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and statistics after one `update` with SGD, whose step shows the gradient as it is."""
     Accelerator._shared_state = {}
     accelerator = Accelerator(gradient_accumulation_steps=parts)
@@ -380,7 +384,7 @@ def updated(make, rollout: Rollout, config: PPOConfig, parts: int = 1) -> tuple[
     scale.update(0.3, 0.5)
     advantages, returns = gae(token_rewards(rollout, 0.2, rollout.scores), rollout.values, rollout.mask, 1.0, 0.95)
     rows = len(rollout.mask)
-    sizes = BatchSizes(1, rows, config.num_mini_batch, 1, 0, parts, config.micro_batch_tokens or 1024)
+    sizes = BatchSizes(1, rows, group, config.num_mini_batch, 1, 0, parts, config.micro_batch_tokens or 1024)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
     stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, (0,))
     return {k: v.clone() for k, v in model.state_dict().items()}, stats
@@ -403,6 +407,41 @@ def test_parts_micro_batches_and_packing_change_nothing(make):
             assert torch.allclose(whole[name], weights[name], atol=1e-5), name
         assert stats["policy_loss"] == pytest.approx(statistics["policy_loss"], abs=1e-5)
     assert any(not torch.equal(v, make().state_dict()[k]) for k, v in whole.items())  # something was learned
+
+
+@pytest.mark.parametrize("make", [shared, separate])
+def test_replies_that_share_a_prompt_train_what_separate_rows_train(make):
+    rollout = rolled(make(), Sampling(), group=3)
+    alone, stats = updated(make, rollout, config_for_update())
+    others = [
+        updated(make, rollout, config_for_update(), group=3),
+        updated(make, rollout, config_for_update(micro_batch_tokens=1), group=3),  # a prompt's replies at a time
+        updated(lambda: make(packed=False), rollout, config_for_update(), group=3),
+    ]
+    for weights, statistics in others:
+        for name in alone:
+            assert torch.allclose(alone[name], weights[name], atol=1e-5), name
+        assert stats["policy_loss"] == pytest.approx(statistics["policy_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_prompt_that_several_rows_answer_is_read_once(family):
+    model, reads = shared(family), []
+    ids, mask = prompts(group=3)
+
+    def step(tokens, attention, past):
+        reads.append(len(tokens))
+        return model.decode(tokens, attention, past)
+
+    uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(0))
+    together = sample_responses(step, FakeCodec(), ids, mask, Sampling(), uniforms)
+    assert reads[0] == 2 and max(reads[1:]) > 2
+    for row in range(len(ids)):
+        alone = sample_responses(model.decode, FakeCodec(), ids[[row]], mask[[row]], Sampling(), uniforms[[row]])
+        said = alone.mask[0].sum()
+        assert torch.equal(together.ids[row, :said], alone.ids[0]) and together.mask[row].sum() == said
+        for name in ("logprobs", "values"):
+            assert torch.allclose(getattr(together, name)[row, :said], getattr(alone, name)[0], atol=1e-5)
 
 
 def test_padding_changes_no_weight():
@@ -478,7 +517,7 @@ def test_batch_sizes_are_derived_and_refused():
     one = SimpleNamespace(num_processes=1, process_index=0, gradient_accumulation_steps=1, device=torch.device("cpu"))
     tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
     assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(
-        rounds=6, replies=12, num_mini_batch=12, blocks=1, first_block=0, parts=1, micro_batch=1024
+        rounds=6, replies=12, group=1, num_mini_batch=12, blocks=1, first_block=0, parts=1, micro_batch=1024
     )
     with pytest.raises(UserError, match="env_num is 3; expected a multiple of the 2 processes"):
         PPOConfig(env_num=3).check_processes(2)
@@ -490,9 +529,14 @@ def test_batch_sizes_are_derived_and_refused():
         )
 
 
-@pytest.mark.parametrize(("env_num", "rounds", "num_mini_batch"), [(32, 1, 4), (8, 3, 2), (24, 2, 6), (4, 1, 1)])
-def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(env_num, rounds, num_mini_batch):
-    config = PPOConfig(env_num=env_num, episode_length=20 * rounds, num_mini_batch=num_mini_batch)
+@pytest.mark.parametrize(
+    ("env_num", "rounds", "num_mini_batch", "group"),
+    [(32, 1, 4, 1), (8, 3, 2, 1), (24, 2, 6, 1), (4, 1, 1, 1), (32, 1, 4, 2), (32, 2, 2, 4)],
+)
+def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(env_num, rounds, num_mini_batch, group):
+    config = PPOConfig(
+        env_num=env_num, episode_length=20 * rounds, num_mini_batch=num_mini_batch, samples_per_prompt=group
+    )
 
     def replies_of(processes: int) -> list[set[tuple[int, int]]]:
         """(round, slot) of each mini-batch, by all processes."""
@@ -502,7 +546,8 @@ def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(en
             sizes = BatchSizes.derive(config, 20, SimpleNamespace(device=torch.device("cpu"), **fields))
             slots = env_num // processes
             for mini_batch, rows in zip(together, sizes.mini_batches(7, 0, 1), strict=True):
-                mini_batch |= {(int(row) // slots, index * slots + int(row) % slots) for row in rows}
+                assert rows.shape[1] == group and (rows % group == torch.arange(group)).all()  # replies to one prompt
+                mini_batch |= {(int(r) // slots, index * slots + int(r) % slots) for r in rows.flatten()}
         return together
 
     alone = replies_of(1)

@@ -21,6 +21,7 @@ from rewards import (
     AdaptiveKL,
     DialogueReward,
     Intent,
+    LengthPrice,
     Meteor,
     Reward,
     judge_sentence,
@@ -429,3 +430,23 @@ def test_token_kl_is_the_divergence_on_average():
     kl = token_kl(policy[tokens], reference[tokens], torch.ones(200_000))
     exact = (policy.exp() * (policy - reference)).sum()
     assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_the_price_of_length_holds_the_mean_at_the_first_one():
+    price, first = LengthPrice(rate=0.5), 12.0
+    assert price.of(torch.tensor([3, 20])).tolist() == [0, 0]  # nothing is known yet
+    price.update(first)
+    assert price.of(torch.tensor([3, 20])).tolist() == [0, 0]
+    # replies that would grow to 18 tokens for nothing, and shrink by 10 tokens for each unit of price
+    length = first
+    for _ in range(60):
+        price.update(length)
+        length += 0.3 * (18 - 10 * price.price - length)
+    assert length == pytest.approx(first, abs=0.1) and price.target == first
+    assert price.of(torch.tensor([24])).item() == pytest.approx(2 * price.price) and price.price > 0
+    for _ in range(60):  # and that shrink by themselves: then tokens are paid for
+        price.update(length)
+        length += 0.3 * (8 - 10 * price.price - length)
+    assert length == pytest.approx(first, abs=0.1) and price.price < 0
+    with pytest.raises(UserError, match="length_rate is -1"):
+        LengthPrice(-1)
