@@ -1,9 +1,10 @@
 """Every command and every piece of Python in README.md and docs/ is run, with tiny sizes, where this machine can.
 
 A block of commands (indented, or in fences) runs in a folder of its own that looks like a clone in which a user has
-worked: `DATA`, `CAUSAL_LM`, `models/sft`, `runs/NAME` and the other names of the pages are there, small. A command is run
-as written, with the options of TINY after it. What cannot run here stands in NOT_RUN with the reason; of it, all options
-are still parsed by the programs that would read them. A command of a program that is not known here fails.
+worked: `DATA`, `CAUSAL_LM`, `models/sft`, `runs/NAME` and the other names of the pages are there, small. A command is
+run as written, with the options of TINY after it. What cannot run here stands in NOT_RUN with the reason; its options
+are still parsed by the programs that would read them. A command of a program that is not known here fails, and so does
+an option in any other text that no program has.
 """
 
 import ast
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,15 @@ CONFIGS = {
     "results.py": results.ResultsConfig,
     "sft_dialog.py": sft_dialog.SFTConfig,
 }
-FIT = "--epochs 0.01 --eval-samples 8 --output-dir models/new --mixed-precision no"
+FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
 TINY = {  # appended to a command; the last of two values counts
     "chat.py": "--max-new-tokens 4",
     "eval_metrics.py": "--limit 8 --bootstrap 10 --mixed-precision no",
     "intent_classifier.py": FIT,
     "sft_dialog.py": FIT,
-    "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --num-mini-batch 2 --gradient-accumulation-steps 1 --ppo-epoch 1 "
-    "--eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 --mixed-precision no --run-dir runs",
+    "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 1 --num-mini-batch 2 --ppo-epoch 1 "
+    "--gradient-accumulation-steps 1 --eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
+    "--mixed-precision no --run-dir runs",
 }
 FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUSAL_LM --intent-model ENCODER "
                 "--tokenizer-path CAUSAL_LM"}  # fmt: skip
@@ -67,7 +70,7 @@ NOT_RUN = {
     r"^pip install": "it installs: .ci/run.sh does that in a fresh environment",
     r"^pytest": "it runs these tests",
     r"^bash reproduce.sh": "hours; tests/test_programs.py runs --quick",
-    r"--config_file|--num_processes|--num_machines": "several processes: tests/test_engines.py, tests/test_distributed.py",
+    r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
     r"^(srun|export)\b": "several machines",
     r"benchmarks/": "minutes to hours, and other systems' environments: tests/test_benchmarks.py",
     r"examples/(own_dataset|sweep)\.py": "minutes: tests/test_examples.py runs it",
@@ -76,7 +79,7 @@ NOT_RUN = {
     r"nltk\.downloader": "it downloads",
     r"^(alias|source)\b": "test_completion_in_bash",
 }
-SLOW = r"--track|--lora|daily_dialog\.yaml|--tyro-write-completion|^python results.py"
+SLOW = r"examples/custom_|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|^python results.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,19 +128,28 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Code blocks: in fences, or indented by four blanks after an empty line."""
+    """Code blocks: in fences, or indented by four blanks after an empty line. What commands print, after an empty line,
+    is a block of its own."""
     blocks, current, start, fenced, empty = [], [], 0, False, True
+
+    def end() -> None:
+        nonlocal current, start
+        if current:
+            blocks.append(Block(page, start, "\n".join(current).strip("\n")))
+        current, start = [], 0
+
     for number, line in enumerate([*page.read_text(encoding="utf-8").splitlines(), "end"], start=1):
         fence = line.startswith("```")
-        inside = (fenced and not fence) or (not fenced and line.startswith("    ") and (empty or current))
-        if inside:
+        if (fenced and not fence) or (not fenced and line.startswith("    ") and (empty or current)):
+            after_commands = current and not current[-1] and current[0].split()[0] in PROGRAMS
+            if after_commands and line.split() and line.split()[0] not in PROGRAMS:
+                end()
             start = start or number
             current.append(line if fenced else line[4:])
         elif current and not line.strip() and not fenced:
             current.append("")
-        elif current:
-            blocks.append(Block(page, start, "\n".join(current).strip("\n")))
-            current, start = [], 0
+        else:
+            end()
         fenced ^= fence
         empty = not line.strip()
     return blocks
@@ -174,12 +186,7 @@ def worked(tmp_path_factory) -> Path:
 def clone(worked, tmp_path, monkeypatch) -> Path:
     """The working directory."""
     for path in ROOT.iterdir():
-        if path.suffix in (".py", ".sh", ".jinja", ".txt") or path.name in (
-            "configs",
-            "docs",
-            "examples",
-            "benchmarks",
-        ):
+        if path.suffix in (".py", ".sh", ".jinja", ".txt") or path.name in "configs docs examples benchmarks".split():
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "models").mkdir()
     policy, judge = builtin_model("policy"), builtin_model("judge")
@@ -238,7 +245,10 @@ def run_command(words: list[str]) -> None:
     for file, instead in FROM_THE_HUB.items():
         options = options + instead.split() * (file in options and "--data-path" not in options)
     passes_through = {"--help", "--tyro-write-completion"} & set(options)
-    execute(script, options + ([] if passes_through else TINY.get(script, "").split()))
+    tiny = [] if passes_through else TINY.get(script, "").split()
+    if "--output-dir" in options:  # where the page says, there is something already
+        tiny += ["--output-dir", tempfile.mkdtemp(dir="models")]
+    execute(script, options + tiny)
 
 
 def parse_command(words: list[str]) -> None:
@@ -305,9 +315,7 @@ def test_python_runs(block, clone):
 def test_other_blocks_hold_no_command(block):
     for line in block.text.splitlines():
         assert not re.search(r"(^|\s)--[a-z]", line), f"{block}: is this a command? {line}"
-        assert line.split()[:1] == [] or line.split()[0] not in PROGRAMS, (
-            f"{block}: a command within other text: {line}"
-        )
+        assert not set(line.split()[:1]) & set(PROGRAMS), f"{block}: a command within other text: {line}"
 
 
 def options_of_all_programs() -> set[str]:
@@ -316,6 +324,9 @@ def options_of_all_programs() -> set[str]:
     options |= {option for action in launch_command_parser()._actions for option in action.option_strings}
     for script in (ROOT / "examples").glob("*.py"):
         options |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        fields = re.findall(r"^ {4}(\w+): ", script.read_text(), flags=re.MULTILINE)
+        options |= {f"--{name.replace('_', '-')}" for name in fields}
     return options | {"--quick", "--tyro-write-completion", "--tyro-print-completion"}
 
 
@@ -362,12 +373,9 @@ def glossary(section: str) -> set[str]:
 
 def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     plain = clone / "runs" / "plain"
-    execute(
-        "ppo_dialog.py",
-        "--reward my_file.py:brevity --model-path CAUSAL_LM --intent-coef 0 --data-path DATA --experiment-name plain".split()
-        + TINY["ppo_dialog.py"].split()
-        + ["--validation-limit", "4"],
-    )
+    options = "--reward my_file.py:brevity --model-path CAUSAL_LM --intent-coef 0 --data-path DATA --length-rate 0.5"
+    tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
+    execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     written = set()
     for folder in (worked / "runs" / "NAME", plain):
         for line in (folder / "metrics.jsonl").read_text().splitlines():
