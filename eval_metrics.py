@@ -482,6 +482,8 @@ class EvalConfig:
     """Price the human replies as well, which takes about half of the time."""
     bootstrap: int = 1000
     """Resamples for the intervals."""
+    perplexity: bool = True
+    """Price the human replies as well, which takes about half of the time."""
 
     # sampling
     seed: int = 0

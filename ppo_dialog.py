@@ -1225,7 +1225,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
     score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
     columns = score | rollout.statistics | {"reward_kl": penalty}
-    if not any(name.startswith("reward_") for name in rollout.statistics):
+    if not any(name.startswith("reward_") and name != "reward_length" for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]
     columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}

@@ -109,6 +109,7 @@ def test_a_csv_without_the_columns_is_refused_in_a_sentence(tmp_path):
     assert "has no column conversation_id and no speaker; it has ['id', 'text']" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_sweep_fills_its_table_goes_on_and_shows_what_failed(tmp_path):
     command = ["examples/sweep.py", "--output", tmp_path, *TINY]
     said = run(*command, "--lr", "1e-4", "--seeds", 0, 1)

@@ -1,0 +1,405 @@
+"""Every command and every piece of Python in README.md and docs/ is run, with tiny sizes, where this machine can.
+
+A block of commands (indented, or in fences) runs in a folder of its own that looks like a clone in which a user has
+worked: `DATA`, `CAUSAL_LM`, `models/sft`, `runs/NAME` and the other names of the pages are there, small. A command is
+run as written, with the options of TINY after it. What cannot run here stands in NOT_RUN with the reason; its options
+are still parsed by the programs that would read them. A command of a program that is not known here fails, and so does
+an option in any other text that no program has.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from packaging.requirements import Requirement
+
+import builtin_corpus
+import chat
+import estimate
+import eval_metrics
+import intent_classifier
+import ppo_dialog
+import report
+import results
+import sft_dialog
+from builtin_models import builtin_model
+from configuration import command_line, parse_config
+from eval_metrics import LABELS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = "python accelerate pip pytest bash srun export alias source tensorboard".split()
+CONFIGS = {
+    "chat.py": chat.ChatConfig,
+    "estimate.py": estimate.EstimateConfig,
+    "eval_metrics.py": eval_metrics.EvalConfig,
+    "intent_classifier.py": intent_classifier.IntentConfig,
+    "ppo_dialog.py": ppo_dialog.PPOConfig,
+    "report.py": report.ReportConfig,
+    "results.py": results.ResultsConfig,
+    "sft_dialog.py": sft_dialog.SFTConfig,
+}
+FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
+TINY = {  # appended to a command; the last of two values counts
+    "chat.py": "--max-new-tokens 4",
+    "eval_metrics.py": "--limit 8 --bootstrap 10 --mixed-precision no",
+    "intent_classifier.py": FIT,
+    "sft_dialog.py": FIT,
+    "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 1 --num-mini-batch 2 --ppo-epoch 1 "
+    "--gradient-accumulation-steps 1 --eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
+    "--mixed-precision no --run-dir runs",
+}
+FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUSAL_LM --intent-model ENCODER "
+                "--tokenizer-path CAUSAL_LM"}  # fmt: skip
+NOT_RUN = {
+    r"^pip install": "it installs: .ci/run.sh does that in a fresh environment",
+    r"^pytest": "it runs these tests",
+    r"^bash reproduce.sh": "hours; tests/test_programs.py runs --quick",
+    r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
+    r"^(srun|export)\b": "several machines",
+    r"benchmarks/": "minutes to hours, and other systems' environments: tests/test_benchmarks.py",
+    r"examples/(own_dataset|sweep)\.py": "minutes: tests/test_examples.py runs it",
+    r"--web\b": "it serves until it is stopped: the tests of the page run it",
+    r"^tensorboard": "it serves until it is stopped",
+    r"nltk\.downloader": "it downloads",
+    r"^(alias|source)\b": "test_completion_in_bash",
+}
+SLOW = r"examples/custom_|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|^python results.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the pages hold
+
+
+@dataclasses.dataclass
+class Block:
+    page: Path
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+    @property
+    def is_commands(self) -> bool:
+        return self.text.split()[0] in PROGRAMS
+
+    @property
+    def is_python(self) -> bool:
+        with contextlib.suppress(SyntaxError):
+            tree = ast.parse(self.text)
+            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef)) for node in tree.body)
+        return False
+
+    def commands(self) -> list[list[str]]:
+        """Words of each command; lines that end in a backslash or within quotes go on in the next."""
+        found, pending = [], ""
+        for line in self.text.splitlines():
+            pending += line.removesuffix("\\") if line.endswith("\\") else line
+            if line.endswith("\\"):
+                continue
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:
+                pending += " "
+                continue
+            pending = ""
+            while "&&" in words:
+                found.append(words[: words.index("&&")])
+                words = words[words.index("&&") + 1 :]
+            found += [words] if words else []
+        assert not pending, f"{self}: a command without an end: {pending}"
+        return found
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """Code blocks: in fences, or indented by four blanks after an empty line. What commands print, after an empty line,
+    is a block of its own."""
+    blocks, current, start, fenced, empty = [], [], 0, False, True
+
+    def end() -> None:
+        nonlocal current, start
+        if current:
+            blocks.append(Block(page, start, "\n".join(current).strip("\n")))
+        current, start = [], 0
+
+    for number, line in enumerate([*page.read_text(encoding="utf-8").splitlines(), "end"], start=1):
+        fence = line.startswith("```")
+        if (fenced and not fence) or (not fenced and line.startswith("    ") and (empty or current)):
+            after_commands = current and not current[-1] and current[0].split()[0] in PROGRAMS
+            if after_commands and line.split() and line.split()[0] not in PROGRAMS:
+                end()
+            start = start or number
+            current.append(line if fenced else line[4:])
+        elif current and not line.strip() and not fenced:
+            current.append("")
+        else:
+            end()
+        fenced ^= fence
+        empty = not line.strip()
+    return blocks
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def not_run(words: list[str]) -> str | None:
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, " ".join(words))), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A clone in which a user has worked
+
+
+@pytest.fixture(scope="session")
+def worked(tmp_path_factory) -> Path:
+    """Small data, and a run that was trained for two updates."""
+    place = tmp_path_factory.mktemp("worked")
+    corpus = builtin_corpus.generate_corpus()
+    (place / "DATA").mkdir()
+    for split, n in (("train", 60), ("validation", 12), ("test", 12)):
+        (place / "DATA" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
+    with contextlib.chdir(place):
+        (place / "CAUSAL_LM").symlink_to(builtin_model("policy"))
+        (place / "ENCODER").symlink_to(builtin_model("judge"))
+        options = "--model-path CAUSAL_LM --intent-model ENCODER --data-path DATA --experiment-name NAME"
+        execute("ppo_dialog.py", [*options.split(), *TINY["ppo_dialog.py"].split()])
+    return place
+
+
+@pytest.fixture
+def clone(worked, tmp_path, monkeypatch) -> Path:
+    """The working directory."""
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh", ".jinja", ".txt") or path.name in "configs docs examples benchmarks".split():
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "models").mkdir()
+    policy, judge = builtin_model("policy"), builtin_model("judge")
+    for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
+        (tmp_path / name).symlink_to(policy)
+    for name in ("ENCODER", "MINILM", "models/intent", "models/dd-intent", "models/even", "models/odd"):
+        (tmp_path / name).symlink_to(judge)
+    (tmp_path / "DATA").symlink_to(worked / "DATA")
+    for name in ("NAME", "ppo_dialog", "one", "two", "smollm2_daily_dialog"):
+        shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
+    for name in ("my.yaml", "..."):
+        (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
+    (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
+    own = [b.text for b in blocks_of(ROOT / "docs" / "reward.md") if b.is_python and "train(" not in b.text]
+    (tmp_path / "my_file.py").write_text("\n\n".join(own))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def execute(script: str, options: list[str]) -> None:
+    """`python SCRIPT OPTIONS` in this process, which has all libraries loaded; `<` and `>` name files."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    streams = {}
+    for sign in "<>":
+        if sign in options:
+            at = options.index(sign)
+            streams[sign] = options[at + 1]
+            options = options[:at] + options[at + 2 :]
+    before = sys.argv, sys.stdin
+    with contextlib.ExitStack() as stack:
+        given = open(streams["<"]) if "<" in streams else io.TextIOWrapper(io.BytesIO(b"Hello.\nquit\n"))
+        sys.argv, sys.stdin = [script, *options], stack.enter_context(given)
+        if ">" in streams:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(streams[">"], "w"))))
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            assert ended.code in (0, None), f"{script} {shlex.join(options)} ended with status {ended.code}"
+        finally:
+            sys.argv, sys.stdin = before
+
+
+def script_of(words: list[str]) -> tuple[str, list[str]]:
+    """Script and options of `python SCRIPT ...` and `accelerate launch ... SCRIPT ...`; both are parsed."""
+    if words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        return launched.training_script, launched.training_script_args
+    assert words[0] == "python" and words[1].endswith(".py"), f"how is this run? {shlex.join(words)}"
+    return words[1], words[2:]
+
+
+def run_command(words: list[str]) -> None:
+    script, options = script_of(words)
+    assert script in CONFIGS, f"tests/test_docs.py does not know how to run {script}"
+    for file, instead in FROM_THE_HUB.items():
+        options = options + instead.split() * (file in options and "--data-path" not in options)
+    passes_through = {"--help", "--tyro-write-completion"} & set(options)
+    tiny = [] if passes_through else TINY.get(script, "").split()
+    if "--output-dir" in options:  # where the page says, there is something already
+        tiny += ["--output-dir", tempfile.mkdtemp(dir="models")]
+    execute(script, options + tiny)
+
+
+def parse_command(words: list[str]) -> None:
+    """What would not be run here: options and files are at least there."""
+    match words[0]:
+        case "pip":
+            lines = [line.split("#")[0].strip() for line in Path(words[words.index("-r") + 1]).read_text().splitlines()]
+            assert all(Requirement(line) for line in lines if line)
+        case "pytest" | "bash":
+            assert all((ROOT / word).exists() for word in words if word.endswith((".py", ".sh")))
+        case "srun":
+            inner = words[words.index("-c") + 1]
+            parse_command(shlex.split(re.sub(r"\$\w+", "0", inner)))
+        case "export" | "alias" | "source":
+            pass
+        case "tensorboard":
+            assert shutil.which("tensorboard") and words[1] == "--logdir"
+        case _ if words[1] == "-m":
+            runpy._get_module_details(words[2])
+        case _:
+            script, options = script_of(words)
+            options = ["CAUSAL_LM" if option == "gpt2" else option for option in options]
+            if script in CONFIGS:
+                config = CONFIGS[script]
+                takes_file = issubclass(config, ppo_dialog.PPOConfig)
+                parsed = parse_config(config, options, "")[0] if takes_file else command_line(config, "", options)
+                if takes_file:
+                    parsed.check()
+                return
+            text = (ROOT / script).read_text()
+            for option in (o for o in options if o.startswith("--")):
+                name = option.removeprefix("--").split("=")[0]
+                assert f'"--{name}"' in text or re.search(rf"\b{name.replace('-', '_')}: ", text), (script, option)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests
+
+
+def of_speed(block: Block):
+    slow = any(not not_run(words) and re.search(SLOW, " ".join(words)) for words in block.commands())
+    return pytest.param(block, id=str(block), marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize("block", [of_speed(b) for b in BLOCKS if b.is_commands])
+def test_commands_run(block, clone):
+    for words in block.commands():
+        assert words[0] in PROGRAMS, f"{block}: tests/test_docs.py does not know the program {words[0]}"
+        if not_run(words):
+            parse_command(words)
+        else:
+            run_command(words)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.is_python and not b.is_commands], ids=str)
+def test_python_runs(block, clone):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    text = block.text.replace("total_time_steps=1000, eval_limit=50", "total_time_steps=100, env_num=4, eval_limit=4")
+    exec(compile(text, str(block), "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not b.is_python and not b.is_commands], ids=str)
+def test_other_blocks_hold_no_command(block):
+    for line in block.text.splitlines():
+        assert not re.search(r"(^|\s)--[a-z]", line), f"{block}: is this a command? {line}"
+        assert not set(line.split()[:1]) & set(PROGRAMS), f"{block}: a command within other text: {line}"
+
+
+def options_of_all_programs() -> set[str]:
+    names = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | {"config", "help"}
+    options = {f"--{name.replace('_', '-')}" for name in names} | {f"--no-{name.replace('_', '-')}" for name in names}
+    options |= {option for action in launch_command_parser()._actions for option in action.option_strings}
+    for script in (ROOT / "examples").glob("*.py"):
+        options |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        fields = re.findall(r"^ {4}(\w+): ", script.read_text(), flags=re.MULTILINE)
+        options |= {f"--{name.replace('_', '-')}" for name in fields}
+    return options | {"--quick", "--tyro-write-completion", "--tyro-print-completion"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_option_in_the_text_exists(page):
+    options = options_of_all_programs()
+    for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert option in options, f"{page.name}: `{code}` names {option}, which no program has"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for file in re.findall(r"`((?:docs|configs|examples|tests|benchmarks)/[\w./-]*\.\w+)", text):
+        assert (ROOT / file).exists(), f"{page.name} names {file}"
+
+
+def test_completion_in_bash(clone):
+    execute("ppo_dialog.py", ["--tyro-write-completion", "bash", "ppo_completion.sh"])
+    said = subprocess.run(
+        ["bash", "-c", "source ppo_completion.sh; complete -p ppo_dialog.py; f=$(complete -p ppo_dialog.py | "
+         "sed 's/.*-F //; s/ .*//'); COMP_WORDS=(ppo_dialog.py --kl-t); COMP_CWORD=1; $f; echo \"${COMPREPLY[@]}\""],
+        capture_output=True, text=True, env=os.environ, timeout=60,
+    )  # fmt: skip
+    assert said.stdout.split()[-1] == "--kl-target", said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The glossary
+
+
+def glossary(section: str) -> set[str]:
+    text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    part = re.split(r"^## ", text, flags=re.MULTILINE)
+    body = next(p for p in part if p.startswith(section))
+    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|(.*)\|(.*)\|$", body, flags=re.MULTILINE)
+    assert all(meaning.strip() for _, _, meaning, _ in rows)
+    return {name for name, *_ in rows}
+
+
+def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
+    plain = clone / "runs" / "plain"
+    options = "--reward my_file.py:brevity --model-path CAUSAL_LM --intent-coef 0 --data-path DATA --length-rate 0.5"
+    tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
+    execute("ppo_dialog.py", [*options.split(), *tiny.split()])
+    written = set()
+    for folder in (worked / "runs" / "NAME", plain):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            written |= set(json.loads(line))
+    assert written == glossary("metrics.jsonl")
+
+    result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
+    assert set(result) == {"policy", "baseline", "difference", "settings", "reward"}
+    known = glossary("eval.json")
+    assert set(result["policy"]) == set(result["baseline"]) == set(result["difference"])
+    assert set(result["policy"]) | {"intent_second_judge"} == set(LABELS)
+    parts = {f"difference.*.{part}" for value in result["difference"].values() for part in value}
+    parts |= {f"{part}.{name}" for part in ("reward", "settings") for name in result[part]}
+    assert known == set(LABELS) | parts
+
+
+def test_the_pages_exit_statuses_are_those_of_the_code():
+    import common
+
+    text = (ROOT / "docs" / "watch.md").read_text()
+    stated = {int(status) for status in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
+    assert stated == {0, 1, common.EXIT_USER_ERROR, common.EXIT_INTERRUPTED, 128 + 15}
+
+
+def test_settings_in_a_page_load(clone):
+    block = next(b for b in BLOCKS if b.text.startswith("reward: my_file.py"))
+    assert yaml.safe_load(block.text)["reward_args"] == {"word": "thanks", "weight": 0.5}
