@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -42,32 +43,39 @@ def builtin_model(kind: str) -> Path:
     Trained in processes of their own, both at once: they take one core each, and neither the launcher's engine
     (DeepSpeed, several processes) nor this process's random state has a part in it.
     """
-    if PartialState().is_local_main_process:
-        missing = [k for k in ("policy", "judge") if not (_folder(k) / "config.json").exists()]
-        if kind in missing:
-            print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", file=sys.stderr)
-            plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))}
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                plain.pop(name, None)
-            plain["TORCH_NUM_THREADS"] = "1"
-            plain["PPO_DIALOG_PROGRESS"] = "plain"
-            draw = drawable()
-            # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
-            pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
-            runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, **pipes) for k in missing]
-            try:
-                with contextlib.ExitStack() as bars:
-                    for name, run in zip(missing, runs) if draw else ():
-                        move = bars.enter_context(bar(f"built-in {name}".ljust(15), draw, transient=True))
-                        threading.Thread(target=follow, args=(run.stdout, move), daemon=True).start()
-                    failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
-            finally:
-                for run in runs:
-                    run.kill()
-            if failed:
-                raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason stands above.")
+    if PartialState().is_local_main_process and not _there(kind):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / ".lock"):  # of two runs that want them at the same moment one waits
+            missing = [k for k in ("policy", "judge") if not _there(k)]
+            if kind in missing:
+                _train_aside(missing)
     PartialState().wait_for_everyone()
     return _folder(kind)
+
+
+def _train_aside(missing: list[str]) -> None:
+    """Train these of the two, each in a process of its own."""
+    print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", file=sys.stderr)
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        plain.pop(name, None)
+    plain["TORCH_NUM_THREADS"] = "1"
+    plain["PPO_DIALOG_PROGRESS"] = "plain"
+    draw = drawable()
+    # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
+    pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
+    runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, **pipes) for k in missing]
+    try:
+        with contextlib.ExitStack() as bars:
+            for name, run in zip(missing, runs) if draw else ():
+                move = bars.enter_context(bar(f"built-in {name}".ljust(15), draw, transient=True))
+                threading.Thread(target=follow, args=(run.stdout, move), daemon=True).start()
+            failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
+    finally:
+        for run in runs:
+            run.kill()
+    if failed:
+        raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason stands above.")
 
 
 def resolve_model(name: str, kind: str = "policy") -> str:
@@ -86,6 +94,10 @@ def _folder(kind: str) -> Path:
     """Its name tells corpus and settings, so that a change of either trains it anew."""
     settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
     return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+
+
+def _there(kind: str) -> bool:
+    return (_folder(kind) / "config.json").exists()
 
 
 def train(kind: str) -> None:
