@@ -198,8 +198,6 @@ class Log:
         self({name: value for name, value in flat.items() if value is not None}, step)
 
     def _try(self, write: Callable[[], Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
         try:
             write()
         except Exception as error:  # each tracker has its own: network, quota, disk, server

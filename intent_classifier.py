@@ -33,6 +33,7 @@ from common import (
 )
 from configuration import command_line
 from envs import ACTS, Dialogue, load_dialogues
+from monitor import drawable, waiting
 from supervised import FitConfig, fit, forget, state_folder
 
 MAX_TOKENS = 128  # of a pair; the utterances of DailyDialog have 14 words on average
@@ -148,7 +149,8 @@ def train_intent(config: IntentConfig) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
-    splits = {s: list(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
+    with waiting("reading the dialogues", drawable(config.progress, PartialState().is_main_process)):
+        splits = {s: list(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
     if config.half != "all":
         splits["train"] = splits["train"][config.half == "odd" :: 2]
     pairs = {split: pairs_of(dialogues) for split, dialogues in splits.items()}

@@ -43,7 +43,7 @@ ProgressMode = Literal["auto", "live", "plain"]
 REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
 
 # Only colours that can be read on a dark and on a light ground
-TREND, HEADING, ALARM = "cyan", "bold", "bold red"
+TREND, GROUND, HEADING, ALARM = "cyan", "bright_black", "bold", "bold red"
 WIDEST, TWO_COLUMNS = 110, 76  # characters
 
 
@@ -133,7 +133,7 @@ def bar(label: str, draw: bool, done: float = 0.0, transient: bool = False) -> I
         SystemExitOnSigterm(),
         Progress(
             TextColumn("{task.description}", style=HEADING, markup=False),
-            BarColumn(24, complete_style=TREND, finished_style=TREND),
+            BarColumn(24, style=GROUND, complete_style=TREND, finished_style=TREND),
             TaskProgressColumn(style="default"),
             TextColumn("{task.fields[times]}  {task.fields[note]}", style="default", markup=False),
             console=console(),
@@ -493,7 +493,7 @@ class Monitor:
         words = Text(f"{min(1.0, steps / total):4.0%}{counts}  {times}", no_wrap=True)
         line = Table.grid(padding=(0, 1))
         length = max(8, width - len(words) - 1)
-        line.add_row(ProgressBar(total, steps, width=length, complete_style=TREND, finished_style=TREND), words)
+        line.add_row(ProgressBar(total, steps, length, style=GROUND, complete_style=TREND, finished_style=TREND), words)
         return Group(heading, line)
 
     def _figures(self, width: int) -> RenderableType:

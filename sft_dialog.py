@@ -34,6 +34,7 @@ from common import (
 from configuration import command_line
 from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import log_probs_of, reply_log_likelihoods
+from monitor import drawable, waiting
 from packing import allow_packing, logits_at
 from supervised import FitConfig, fit, forget, state_folder
 
@@ -70,7 +71,9 @@ def train_sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer_path or start)
     fmt = config.dialogue_format(start)
     codec = DialogueCodec(tokenizer, fmt)
-    splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
+    draw = drawable(config.progress, PartialState().is_main_process)
+    with waiting("reading the dialogues", draw):
+        splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
     samples = {s: make_samples(d, fmt) for s, d in splits.items()}
     for split, dialogues in splits.items():
         counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
@@ -81,12 +84,14 @@ def train_sft(config: SFTConfig) -> Path:
                 "--context-utterances for short dialogues."
             )
     # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
-    model = load_pretrained(AutoModelForCausalLM, start, "model", dtype=torch.float32)
+    with waiting("loading the model", draw):
+        model = load_pretrained(AutoModelForCausalLM, start, "model", dtype=torch.float32)
     check_vocabulary(tokenizer, model, start)
     model.to(PartialState().device)
     allow_packing(model)
 
-    windows = windows_of(samples["train"], codec)
+    with waiting("tokenizing the dialogues", draw):
+        windows = windows_of(samples["train"], codec)
     looked_at = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
