@@ -34,7 +34,6 @@ from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
 from eval_metrics import EVAL_SAMPLING, Evaluation, compare, evaluate_model, format_table, generate_replies, progress
 from intent_classifier import IntentJudge, accuracy_on
-from report import write_report
 from rewards import Reward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +385,8 @@ def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[s
 def show_results(run: Path) -> None:
     """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
     try:
+        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
+
         print(f"report: {write_report([run])}", flush=True)
     except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
         print(

@@ -37,6 +37,8 @@ from eval_metrics import LABELS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["text.parse_math"] = False  # names are text, whatever dollar signs they hold
+
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
 POINTS = 400  # of a curve at most; of longer runs neighbours are averaged
 LIGHT = ("#2b6cdf", "#d97706", "#0d9373", "#9333c7", "#d1345b", "#64748b", "#0891b2", "#a16207")
@@ -148,6 +150,7 @@ def load_run(folder: Path) -> Run:
     run.config = read_whole(folder / "config.yaml", yaml.safe_load, run.notes)
     run.evaluation = read_whole(folder / "eval.json", json.loads, run.notes)
     run.metrics = read_lines(folder / "metrics.jsonl", {"update", "env_steps"}, run.notes)
+    run.metrics = [row for row in run.metrics if number(row["update"]) and number(row["env_steps"])]
     run.eval_samples = read_lines(folder / "eval_samples.jsonl", {"context", "human", "before", "after"}, run.notes)
     run.samples = read_lines(folder / "samples.jsonl", {"update", "context", "before", "now", "human"}, run.notes)
     run.warnings = read_lines(folder / "warnings.jsonl", {"update", "text"}, run.notes)
@@ -221,7 +224,7 @@ class Line:
 
 def points(run: Run, name: str) -> tuple[list[float], list[float]]:
     """Environment steps and values where the figure is a finite number, at most POINTS of them."""
-    found = [(row["env_steps"], row[name]) for row in run.metrics if number(row.get(name)) and number(row["env_steps"])]
+    found = [(row["env_steps"], row[name]) for row in run.metrics if number(row.get(name))]
     if len(found) > POINTS:
         found = [tuple(part.mean(0).tolist()) for part in np.array_split(np.array(found, float), POINTS)]
     return [float(x) for x, _ in found], [float(y) for _, y in found]
@@ -229,7 +232,7 @@ def points(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 def last_step(runs: Sequence[Run]) -> float:
     """The end of the x axis, the same in all panels."""
-    return max((row["env_steps"] for run in runs for row in run.metrics if number(row["env_steps"])), default=1) or 1
+    return max((row["env_steps"] for run in runs for row in run.metrics), default=1) or 1
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

@@ -314,14 +314,13 @@ def test_runs_beside_each_other(tmp_path):
 
 
 def test_the_same_start_is_shown_once(tmp_path):
-    folders = [
-        made_run(tmp_path / n, metric_rows(2, score=float), eval_samples=held_out(9, said=n, length=float))
-        for n in "ab"
-    ]
-    assert [c.label for c in replies_of([load_run(f) for f in folders])] == ["supervised", "run", "run"][:1] + [
-        "a",
-        "b",
-    ]
+    rows = {name: held_out(9, said=name, reward=float) for name in ("a", "b")}
+    runs = [load_run(made_run(tmp_path / name, eval_samples=said)) for name, said in rows.items()]
+    columns = replies_of(runs)
+    assert [column.label for column in columns] == ["supervised", "a", "b"]
+    assert columns[1].start is columns[2].start is columns[0]
+    cards, _, total = shown_dialogues(columns)
+    assert total == 9 and [r["text"] for r in cards[4]["replies"]] == ["before 4", "a 4", "b 4"]
 
 
 # --- in a browser
@@ -410,7 +409,7 @@ def test_text_of_a_run_is_only_text(tmp_path, browser):
     looks = [{"update": 1, "env_steps": 9, "context": [EVIL], "before": EVIL, "now": EVIL, "human": EVIL, "scores": {}}]
     folder = made_run(
         tmp_path / "<b>run",
-        metric_rows(9, **{EVIL: float, "score": float}),
+        metric_rows(9, **{EVIL: float, "a$_{$b": float, "score": float}),
         config={"data_path": EVIL},
         warnings=[{"update": 1, "text": EVIL}],
         samples=looks,
