@@ -285,7 +285,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         box.submit(say, [box, past, waiting, compare], everything, **speaks)
         again.click(retry_pair, [past, waiting], everything, **speaks)
         chat.retry(retry, [past, waiting, compare, attempts], everything, **speaks)
-        chat.undo(undo, [past, waiting], everything, **hidden)
+        chat.undo(undo, [past, waiting], everything, **speaks)
         neither.click(
             lambda history, pending: back(history, pending["text"]) if pending else {status: ""},
             [past, waiting],

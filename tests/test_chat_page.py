@@ -1,0 +1,335 @@
+"""The page of chat.py --web in a browser: words stream in, replies are chosen, tabs are apart; the file of choices."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pytest
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from test_chat import TEMPLATE, make_model
+
+from chat_page import append_preference, check_page
+from common import UserError
+from dialogue_agent import Agent
+
+ROOT = Path(__file__).parents[1]
+BOT, USER = "#chat [data-testid=bot]", "#chat [data-testid=user]"
+PATIENCE = 120  # seconds; a browser beside other work is slow
+# notes every state that the last reply on the page went through
+WATCH = """
+window.states = [];
+new MutationObserver(() => {
+    const reply = [...document.querySelectorAll("#chat [data-testid=bot]")].pop();
+    if (reply && reply.innerText !== window.states.at(-1)) window.states.push(reply.innerText);
+}).observe(document.querySelector("#chat"), {subtree: true, childList: true, characterData: true});
+"""
+
+
+@contextmanager
+def serving(folder, *arguments):
+    """`python chat.py ... --web`, and the address of its page."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "chat.py", *arguments, "--web", "--port", port]
+    with subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = server.stdout.readline()
+            assert said.startswith(f"http://127.0.0.1:{port} "), said
+            yield said.split()[0]
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=PATIENCE) == 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of random weights, whose replies are long enough to be seen growing."""
+    return [make_model(tmp_path_factory.mktemp(f"model{n}"), positions=1024, n_layer=3, seed=n) for n in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def versus(models, tmp_path_factory):
+    """A page of two models, and the folder where its preferences are written."""
+    folder = tmp_path_factory.mktemp("page")
+    lengths = ("--min-new-tokens", 60, "--max-new-tokens", 60)
+    with serving(folder, models[0], "--versus", models[1], *lengths) as address:
+        yield address, folder
+
+
+def wait(browser, condition):
+    waiting = WebDriverWait(browser, PATIENCE, 0.2, ignored_exceptions=[StaleElementReferenceException])
+    return waiting.until(lambda b: condition())
+
+
+def find(browser, selector):
+    return wait(browser, lambda: next(iter(browser.find_elements(By.CSS_SELECTOR, selector)), None))
+
+
+def texts(browser, selector):
+    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", selector)
+
+
+def press(browser, name):
+    """Press the button of that name, once it can be pressed."""
+
+    def pressed():
+        buttons = [b for b in browser.find_elements(By.TAG_NAME, "button") if b.text == name and b.is_enabled()]
+        return buttons and (buttons[0].click() or True)
+
+    wait(browser, pressed)
+
+
+def say(browser, text):
+    find(browser, "#say textarea").send_keys(text, Keys.ENTER)
+
+
+def pair(browser):
+    """Both replies that are to be chosen from."""
+
+    def written():
+        enabled = browser.execute_script("return document.querySelectorAll('#pair button:enabled').length")
+        return enabled == 4 and browser.execute_script(
+            "return [...document.querySelectorAll('#pair textarea')].map(e => e.value)"
+        )
+
+    return wait(browser, written)
+
+
+def idle(browser, replies=1):
+    """Wait for so many replies, of which none is being written: the box has its Send then, not its Stop."""
+    wait(browser, lambda: len(texts(browser, BOT)) == replies)
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#say .submit-button"))
+
+
+def test_type_see_words_stream_in_compare_choose_and_reload(browser, versus):
+    address, folder = versus
+    browser.get(address)
+    find(browser, "#compare input").click()  # one reply first
+    browser.execute_script(WATCH)
+    say(browser, "hello there")
+    idle(browser)
+    states = [text for text in browser.execute_script("return window.states") if text.strip()]
+    assert len(states) > 2 and all(later.startswith(earlier[:-1]) for earlier, later in zip(states, states[1:]))
+    [reply] = texts(browser, BOT)
+    assert len(reply) > len(states[0]) > 0 and texts(browser, USER) == ["hello there"]
+
+    find(browser, "#compare input").click()
+    say(browser, "how are you")
+    first = pair(browser)
+    assert first[0] != first[1] and all(first)
+    say(browser, "too soon")
+    wait(browser, lambda: "Choose a reply first" in find(browser, "#status").text)
+    assert texts(browser, USER) == ["hello there", "how are you"]
+    find(browser, "#say textarea").clear()
+    press(browser, "Two others")
+    wait(browser, lambda: pair(browser)[0] not in ("", first[0]))
+    replies = pair(browser)
+    press(browser, "B is better")
+    wait(browser, lambda: len(texts(browser, BOT)) == 2)
+    assert texts(browser, BOT)[1].split() == replies[1].split()  # the conversation goes on with it
+    assert not browser.find_elements(By.CSS_SELECTOR, "#pair")
+    assert "preferences.jsonl" in find(browser, "#status").text
+
+    rows = (folder / "preferences.jsonl").read_text().splitlines()
+    assert len(rows) == 1
+    row = json.loads(rows[0])
+    assert re.sub(r"\s+", " ", row["prompt"]) == re.sub(r"\s+", " ", f"hello there<EOU>{reply}<EOU>how are you<EOU>")
+    assert (row["chosen"], row["rejected"]) == (f"{replies[1]}<EOU>", f"{replies[0]}<EOU>")
+    stored = datasets.load_dataset(
+        "json", data_files=str(folder / "preferences.jsonl"), split="train", cache_dir=str(folder / "cache")
+    )
+    assert set(stored.column_names) == {"prompt", "chosen", "rejected"} and stored[0] == row
+
+    browser.refresh()
+    say(browser, "see you soon")
+    assert all(pair(browser))
+    assert texts(browser, USER) == ["see you soon"] and texts(browser, BOT) == []
+
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    assert any(url.startswith(address) for url in urls)
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:", "chrome"))] == []
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_tabs_do_not_mix_and_a_torn_file_is_answered_in_the_page(browser, versus):
+    address, folder = versus
+    browser.get(address)
+    say(browser, "good bye")
+    pair(browser)
+    press(browser, "Neither")
+    wait(browser, lambda: find(browser, "#say textarea").get_property("value") == "good bye")
+    assert texts(browser, USER) == []
+    find(browser, "#say textarea").send_keys(Keys.ENTER)
+    mine = pair(browser)
+
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(address)
+    say(browser, "what is that")
+    theirs = pair(browser)
+    assert texts(browser, USER) == ["what is that"] and theirs != mine
+
+    browser.switch_to.window(first)
+    assert pair(browser) == mine
+    file = folder / "preferences.jsonl"
+    whole = file.read_bytes() if file.exists() else b""
+    file.write_bytes(whole + b'{"prompt": "torn')
+    press(browser, "A is better")
+    wait(browser, lambda: "cut short" in find(browser, "#status").text)
+    assert pair(browser) == mine  # and can still be chosen
+    file.write_bytes(whole)
+    press(browser, "A is better")
+    wait(browser, lambda: len(texts(browser, BOT)) == 1)
+    assert json.loads(file.read_text().splitlines()[-1])["prompt"] == "good bye<EOU>"
+
+    press(browser, "Reset")
+    wait(browser, lambda: texts(browser, BOT) == [] == texts(browser, USER))
+    say(browser, "hello")
+    pair(browser)
+    assert texts(browser, USER) == ["hello"]
+
+
+def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_path):
+    lengths = ("--min-new-tokens", 900, "--max-new-tokens", 900)
+    with serving(tmp_path, models[0], *lengths) as address:
+        browser.get(address)
+        say(browser, "hello")
+        wait(browser, lambda: "".join(texts(browser, BOT)).strip())
+        find(browser, "#say .stop-button").click()
+        idle(browser)
+        [stopped] = texts(browser, BOT)
+        say(browser, "how are you")
+        wait(browser, lambda: len(texts(browser, BOT)) == 2)
+        assert texts(browser, BOT)[0] == stopped
+        press(browser, "Reset")
+        wait(browser, lambda: texts(browser, USER) == [])
+        time.sleep(1)
+        assert texts(browser, BOT) == texts(browser, USER) == []  # nothing comes after
+        # the same model against itself; half a reply is no match, so that a stop takes the pair back
+        find(browser, "#compare input").click()
+        say(browser, "good bye")
+        wait(browser, lambda: find(browser, "#pair textarea").get_property("value").strip())
+        find(browser, "#say .stop-button").click()
+        wait(browser, lambda: find(browser, "#say textarea").get_property("value") == "good bye")
+        assert not browser.find_elements(By.CSS_SELECTOR, "#pair") and texts(browser, USER) == []
+    assert not (tmp_path / "preferences.jsonl").exists()
+
+
+# --- the file of choices ---------------------------------------------------------------------------------------------
+
+
+def test_rows_are_strings_as_the_model_sees_and_writes_them(models):
+    agent = Agent(models[0], spaced=True)
+    history = ["one", "two", "three", "four", "five", "six\nseven", "eight"]
+    row = agent.preference(history, "good\nbye", "see you")
+    # the last five utterances, in which a line's end is a blank as everywhere in the dialogue format
+    assert row["prompt"].startswith(" three <EOU> four <EOU> five <EOU>") and row["prompt"].endswith(" eight  <EOU>")
+    assert (row["chosen"], row["rejected"]) == (" good bye <EOU>", " see you <EOU>")
+    ids = agent.shown(history)[1]
+    assert agent.tokenizer(row["prompt"]).input_ids == ids
+
+
+def test_rows_of_a_chat_model_are_messages(tmp_path):
+    agent = Agent(make_model(tmp_path / "chat", template=TEMPLATE), system="be kind")
+    row = agent.preference(["hello", "hi", "how are you"], "fine\nthanks", "what")
+    assert [m["role"] for m in row["prompt"]] == ["system", "user", "assistant", "user"]
+    assert row["chosen"] == [{"role": "assistant", "content": "fine\nthanks"}]
+    for _ in range(2):
+        append_preference(tmp_path / "p.jsonl", row)
+    stored = datasets.load_dataset("json", data_files=str(tmp_path / "p.jsonl"), split="train", cache_dir=str(tmp_path))
+    assert len(stored) == 2 and stored[1] == row
+
+
+ROW = {"prompt": "hello<EOU>", "chosen": "fine \u2028 thanks\n<EOU>", "rejected": "\u00e9<EOU>"}
+
+
+def test_a_choice_is_appended_as_one_whole_line(tmp_path):
+    file = tmp_path / "p.jsonl"
+    writers = [
+        threading.Thread(target=append_preference, args=(file, ROW | {"prompt": str(n) * 5000})) for n in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert {json.loads(line)["prompt"][0] for line in file.read_text().splitlines()} == set("01234567")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"prompt": "a", "chosen": "b", "rej', "cut short"),
+        ('{"prompt": [], "chosen": [], "rejected": []}\n', "not of this model's format"),
+        ('{"text": "a"}\n', "not of this model's format"),
+        ("hello\n", "no JSON"),
+    ],
+)
+def test_a_file_that_would_no_longer_be_read_is_left_as_it_is(tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        append_preference(file, ROW)
+    assert file.read_text() == content
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "p.jsonl"
+    append_preference(file, ROW)
+    kept, size = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), file.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+        with pytest.raises(UserError, match="cannot be written"):
+            append_preference(file, ROW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert file.stat().st_size == size
+
+
+def test_another_program_that_holds_the_file_is_waited_for(tmp_path):
+    file = tmp_path / "p.jsonl"
+    with file.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer = threading.Thread(target=append_preference, args=(file, ROW))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and file.stat().st_size == 0
+    writer.join()
+    assert json.loads(file.read_text()) == ROW
+
+
+def test_what_the_page_needs_is_checked_before_a_model_is_loaded(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="give another --port"):
+            check_page("p.jsonl", taken.getsockname()[1])
+        port = taken.getsockname()[1]
+    check_page(str(tmp_path / "p.jsonl"), port)
+    for wrong in (tmp_path, tmp_path / "no" / "p.jsonl"):
+        with pytest.raises(UserError, match="folder that exists"):
+            check_page(str(wrong), port)
+    with pytest.raises(UserError, match="1 to 65535"):
+        check_page("p.jsonl", 0)
+
+
+def test_the_terminal_does_not_wait_for_gradio():
+    code = "import chat, sys; sys.exit(bool({'gradio', 'prompt_toolkit', 'nltk'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ)).returncode == 0
