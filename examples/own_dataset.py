@@ -4,8 +4,7 @@
     python examples/own_dataset.py my_chats.csv --model-path gpt2 --sft-lr 5e-5 --lr 1e-5 --output runs/mine
 
 The CSV has a line for each message: conversation_id, speaker, text. Messages in a row from one speaker become one
-utterance, and every utterance with two before it is a reply to learn. Further options go to ppo_dialog.py. Without
-labels there is no intent reward: METEOR, or a --reward of your own, is what is left.
+utterance; each with two before it is a reply to learn. Further options go to ppo_dialog.py, such as your own --reward.
 """
 
 import argparse
@@ -32,8 +31,8 @@ def convert(file: str, folder: Path) -> None:
                 chat.append([row["speaker"], row["text"].strip()])
     rows = [json.dumps({"dialog": [text for _, text in chat]}) + "\n" for chat in chats.values() if chat]
     random.Random(0).shuffle(rows)
-    tenth = max(1, len(rows) // 10)
     folder.mkdir(parents=True, exist_ok=True)
+    tenth = max(1, len(rows) // 10)
     for split, part in ("validation", rows[:tenth]), ("test", rows[tenth : 2 * tenth]), ("train", rows[2 * tenth :]):
         (folder / f"{split}.jsonl").write_text("".join(part))
 
@@ -57,4 +56,5 @@ if __name__ == "__main__":
         run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
     ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name ppo"
     run(ppo, "--run-dir", args.output, "--model-path", start, "--data-path", data, *of_ppo)
-    run("chat.py", args.output / "ppo", "--prompt", "Can you repair the chain of my bike?")
+    held_out = json.loads((data / "test.jsonl").read_text().splitlines()[0])["dialog"]
+    run("chat.py", args.output / "ppo", "--prompt", held_out[0])

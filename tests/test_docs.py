@@ -79,7 +79,7 @@ NOT_RUN = {
     r"nltk\.downloader": "it downloads",
     r"^(alias|source)\b": "test_completion_in_bash",
 }
-SLOW = r"examples/custom_|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|^python results.py"
+SLOW = r"examples/custom_|--no-use-share-model|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|results\.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +202,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     own = [b.text for b in blocks_of(ROOT / "docs" / "reward.md") if b.is_python and "train(" not in b.text]
     (tmp_path / "my_file.py").write_text("\n\n".join(own))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

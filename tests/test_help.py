@@ -53,7 +53,7 @@ def entries_of(text: str) -> dict[str, tuple[str | None, str]]:
         if found := re.match(r"[├╭]─ (.+?) ─+[┤╮]$", line):
             heading, option = found[1], None
         elif line.startswith("│"):
-            if found := re.match(r"│ \[?(--[\w-]+|[A-Z-]+)(?=[ ,])", line):
+            if found := re.match(r"│ \[?(--[\w-]+|[A-Z-]+)(?=[] ,])", line):
                 option = found[1]
             if option:
                 said = entries.get(option, (heading, ""))[1]

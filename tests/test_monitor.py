@@ -131,8 +131,8 @@ def test_a_run_with_a_learning_rate_far_too_high_is_warned(tmp_path):
 
 def test_sample_dialogues_change_nothing_and_are_the_same_in_a_resumed_run(tmp_path):
     settings = RUN | dict(run_dir=str(tmp_path), keep_checkpoints=9)
-    without = trained(experiment_name="without", sample_interval=0, **settings)
-    shown = trained(experiment_name="shown", sample_interval=2, **settings)
+    without = trained(experiment_name="without", **settings)
+    shown = trained(experiment_name="shown", **settings | dict(sample_interval=2))
     assert digest(shown) == digest(without) and not (without / "samples.jsonl").exists()
     before = (shown / "samples.jsonl").read_text()
     samples = [json.loads(line) for line in before.splitlines()]

