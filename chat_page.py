@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -308,7 +309,7 @@ def heading(agent: Agent, name: str) -> str:
 
 
 def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
-    """Show the page at http://127.0.0.1:`port` until Ctrl-C."""
+    """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
     page = build_page(agents, preferences)
     # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST]))
@@ -331,7 +332,9 @@ def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
         raise UserError(
             f"the page cannot be shown at port {port} ({first_line(error)}); give another --port."
         ) from error
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, deaf to Ctrl-C
+        signal.signal(number, lambda *_: ended.set())
     print(f"http://{HOST}:{port} (choices go to {preferences}; Ctrl-C ends)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+    ended.wait()
     page.close()
