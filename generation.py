@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import packing
 from common import UserError
 from envs import DialogueCodec, Sample
-from packing import first_of_equals, logits_at, position_ids
+from packing import logits_at, position_ids
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -168,7 +169,7 @@ def sample_responses(
 
     alive, length = torch.arange(batch, device=device), 0
     # a prompt that several rows answer is read once
-    first = first_of_equals(prompt_ids, prompt_mask)
+    first = packing.first_of_equals(prompt_ids, prompt_mask)
     leaders, copies = first.unique(return_inverse=True)
     tokens, attention, past = prompt_ids[leaders], prompt_mask[leaders], None
     for t in range(max_new):

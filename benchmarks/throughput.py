@@ -45,6 +45,7 @@ from transformers import (
 import common
 import generation
 import networks
+import packing
 from common import UserError, load_tokenizer, run_script
 from envs import Dialogue, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from ppo_dialog import PPOConfig, train
@@ -72,6 +73,7 @@ Measure = Literal[
     "one_buffer",
     "fused_adamw",
     "estimated_entropy",
+    "shared_prompts",
 ]
 
 
@@ -83,6 +85,11 @@ class CrossEntropy:
         return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
+def each_alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Stands in for packing's search for replies that share a prompt."""
+    return torch.arange(len(input_ids), device=input_ids.device)
+
+
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
     "packing": (networks, "allow_packing", lambda model: False),
@@ -92,6 +99,7 @@ MEASURES = {
     "turned_head": (common, "turn_head", lambda model: None),
     "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
+    "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }
 
@@ -106,6 +114,8 @@ class ThroughputConfig:
     """A value network of the policy's size, instead of a head on its trunk."""
     env_num: int = 32
     """Dialogues in a rollout."""
+    samples_per_prompt: int = 1
+    """Replies to each prompt of a rollout, which share its tokens."""
     updates: int = 4
     """Updates to run; the first is dropped."""
     ppo_epoch: int = 5
@@ -224,6 +234,7 @@ def run_work(config: ThroughputConfig, folder: Path) -> tuple[list[dict], float,
             skip_bad_rows=True,
             use_share_model=not config.separate_critic,
             env_num=config.env_num,
+            samples_per_prompt=config.samples_per_prompt,
             episode_length=config.max_new_tokens,
             context_utterances=config.context_utterances,
             max_prompt_tokens=config.max_prompt_tokens,
@@ -237,6 +248,7 @@ def run_work(config: ThroughputConfig, folder: Path) -> tuple[list[dict], float,
             mixed_precision=config.mixed_precision,
             entropy_coef=1e-12 if "estimated_entropy" in config.without else 0.0,
             judge_samples=64,
+            sample_interval=0,
             eval_limit=-1,
             run_dir=str(folder / "runs"),
         )
@@ -277,9 +289,12 @@ def forward_flops(layers: int, width: int, tokens: float, causal: bool = True) -
 
 
 def reply_flops(config: ThroughputConfig, prompt_tokens: float, reply_tokens: float, judge_tokens: float) -> float:
-    """Floating-point operations that one reply cannot do without, from its prompt to the last PPO epoch."""
+    """Floating-point operations that one reply cannot do without, from its prompt (its share of it, where several
+    replies have one) to the last PPO epoch."""
     (layers, width, _), (judge_layers, judge_width, _) = SIZES[config.size]
-    tokens = prompt_tokens + reply_tokens - 1  # nothing comes after the last token: it is no input
+    tokens = (
+        prompt_tokens / config.samples_per_prompt + reply_tokens - 1
+    )  # nothing comes after the last token: it is no input
     trunk = forward_flops(layers, width, tokens)
     head = 2 * width * VOCABULARY * reply_tokens
     value = 2 * width * reply_tokens + (trunk if config.separate_critic else 0)
