@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -45,10 +45,18 @@ def builtin_model(kind: str) -> Path:
     """
     if PartialState().is_local_main_process and not _there(kind):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir() / ".lock"):  # of two runs that want them at the same moment one waits
+        lock = FileLock(cache_dir() / ".lock")  # of two runs that want them at the same moment one waits
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("another run is training the built-in models: waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
             missing = [k for k in ("policy", "judge") if not _there(k)]
             if kind in missing:
                 _train_aside(missing)
+        finally:
+            lock.release()
     PartialState().wait_for_everyone()
     return _folder(kind)
 

@@ -282,7 +282,7 @@ class Answers:
         """What a file holds, and the format of its prompts. UserError where it answers something else than the samples
         that `samples_of` makes of that format, or of `fmt` where one is given."""
         try:
-            first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
             fmt = fmt or DialogueFormat(**first["format"])
             samples = samples_of(fmt)
             same = [(r["prompt"], r["reply"], r["act"]) for r in rows] == [(s.prompt, s.reply, s.act) for s in samples]
@@ -482,8 +482,6 @@ class EvalConfig:
     """Price the human replies as well, which takes about half of the time."""
     bootstrap: int = 1000
     """Resamples for the intervals."""
-    perplexity: bool = True
-    """Price the human replies as well, which takes about half of the time."""
 
     # sampling
     seed: int = 0
@@ -559,7 +557,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
 
     names = {"policy": config.model_path, "baseline": config.baseline_path}
     answers: dict[str, Answers] = {}
-    models, fmt, samples = {}, None, []
+    models, asked, fmt, samples = {}, {}, None, []
     samples_of = lambda fmt: make_samples(dialogues, fmt)[: config.limit or None]
     for heading, name in names.items():
         if not name:
@@ -567,6 +565,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         if Path(name).is_file():
             answers[heading], fmt = Answers.load(Path(name), samples_of, fmt)
             samples = samples_of(fmt)
+            asked[heading] = samples, fmt
             continue
         folder = resolve_model(name)
         fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
@@ -575,7 +574,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
         samples = samples_of(fmt)
-        models[heading] = model, DialogueCodec(tokenizer, fmt), samples
+        models[heading], asked[heading] = (model, DialogueCodec(tokenizer, fmt)), (samples, fmt)
         if not samples:
             raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
     counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
@@ -591,15 +590,15 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     second = config.second_intent_model
     second_judge = IntentJudge(resolve_model(second, "judge"), device) if second else None
 
-    for heading, (model, codec, asked) in models.items():
+    for heading, (model, codec) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             with progress(heading) as report:
                 how = sampling, config.seed, config.batch_size, report, config.perplexity
-                answers[heading] = answer(model, codec, asked, *how)
+                answers[heading] = answer(model, codec, asked[heading][0], *how)
         model.cpu()
     if config.replies and Path(config.replies) != Path(config.model_path):
-        answers["policy"].save(Path(config.replies), samples, fmt)
+        answers["policy"].save(Path(config.replies), *asked["policy"])
     evaluations = {heading: score_answers(a, samples, judge, second_judge) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)

@@ -279,7 +279,7 @@ def warnings_of(
     if length < LENGTH_LEFT * then("mean_output_length"):
         found["length_collapse"] = (
             f"replies fell from {then('mean_output_length'):.1f} to {length:.1f} tokens: the reward is had by saying "
-            f"little. Try {more_kl}, or a reward that counts length (--reward FILE.py:NAME)."
+            f"little. Try --length-rate 0.3, {more_kl}, or a reward that counts length (--reward FILE.py:NAME)."
         )
     elif length > LENGTH_FULL * max_new_tokens:
         found["length_cap"] = (
@@ -343,7 +343,7 @@ def judge_warning(accuracy: float, weak_below: float) -> dict[str, str]:
 def read_rows(file: Path, updates: int) -> list[dict[str, Any]]:
     """The rows of the first `updates` updates; what a run that was killed left half written is left out."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if row["update"] <= updates]

@@ -161,9 +161,7 @@ def allow_packing(model: nn.Module) -> bool:
         return packs(model)
     device = next(model.parameters()).device
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], device=device)
-    ids = torch.tensor(
-        [[0, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 4, 2]], device=device
-    )  # two share a prompt
+    ids = torch.tensor([[0, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 4, 2]], device=device)
     ids = ids % model.get_input_embeddings().num_embeddings  # the last two share a prompt
     keep = mask.bool() & (torch.arange(6, device=device) > 2)
     was_training, output = model.training, []

@@ -84,7 +84,7 @@ from networks import (
     with_adapter,
 )
 from packing import cut, logits_at, packed_lengths, position_ids, unpadded
-from rewards import AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
+from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -154,7 +154,8 @@ class PPOConfig(FormatOptions):
     gradient_accumulation_steps: int = 1
     """Parts that a mini-batch is cut into at least; the gradient stays the same."""
     micro_batch_tokens: int = 0
-    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 1,024 on a CPU, 16,384 on a GPU)."""
+    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 1,024 on a CPU, 16,384 on a GPU).
+    A prompt of several replies counts once; a model that cannot be packed reads it once for each."""
 
     # PPO
     lr: float = 2e-4
@@ -536,7 +537,7 @@ class Rollout:
     @property
     def rewarded(self) -> torch.Tensor:
         """(N,) the score less the price of the reply's length, where it has one."""
-        return self.scores + self.statistics.get("reward_length", 0.0)
+        return self.scores + self.statistics.get(PRICE, 0.0)
 
     @property
     def response_length(self) -> int:
@@ -927,7 +928,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
     if sizes.num_mini_batch < config.num_mini_batch:
         say(
-            f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.replies} replies of a rollout: using that"
+            f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.num_mini_batch} "
+            f"{'prompts' if sizes.group > 1 else 'replies'} of a rollout: using that"
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     monitor.stage("reading the dialogues")
@@ -1006,7 +1008,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         progress = Progress(**load_checkpoint(accelerator, point))
         controller.coef = progress.kl_coef
         vars(value_scale).update(progress.value_scale)
-        vars(length_price).update(progress.length_price)
+        vars(length_price).update(progress.length_price, rate=config.length_rate)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         lock = open_run(run, keep=config.resume)
@@ -1084,7 +1086,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
 
                 # 2. advantages
                 if config.length_rate:
-                    rollout.statistics["reward_length"] = -length_price.of(rollout.mask.sum(-1))
+                    rollout.statistics[PRICE] = -length_price.of(rollout.mask.sum(-1))
                 scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
@@ -1225,7 +1227,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
     score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
     columns = score | rollout.statistics | {"reward_kl": penalty}
-    if not any(name.startswith("reward_") and name != "reward_length" for name in rollout.statistics):
+    if not any(name.startswith("reward_") and name != PRICE for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]
     columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}

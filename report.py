@@ -584,10 +584,11 @@ def written(value: Any) -> str:
 
 def commands_of(run: Run) -> list[tuple[str, str]]:
     """How to make the run again, go on with it, talk to its result, and draw this page."""
-    place = run.folder.as_posix()
+    folder = run.folder if run.folder.name not in ("", "..") else run.folder.resolve()
+    place = folder.as_posix()
     launch = "accelerate launch ppo_dialog.py"
-    where = "" if run.folder.parent.as_posix() == "runs" else f" --run-dir {shlex.quote(run.folder.parent.as_posix())}"
-    go_on = f"{launch} --resume{where} --experiment-name {shlex.quote(run.folder.name)}"
+    where = "" if folder.parent.as_posix() == "runs" else f" --run-dir {shlex.quote(folder.parent.as_posix())}"
+    go_on = f"{launch} --resume{where} --experiment-name {shlex.quote(folder.name)}"
     commands = []
     if run.config:
         commands.append(("make it again", f"{launch} --config {shlex.quote(place + '/config.yaml')}"))

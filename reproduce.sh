@@ -27,6 +27,18 @@ elif [[ ${1:-} == -* ]]; then
 else
     only=("$@")
 fi
+if [[ ${1:-} == --quick && $# -gt 1 ]]; then
+    echo "reproduce.sh --quick takes nothing else; it was given: $*" >&2
+    exit 2
+fi
+known=" judge second_judge sft eval-sft no-kl no-meteor eval-no-kl eval-no-meteor "
+for seed in $SEEDS; do known+="ppo-$seed eval-ppo-$seed "; done
+for name in ${only[@]+"${only[@]}"}; do
+    if [[ $known != *" $name "* ]]; then
+        echo "reproduce.sh has no stage '$name'; it has:$known" >&2
+        exit 2
+    fi
+done
 OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
 mkdir -p "$OUT/done"
 
@@ -34,11 +46,9 @@ mkdir -p "$OUT/done"
 precision=no
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then precision=bf16; fi
 
-stages=" "
 stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end, or others were asked for
     local name=$1
     shift
-    stages+="$name "
     if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* || -e $OUT/done/$name ]]; then return; fi
     echo "== $name: $*"
     "$@"
@@ -84,12 +94,6 @@ stage no-kl train no-kl --kl-coef 0
 stage no-meteor train no-meteor --meteor-coef 0
 for name in no-kl no-meteor; do
     stage "eval-$name" evaluate "$name" --no-perplexity
-done
-for name in ${only[@]+"${only[@]}"}; do
-    if [[ $stages != *" $name "* ]]; then
-        echo "reproduce.sh has no stage '$name'; it has:$stages" >&2
-        exit 2
-    fi
 done
 if [[ ${#only[@]} -gt 0 ]]; then exit; fi
 python results.py "$OUT" --results "$RESULTS" --seeds $SEEDS

@@ -73,7 +73,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    return read(file, lambda text: [json.loads(line) for line in text.splitlines()])
+    return read(file, lambda text: [json.loads(line) for line in text.rstrip("\n").split("\n")])
 
 
 def gains(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -24,22 +24,22 @@ def convert(file: str, folder: Path) -> None:
         if missing := {"conversation_id", "speaker", "text"} - set(rows.fieldnames or ()):
             sys.exit(f"'{file}' has no column {' and no '.join(sorted(missing))}; it has {rows.fieldnames}.")
         for row in rows:
-            chat = chats.setdefault(row["conversation_id"], [])
-            if chat and chat[-1][0] == row["speaker"]:
-                chat[-1][1] += " " + row["text"].strip()
-            elif row["text"].strip():
-                chat.append([row["speaker"], row["text"].strip()])
-    rows = [json.dumps({"dialog": [text for _, text in chat]}) + "\n" for chat in chats.values() if chat]
+            chat, text = chats.setdefault(row["conversation_id"], []), (row["text"] or "").strip()
+            if text and chat and chat[-1][0] == row["speaker"]:
+                chat[-1][1] += " " + text
+            elif text:
+                chat.append([row["speaker"], text])
+    rows = [json.dumps({"dialog": [said for _, said in chat]}) + "\n" for chat in chats.values() if chat]
     random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    tenth = max(1, len(rows) // 10)
-    for split, part in ("validation", rows[:tenth]), ("test", rows[tenth : 2 * tenth]), ("train", rows[2 * tenth :]):
+    rest = [row for i, row in enumerate(rows) if i % 10 > 1]
+    for split, part in dict(validation=rows[::10], test=rows[1::10], train=rest).items():
         (folder / f"{split}.jsonl").write_text("".join(part))
 
 
 def run(command: str, *options: object) -> None:
-    print(f"\n== {command} {' '.join(map(str, options))}", flush=True)
-    if failed := subprocess.run([sys.executable, *command.split(), *map(str, options)]).returncode:
+    print("\n==", *(words := [*command.split(), *map(str, options)]), flush=True)
+    if failed := subprocess.run([sys.executable, *words]).returncode:
         sys.exit(failed)
 
 
@@ -48,13 +48,13 @@ if __name__ == "__main__":
     parser.add_argument("chats", help="the CSV")
     parser.add_argument("--model-path", default="builtin", help="causal LM to start from")
     parser.add_argument("--sft-lr", default="1e-3", help="supervised rate (1e-3 suits the built-in model)")
-    parser.add_argument("--output", type=Path, default=Path("runs/own_dataset"), help="folder for all that is made")
+    parser.add_argument("--output", type=Path, help="folder for all that is made (runs/, then the CSV's name)")
     args, of_ppo = parser.parse_known_args()
+    args.output = args.output or Path("runs") / Path(args.chats).stem
     convert(args.chats, data := args.output / "data")
     if not (start := args.output / "sft").exists():
         sft = "sft_dialog.py --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
         run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
     ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name ppo"
     run(ppo, "--run-dir", args.output, "--model-path", start, "--data-path", data, *of_ppo)
-    held_out = json.loads((data / "test.jsonl").read_text().splitlines()[0])["dialog"]
-    run("chat.py", args.output / "ppo", "--prompt", held_out[0])
+    run("chat.py", args.output / "ppo", "--prompt", json.loads(open(data / "test.jsonl").readline())["dialog"][0])
