@@ -259,7 +259,9 @@ def history_file() -> Path | None:
     """Where the lines of earlier sessions are kept, readable by their owner alone; None where that cannot be."""
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():  # as the specification has it: a relative one is to be ignored
-        state = Path.home() / ".local" / "state"
+        state = Path(os.path.expanduser("~")) / ".local" / "state"
+        if not state.is_absolute():  # nobody's home
+            return None
     file = state / "ppo_dialog" / "chat_history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -55,9 +55,9 @@ def check_page(preferences: str, port: int) -> None:
         except OSError as error:
             raise UserError(f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port.") from error
     file = Path(preferences)
-    if file.is_dir() or not file.absolute().parent.is_dir():
+    if os.path.isdir(file) or not os.path.isdir(file.absolute().parent):
         raise UserError(f"preferences '{file}' cannot be written; expected a file in a folder that exists.")
-    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+    if os.path.exists(file) and not os.access(file, os.R_OK | os.W_OK):
         raise UserError(f"preferences '{file}' may not be written and read by you.")
 
 
@@ -148,7 +148,8 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
             return
         stop = stops[request.session_hash] = threading.Event()
         text = agents[0].heard(text)
-        begin = {status: "", box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
+        begin = {box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
+        begin |= {status: "", waiting: None}  # a pair that others are wanted for is no longer to be chosen from
         try:
             if not compare:
                 yield written(True) | begin
@@ -287,14 +288,15 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         again.click(retry_pair, [past, waiting], everything, **speaks)
         chat.retry(retry, [past, waiting, compare, attempts], everything, **speaks)
         chat.undo(undo, [past, waiting], everything, **speaks)
+        decides = hidden | dict(concurrency_id="choice", concurrency_limit=1)  # one decision at a time
         neither.click(
             lambda history, pending: back(history, pending["text"]) if pending else {status: ""},
             [past, waiting],
             everything,
-            **hidden,
+            **decides,
         )
         for i, button in enumerate(choices):
-            button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **hidden)
+            button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **decides)
         box.stop(stop, None, None, queue=False, **hidden)
         # in the queue behind the reply that it stops, whose last words would else come after it
         begin_anew.click(stop, None, None, queue=False, **hidden).then(reset, None, everything, **speaks)
@@ -312,7 +314,8 @@ def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
     """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
     page = build_page(agents, preferences)
     # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST]))
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [direct, HOST]))
     try:
         page.launch(
             server_name=HOST,
@@ -332,9 +335,9 @@ def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
         raise UserError(
             f"the page cannot be shown at port {port} ({first_line(error)}); give another --port."
         ) from error
-    ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, deaf to Ctrl-C
-        signal.signal(number, lambda *_: ended.set())
-    print(f"http://{HOST}:{port} (choices go to {preferences}; Ctrl-C ends)", flush=True)
-    ended.wait()
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        print(f"http://{HOST}:{port} (choices go to {preferences}; Ctrl-C ends)", flush=True)
+        threading.Event().wait()
     page.close()

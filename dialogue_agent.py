@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import copy
 import json
+import os
 import re
 import sys
 import threading
@@ -387,7 +388,7 @@ def save_conversation(path: str, agents: Sequence[Agent]) -> None:
 
     Raises UserError where there is such a file already, and where none can be written.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
     said = {"conversations": [{"model": a.path, "messages": messages_of(a.history)} for a in agents]}
     try:
         with file.open("x", encoding="utf-8") as stream:
@@ -408,9 +409,9 @@ def load_conversation(path: str, agents: int) -> list[list[str]]:
 
     Raises UserError for a file that is not there or not of that form.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
     wrong = lambda what: UserError(f"'{file}' is not a conversation that /save wrote: {what}.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"there is no file '{file}'.")
     try:
         said = json.loads(file.read_text(encoding="utf-8"))

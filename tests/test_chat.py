@@ -374,6 +374,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         self.prompt = "you: " if term == "dumb" else "you:"  # else its blank is where the cursor is moved to
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever the shell that started pytest made of it
             # a dumb terminal is sent no control sequences, and none is asked where its cursor is
             os.environ.update(TERM=term, XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
             os.execv(sys.executable, [sys.executable, str(ROOT / "chat.py"), *arguments])
@@ -381,7 +382,7 @@ class Terminal:
     def send(self, keys):
         os.write(self.fd, keys.encode())
 
-    def until(self, text, seconds=60):
+    def until(self, text, seconds=180):
         """Everything written up to and including `text`."""
         seen, end = "", time.monotonic() + seconds
         while text not in seen:
@@ -398,7 +399,7 @@ class Terminal:
         time.sleep(0.5)
         self.send(key)
 
-    def status(self, seconds=60):
+    def status(self, seconds=180):
         """Exit status."""
         with pytest.raises(AssertionError, match="ended before"):
             self.until("more than it says", seconds)

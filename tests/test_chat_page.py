@@ -53,7 +53,10 @@ def serving(folder, *arguments):
             yield said.split()[0]
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=PATIENCE) == 0
+            try:
+                assert server.wait(timeout=PATIENCE) == 0
+            finally:
+                server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,8 @@ def idle(browser, replies=1):
 
 def test_type_see_words_stream_in_compare_choose_and_reload(browser, versus):
     address, folder = versus
+    file = folder / "preferences.jsonl"  # another test may have written to it
+    before = len(file.read_text().splitlines()) if file.exists() else 0
     browser.get(address)
     find(browser, "#compare input").click()  # one reply first
     browser.execute_script(WATCH)
@@ -146,18 +151,18 @@ def test_type_see_words_stream_in_compare_choose_and_reload(browser, versus):
     press(browser, "B is better")
     wait(browser, lambda: len(texts(browser, BOT)) == 2)
     assert texts(browser, BOT)[1].split() == replies[1].split()  # the conversation goes on with it
-    assert not browser.find_elements(By.CSS_SELECTOR, "#pair")
-    assert "preferences.jsonl" in find(browser, "#status").text
+    wait(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, "#pair"))
+    wait(browser, lambda: "preferences.jsonl" in find(browser, "#status").text)
 
     rows = (folder / "preferences.jsonl").read_text().splitlines()
-    assert len(rows) == 1
-    row = json.loads(rows[0])
+    assert len(rows) == before + 1
+    row = json.loads(rows[-1])
     assert re.sub(r"\s+", " ", row["prompt"]) == re.sub(r"\s+", " ", f"hello there<EOU>{reply}<EOU>how are you<EOU>")
     assert (row["chosen"], row["rejected"]) == (f"{replies[1]}<EOU>", f"{replies[0]}<EOU>")
     stored = datasets.load_dataset(
         "json", data_files=str(folder / "preferences.jsonl"), split="train", cache_dir=str(folder / "cache")
     )
-    assert set(stored.column_names) == {"prompt", "chosen", "rejected"} and stored[0] == row
+    assert set(stored.column_names) == {"prompt", "chosen", "rejected"} and stored[-1] == row
 
     browser.refresh()
     say(browser, "see you soon")

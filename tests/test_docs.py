@@ -67,7 +67,7 @@ TINY = {  # appended to a command; the last of two values counts
 FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUSAL_LM --intent-model ENCODER "
                 "--tokenizer-path CAUSAL_LM"}  # fmt: skip
 NOT_RUN = {
-    r"^pip install": "it installs: .ci/run.sh does that in a fresh environment",
+    r"^pip install": "it installs: .ci/run does that in a fresh environment",
     r"^pytest": "it runs these tests",
     r"^bash reproduce.sh": "hours; tests/test_programs.py runs --quick",
     r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
@@ -174,7 +174,8 @@ def worked(tmp_path_factory) -> Path:
     (place / "DATA").mkdir()
     for split, n in (("train", 60), ("validation", 12), ("test", 12)):
         (place / "DATA" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
-    with contextlib.chdir(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
         (place / "CAUSAL_LM").symlink_to(builtin_model("policy"))
         (place / "ENCODER").symlink_to(builtin_model("judge"))
         options = "--model-path CAUSAL_LM --intent-model ENCODER --data-path DATA --experiment-name NAME"
@@ -200,7 +201,11 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
-    own = [b.text for b in blocks_of(ROOT / "docs" / "reward.md") if b.is_python and "train(" not in b.text]
+    pages = [ROOT / "README.md", ROOT / "docs" / "reward.md"]
+    own = [
+        b.text for page in pages for b in blocks_of(page) if b.is_python and re.search(r"^(def|class) ", b.text, re.M)
+    ]
+    own = [text for text in own if "train(" not in text]
     (tmp_path / "my_file.py").write_text("\n\n".join(own))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.chdir(tmp_path)

@@ -22,9 +22,11 @@ from test_reliability import RUN, digest, resumed
 
 import experiment
 import monitor
+from builtin_models import builtin_model
 from common import UserError
 from monitor import FIRST, VALUE_AFTER, WINDOW, Monitor, clock, drawable, follow, one_line, sparkline, warnings_of
 from ppo_dialog import PPOConfig
+from rewards import meteor
 
 CONFIG = PPOConfig()
 HEALTHY = dict(
@@ -212,10 +214,15 @@ class Terminal:
     def end(self) -> int:
         self.read_until("\0never\0")
         os.close(self.master)
-        return self.process.wait(30)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
 
 
 def test_on_a_terminal_a_run_is_drawn_and_ctrl_c_gives_the_terminal_back(tmp_path):
+    for kind in ("policy", "judge"):
+        builtin_model(kind)  # trained at first use, which takes minutes
     settings = dict(run_dir=tmp_path, env_num=16, total_time_steps=10**6, eval_limit=-1, judge_samples=50)
     terminal = Terminal(sys.executable, "ppo_dialog.py", *flags(**settings))
     try:
@@ -277,6 +284,8 @@ NAMES = {"alpha", "kl_div", "intent", "meteor", "FPS", "episode_reward", "eval/p
 
 def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    meteor("any", "any")  # says at its first use where there is no WordNet
+    capfd.readouterr()
     settings = SHORT | dict(total_time_steps=900, eval_limit=8, sample_interval=1, run_dir=str(tmp_path))
     folder = trained(**settings, track=("wandb", "tensorboard", "trackio"), wandb_mode="offline")
     printed = capfd.readouterr()

@@ -353,6 +353,13 @@ def in_order(browser) -> list[dict]:
     return [json.loads(keys) for keys in browser.execute_script(script)]
 
 
+def press(browser, button: str) -> None:
+    """Click a button where it stands still: the page itself scrolls smoothly, and a click in passing hits another."""
+    element = browser.find_element("id", button)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+    element.click()
+
+
 def test_a_real_run_in_a_browser(real_run, browser):
     page = real_run[0] / "report.html"
     for scheme, dark in (("light", False), ("dark", True)):
@@ -379,9 +386,9 @@ def test_a_real_run_in_a_browser(real_run, browser):
         select.find_element("css selector", f"option[value={key}]").click()
         order = [keys[key] for keys in in_order(browser)]
         assert order == sorted(order, reverse=True)
-        browser.find_element("id", "turn").click()
+        press(browser, "turn")
         assert [keys[key] for keys in in_order(browser)] == sorted(order)
-        browser.find_element("id", "turn").click()
+        press(browser, "turn")
     text = browser.find_element("css selector", "#cards .reply p").text
     browser.find_element("id", "search").send_keys(text.upper())
     left = [c for c in browser.find_elements("css selector", "#cards > *") if c.is_displayed()]
