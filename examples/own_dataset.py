@@ -1,6 +1,5 @@
 """Your own chats, a CSV without labels, from the file to a conversation: convert, supervised start, PPO, chat.
 
-    python examples/own_dataset.py examples/chats.csv
     python examples/own_dataset.py my_chats.csv --model-path gpt2 --sft-lr 5e-5 --lr 1e-5 --output runs/mine
 
 The CSV has a line for each message: conversation_id, speaker, text. Messages in a row from one speaker become one
@@ -10,9 +9,9 @@ utterance; each with two before it is a reply to learn. Further options go to pp
 import argparse
 import csv
 import json
-import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 
@@ -30,11 +29,10 @@ def convert(file: str, folder: Path) -> None:
             elif text:
                 chat.append([row["speaker"], text])
     rows = [json.dumps({"dialog": [said for _, said in chat]}) + "\n" for chat in chats.values() if chat]
-    random.Random(0).shuffle(rows)
+    rows.sort(key=lambda row: zlib.crc32(row.encode()))  # an order that has nothing to do with the file's
     folder.mkdir(parents=True, exist_ok=True)
-    rest = [row for i, row in enumerate(rows) if i % 10 > 1]
-    for split, part in dict(validation=rows[::10], test=rows[1::10], train=rest).items():
-        (folder / f"{split}.jsonl").write_text("".join(part))
+    for split, of_ten in dict(validation=[0], test=[1], train=range(2, 10)).items():
+        (folder / f"{split}.jsonl").write_text("".join(row for i, row in enumerate(rows) if i % 10 in of_ten))
 
 
 def run(command: str, *options: object) -> None:
@@ -50,9 +48,11 @@ if __name__ == "__main__":
     parser.add_argument("--sft-lr", default="1e-3", help="supervised rate (1e-3 suits the built-in model)")
     parser.add_argument("--output", type=Path, help="folder for all that is made (runs/, then the CSV's name)")
     args, of_ppo = parser.parse_known_args()
+    Path(args.chats).is_file() or parser.exit(2, f"there is no file '{args.chats}'.\n")
     args.output = args.output or Path("runs") / Path(args.chats).stem
     convert(args.chats, data := args.output / "data")
-    if not (start := args.output / "sft").exists():
+    made_of = zlib.crc32(Path(args.chats).read_bytes() + repr(args).encode())  # other chats get another start
+    if not (start := args.output / f"sft-{made_of:08x}").exists():
         sft = "sft_dialog.py --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
         run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
     ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name ppo"
