@@ -47,14 +47,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, keep
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("one_call", [False, True])
-def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_call, monkeypatch):
-    if one_call:  # what other devices than the CPU do
-        monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    ids, mask, keep = batch()
+def of_each_alone(model, ids, mask, keep) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits at the kept positions, and gradients of the sum of their squares, from a pass over each text by itself."""
     expected = []
     for row in range(len(ids)):
         real = mask[row].bool()
@@ -63,6 +57,18 @@ def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_ca
     expected.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    return expected.detach(), gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("one_call", [False, True])
+def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_call, monkeypatch):
+    if one_call:  # what other devices than the CPU do
+        monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    ids, mask, keep = batch()
+    expected, gradients = of_each_alone(model, ids, mask, keep)
 
     assert allow_packing(model) and packs(model)
     logits = logits_at(model, ids, mask, keep)
@@ -92,14 +98,7 @@ def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, one_call
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     ids, mask, keep = replies_to_prompts()
-    expected = []
-    for row in range(len(ids)):
-        real = mask[row].bool()
-        expected.append(model(input_ids=ids[row : row + 1, real]).logits[0][keep[row, real]])
-    expected = torch.cat(expected)
-    expected.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
+    expected, gradients = of_each_alone(model, ids, mask, keep)
 
     assert allow_packing(model)
     logits = logits_at(model, ids, mask, keep)
