@@ -123,6 +123,8 @@ class PPOConfig(FormatOptions):
     """Weight of the intent reward (0: no judge is loaded)."""
     meteor_coef: float = 0.5
     """Weight of the METEOR reward."""
+    consensus_coef: float = 0.0
+    """Weight of METEOR against the other replies to the same prompt (needs samples_per_prompt of 2 or more)."""
     ref_model: str = ""
     """Frozen model of the KL penalty; empty: the start, model_path."""
     reward_timeout: float = 0.0
@@ -136,7 +138,9 @@ class PPOConfig(FormatOptions):
     kl_clip: float = 0.2
     """Bound on the relative error of KL that moves alpha."""
     length_rate: float = 0.0
-    """How fast a price on tokens moves that holds the mean length of replies at that of the first rollout (0: none)."""
+    """How fast a price on tokens moves that holds the mean length of replies at length_target (0: no price)."""
+    length_target: float = 0.0
+    """Mean length, in tokens, that the price holds (0: that of the first rollout)."""
 
     # how much
     total_time_steps: int = 50_000
@@ -282,7 +286,7 @@ class PPOConfig(FormatOptions):
             1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
             "gradient_accumulation_steps save_interval keep_checkpoints",
             0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
-            "micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha "
+            "consensus_coef micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha "
             "sample_interval",
         }
         for low, names in at_least.items():
@@ -311,11 +315,15 @@ class PPOConfig(FormatOptions):
         if HIDDEN in self.reward_args.values():
             name = next(k for k, v in self.reward_args.items() if v == HIDDEN)
             raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
-        if self.reward == "default" and not (self.intent_coef or self.meteor_coef):
-            raise UserError("intent_coef and meteor_coef are both 0: nothing is rewarded.")
+        if self.reward == "default" and not (self.intent_coef or self.meteor_coef or self.consensus_coef):
+            raise UserError("intent_coef, meteor_coef and consensus_coef are all 0: nothing is rewarded.")
+        if self.consensus_coef and self.samples_per_prompt == 1:
+            raise UserError(
+                "consensus_coef needs other replies to the same prompt: set samples_per_prompt to 2 or more."
+            )
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
-        LengthPrice(self.length_rate)
+        LengthPrice(self.length_rate, target=self.length_target)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -988,7 +996,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"]))
-    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate)
+    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate, target=config.length_target)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -1008,7 +1016,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         progress = Progress(**load_checkpoint(accelerator, point))
         controller.coef = progress.kl_coef
         vars(value_scale).update(progress.value_scale)
-        vars(length_price).update(progress.length_price, rate=config.length_rate)
+        length_price.price = progress.length_price.get("price", 0.0)
+        length_price.target = config.length_target or progress.length_price.get("target", 0.0)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         lock = open_run(run, keep=config.resume)
@@ -1086,7 +1095,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
 
                 # 2. advantages
                 if config.length_rate:
-                    rollout.statistics[PRICE] = -length_price.of(rollout.mask.sum(-1))
+                    lengths = rollout.mask.sum(-1), rollout.scores, config.samples_per_prompt
+                    rollout.statistics[PRICE] = -length_price.of(*lengths, sum_over_processes)
                 scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
@@ -1211,7 +1221,8 @@ def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Re
     args = dict(config.reward_args)
     if config.reward == "default":
         judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
-        args = dict(intent_model=judge, intent_coef=config.intent_coef, meteor_coef=config.meteor_coef) | args
+        coefs = {name: getattr(config, name) for name in ("intent_coef", "meteor_coef", "consensus_coef")}
+        args = dict(intent_model=judge) | coefs | args
     return make_reward(config.reward, args, device, eou_marker)
 
 

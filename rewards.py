@@ -225,15 +225,40 @@ class Meteor(Reward):
         return scores, {"meteor": scores}
 
 
-@register_reward("default")
-class DialogueReward(Reward):
-    """intent_coef * intent + meteor_coef * METEOR; a part with weight 0 is not computed.
+class Consensus(Meteor):
+    """Mean METEOR of the response against the other replies to the same prompt, which stand beside it; 0 without any.
 
-    Statistics: `intent` and `meteor` themselves, and `reward_intent`, `reward_meteor`, their weighted shares.
+    One human reply is a noisy judge of what fits a prompt: nearly all that it says of a reply's words is chance. The
+    policy's own replies are many. A reply that is close to them is the one to give when METEOR is to be high on
+    average over what people may say: the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020), as a reward.
     """
 
-    def __init__(self, intent_model: str, intent_coef: float = 0.5, meteor_coef: float = 0.5):
-        parts = {"intent": (intent_coef, lambda: Intent(intent_model)), "meteor": (meteor_coef, Meteor)}
+    def __call__(self, prompts, responses, references, acts):
+        scores = np.zeros(len(responses))
+        asked = list(zip(prompts, references))
+        starts = [i for i in range(len(asked)) if i == 0 or asked[i] != asked[i - 1]]
+        for start, end in zip(starts, [*starts[1:], len(asked)]):
+            for i in range(start, end):
+                others = [meteor(responses[i], responses[j]) for j in range(start, end) if j != i]
+                scores[i] = np.mean(others) if others else 0.0
+        return scores, {"consensus": scores}
+
+
+@register_reward("default")
+class DialogueReward(Reward):
+    """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus; a part with weight 0 is not computed.
+
+    Statistics: `intent`, `meteor` and `consensus` themselves, and `reward_intent` ..., their weighted shares.
+    """
+
+    def __init__(
+        self, intent_model: str, intent_coef: float = 0.5, meteor_coef: float = 0.5, consensus_coef: float = 0.0
+    ):
+        parts = {
+            "intent": (intent_coef, lambda: Intent(intent_model)),
+            "meteor": (meteor_coef, Meteor),
+            "consensus": (consensus_coef, Consensus),
+        }
         self.parts = {name: (weight, make()) for name, (weight, make) in parts.items() if weight}
 
     @property
@@ -364,21 +389,36 @@ class AdaptiveKL:
 
 
 class LengthPrice:
-    """What a reply pays for its tokens, steered so that the mean length stays that of the first rollout.
+    """What a reply pays for its tokens, so that the mean length stays `target` (0: that of the first rollout).
 
     METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
-    policy that follows it drifts to the limit of tokens. After each rollout the price of a reply of the first mean
-    length moves by rate * (mean length / first mean length - 1); it falls below 0 where replies become short.
+    policy that follows it drifts to the limit of tokens. The price of a token is what one more of them earns in the
+    rollout at hand (the slope of scores over lengths, within replies to one prompt), so that length as such is worth
+    nothing, and a part that moves by rate / target * (mean length / target - 1) after each rollout, and falls below 0
+    where replies become short.
     """
 
     def __init__(self, rate: float = 0.0, price: float = 0.0, target: float = 0.0):
         if not 0 <= rate < float("inf"):
             raise UserError(f"length_rate is {rate}; expected 0 or more.")
+        if not 0 <= target < float("inf"):
+            raise UserError(f"length_target is {target}; expected 0 (the first rollout's) or more tokens.")
         self.rate, self.price, self.target = rate, price, target
 
-    def of(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The price (N,), in units of the score, of replies of so many tokens (N,)."""
-        return self.price * lengths / self.target if self.target else torch.zeros(lengths.shape, device=lengths.device)
+    def of(
+        self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
+    ) -> torch.Tensor:
+        """The price (N,), in units of the score, of replies of so many tokens (N,), `group` to a prompt.
+
+        `reduce` sums over processes. A reply of the target's length pays nothing.
+        """
+        lengths = lengths.float()
+        shape = (-1, group) if group > 1 else (1, -1)
+        apart = [x.view(shape) - x.view(shape).mean(-1, keepdim=True) for x in (lengths, scores)]
+        together, alone = reduce(torch.stack([(apart[0] * apart[1]).sum(), (apart[0] ** 2).sum()])).tolist()
+        slope = together / alone if alone > 0 else 0.0
+        target = self.target or lengths.mean()
+        return (slope + self.price / target) * (lengths - target)
 
     def update(self, mean_length: float) -> None:
         self.target = self.target or mean_length

@@ -175,7 +175,7 @@ CASES = [
     (["--context-utterances", "0"], "context_utterances"),
     (["--eou-marker", " "], "eou_marker"),
     (["--experiment-name", "../elsewhere"], "experiment_name"),
-    (["--intent-coef", "0", "--meteor-coef", "0"], "both 0"),
+    (["--intent-coef", "0", "--meteor-coef", "0"], "all 0"),
     (["--model-class", "a:B", "--critic-class", "a:C"], "policy and value together"),
     (["--use-deepspeed"], "deepspeed_config"),
     (["--mixed-precision", "fp16"], "fp16"),

@@ -421,6 +421,9 @@ REFUSED = dict(
     entropy_coef=(-0.01,),
     intent_coef=(-1.0,),
     meteor_coef=(NAN,),
+    consensus_coef=(-1.0, INF),
+    length_rate=(-1.0, NAN),
+    length_target=(-16.0, INF),
     kl_coef=(-0.2, INF),
     judge_samples=(-1,),
     gamma=(-0.1, 1.01, NAN),
@@ -449,7 +452,8 @@ def test_values_that_cannot_work_are_refused(name, value):
         (dict(model_class="a:B", policy_class="a:C"), "model_class is policy and value together"),
         (dict(model_class="a:B", critic_class="a:C"), "model_class is policy and value together"),
         (dict(use_deepspeed=True), "use_deepspeed needs deepspeed_config"),
-        (dict(intent_coef=0.0, meteor_coef=0.0), "intent_coef and meteor_coef are both 0"),
+        (dict(intent_coef=0.0, meteor_coef=0.0), "intent_coef, meteor_coef and consensus_coef are all 0"),
+        (dict(consensus_coef=1.0), "consensus_coef needs other replies"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, fault):
@@ -461,6 +465,7 @@ def test_settings_that_do_not_go_together(settings, fault):
     "settings",
     [
         dict(intent_coef=0.0),
+        dict(intent_coef=0.0, meteor_coef=0.0, consensus_coef=1.0, samples_per_prompt=2),
         dict(reward="a:b", intent_coef=0.0, meteor_coef=0.0),
         dict(lr=0.0, kl_coef=0.0, kl_rate=0.0, gamma=0.0, gae_lambda=1.0, top_p=1.0, eval_limit=-1, judge_samples=0),
         dict(max_grad_norm=INF, clip_range=INF, value_clip_range=INF, target_kl=0.02),

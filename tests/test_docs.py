@@ -382,8 +382,12 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     options = "--reward my_file.py:brevity --model-path CAUSAL_LM --intent-coef 0 --data-path DATA --length-rate 0.5"
     tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
     execute("ppo_dialog.py", [*options.split(), *tiny.split()])
+    alike = clone / "runs" / "alike"
+    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1 --samples-per-prompt 2"
+    tiny = f"{TINY['ppo_dialog.py']} --experiment-name alike --validation-limit 4"
+    execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     written = set()
-    for folder in (worked / "runs" / "NAME", plain):
+    for folder in (worked / "runs" / "NAME", plain, alike):
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             written |= set(json.loads(line))
     assert written == glossary("metrics.jsonl")

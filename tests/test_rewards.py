@@ -19,6 +19,7 @@ from intent_classifier import IntentJudge, pairs_of
 from rewards import (
     REWARDS,
     AdaptiveKL,
+    Consensus,
     DialogueReward,
     Intent,
     LengthPrice,
@@ -220,6 +221,22 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     assert intent.tolist() == alone(PROMPTS, RESPONSES, REFERENCES, ACTS)[0].tolist()
     halves = make_reward("default", dict(intent_model=folder), "cpu", "<EOU>")
     assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS)[0] == pytest.approx(0.5 * (intent + meteors))
+
+
+def test_consensus_is_meteor_against_the_other_replies_to_the_prompt(no_wordnet):
+    prompts, references = ["a", "a", "a", "b", "b", "a"], ["x", "x", "x", "y", "y", "x"]
+    responses = ["the cat sat", "the cat ran", "a dog", "the cat", "the cat", "the cat"]
+    scores, statistics = Consensus()(prompts, responses, references, [0] * 6)
+    pair = lambda i, j: rewards.meteor(responses[i], responses[j])
+    assert scores[:3] == pytest.approx([(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))])
+    assert scores[0] > scores[2] == 0  # two agree, one stands alone
+    assert scores[3] == scores[4] == pair(3, 4) > 0.9
+    assert scores[5] == 0 and statistics["consensus"] is scores  # the only one of its kind beside it
+
+    args = dict(intent_model="/no/such/judge", intent_coef=0, meteor_coef=0.5, consensus_coef=2.0)
+    total, statistics = make_reward("default", args, "cpu", "<EOU>")(prompts, responses, references, [0] * 6)
+    assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * scores)
+    assert statistics["reward_consensus"] == pytest.approx(2 * scores)
 
 
 def test_weight_0_loads_nothing(no_wordnet, judge_folder, monkeypatch):
@@ -432,21 +449,45 @@ def test_token_kl_is_the_divergence_on_average():
     assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
 
 
-def test_the_price_of_length_holds_the_mean_at_the_first_one():
+def test_the_price_of_length_takes_away_what_length_as_such_earns():
+    lengths = torch.tensor([3, 5, 10, 8, 12, 10])
+    of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # says nothing about length
+    scores = of_prompt + 0.25 * lengths
+    net = scores - LengthPrice(rate=1.0).of(lengths, scores, 3)
+    assert net.view(2, 3).std(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
+    random = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    net = random - LengthPrice(rate=1.0).of(lengths, random, 3)
+    apart = [(x.view(2, 3) - x.view(2, 3).mean(-1, keepdim=True)).flatten() for x in (net, lengths.float())]
+    assert apart[0] @ apart[1] == pytest.approx(0, abs=1e-5) and not torch.allclose(net, random)
+    same = torch.tensor([4, 4])
+    assert LengthPrice(rate=1.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [0, 0]  # nothing to tell them by
+    # the sums of two processes give the price of one
+    halves = []
+    LengthPrice(1.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
+    price = LengthPrice(1.0, target=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
+    assert torch.allclose(price, LengthPrice(1.0, target=8.0).of(lengths, random, 3)[3:])
+
+
+def test_the_price_of_length_holds_the_mean_at_its_target():
     price, first = LengthPrice(rate=0.5), 12.0
-    assert price.of(torch.tensor([3, 20])).tolist() == [0, 0]  # nothing is known yet
+    of = lambda length: price.of(torch.tensor([length]), torch.tensor([1.0])).item()
     price.update(first)
-    assert price.of(torch.tensor([3, 20])).tolist() == [0, 0]
+    assert of(3) == of(20) == 0
     # replies that would grow to 18 tokens for nothing, and shrink by 10 tokens for each unit of price
     length = first
     for _ in range(60):
         price.update(length)
         length += 0.3 * (18 - 10 * price.price - length)
     assert length == pytest.approx(first, abs=0.1) and price.target == first
-    assert price.of(torch.tensor([24])).item() == pytest.approx(2 * price.price) and price.price > 0
+    assert of(24) == pytest.approx(price.price) and price.price > 0
     for _ in range(60):  # and that shrink by themselves: then tokens are paid for
         price.update(length)
         length += 0.3 * (8 - 10 * price.price - length)
     assert length == pytest.approx(first, abs=0.1) and price.price < 0
+    given = LengthPrice(rate=0.5, target=10.0)
+    given.update(12.0)
+    assert given.target == 10 and given.price == pytest.approx(0.1)
     with pytest.raises(UserError, match="length_rate is -1"):
         LengthPrice(-1)
+    with pytest.raises(UserError, match="length_target is -2"):
+        LengthPrice(1, target=-2)
