@@ -124,7 +124,7 @@ class PPOConfig(FormatOptions):
     meteor_coef: float = 0.5
     """Weight of the METEOR reward."""
     consensus_coef: float = 0.0
-    """Weight of METEOR against the other replies to the same prompt (needs samples_per_prompt of 2 or more)."""
+    """Weight of METEOR against the other replies to the same prompt, less what is said to other prompts as well."""
     ref_model: str = ""
     """Frozen model of the KL penalty; empty: the start, model_path."""
     reward_timeout: float = 0.0
@@ -181,7 +181,7 @@ class PPOConfig(FormatOptions):
     value_coef: float = 0.5
     """Weight of the value loss."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus; below 0 the policy is made surer of itself, as by a lower temperature."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     max_skipped_steps: int = 20
@@ -285,7 +285,7 @@ class PPOConfig(FormatOptions):
         at_least = {
             1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
             "gradient_accumulation_steps save_interval keep_checkpoints",
-            0: "seed lr critic_lr weight_decay value_coef entropy_coef intent_coef meteor_coef kl_coef judge_samples "
+            0: "seed lr critic_lr weight_decay value_coef intent_coef meteor_coef kl_coef judge_samples "
             "consensus_coef micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha "
             "sample_interval",
         }
@@ -293,6 +293,8 @@ class PPOConfig(FormatOptions):
             for name in names.split():
                 if not getattr(self, name) >= low or not math.isfinite(getattr(self, name)):
                     raise UserError(f"{name} is {getattr(self, name)}; expected a number of at least {low}.")
+        if not math.isfinite(self.entropy_coef):
+            raise UserError(f"entropy_coef is {self.entropy_coef}; expected a number.")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a number from 0 to 1.")

@@ -68,12 +68,11 @@ train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
         --run-dir "$OUT" --experiment-name "$name" ${ppo[@]+"${ppo[@]}"} "$@" ${resume[@]+"${resume[@]}"}
 }
 
-evaluate() { # NAME OPTIONS...: replies, which are kept, then their scores
+evaluate() { # NAME: replies, which are kept, then their scores
     local name=$1 replies=$OUT/replies/$1.jsonl evaluation=(python eval_metrics.py --data-path "$DATA" --skip-bad-rows
-        --split validation --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
-    shift
+        --split validation --no-perplexity --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
     if [[ ! -e $replies ]]; then
-        "${evaluation[@]}" --model-path "$OUT/$name" --batch-size 128 --bootstrap 1 --replies "$replies" "$@"
+        "${evaluation[@]}" --model-path "$OUT/$name" --batch-size 128 --bootstrap 1 --replies "$replies"
     fi
     "${evaluation[@]}" --model-path "$replies" --baseline-path "$OUT/replies/sft.jsonl" \
         --intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --output "$OUT/eval/$name.json"
@@ -91,9 +90,9 @@ for seed in $SEEDS; do
     stage "eval-ppo-$seed" evaluate "ppo-$seed"
 done
 stage no-kl train no-kl --kl-coef 0
-stage no-meteor train no-meteor --meteor-coef 0
+stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0
 for name in no-kl no-meteor; do
-    stage "eval-$name" evaluate "$name" --no-perplexity
+    stage "eval-$name" evaluate "$name"
 done
 if [[ ${#only[@]} -gt 0 ]]; then exit; fi
 python results.py "$OUT" --results "$RESULTS" --seeds $SEEDS

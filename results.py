@@ -43,7 +43,10 @@ CURVES = (
     "Clip fraction",
     "Explained variance",
 )
-ABLATIONS = {"no-kl": "without KL (`--kl-coef 0`)", "no-meteor": "without METEOR (`--meteor-coef 0`)"}
+ABLATIONS = {
+    "no-kl": "without KL (`--kl-coef 0`)",
+    "no-meteor": "without METEOR (`--meteor-coef 0 --consensus-coef 0`)",
+}
 
 
 @dataclass

@@ -20,9 +20,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import sys
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -226,29 +228,40 @@ class Meteor(Reward):
 
 
 class Consensus(Meteor):
-    """Mean METEOR of the response against the other replies to the same prompt, which stand beside it; 0 without any.
+    """Mean METEOR of the response against the other replies to its prompt, less `plain` times its commonplaces.
 
     One human reply is a noisy judge of what fits a prompt: nearly all that it says of a reply's words is chance. The
     policy's own replies are many. A reply that is close to them is the one to give when METEOR is to be high on
     average over what people may say: the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020), as a reward.
+    By itself it leads to one reply for all prompts. So what it shares with replies to other prompts costs something:
+    commonplaces are the share of its pairs of neighbouring words that stand in them, what distinct-2 falls by.
+
+    Replies to a prompt stand side by side; a single one has 0. Statistics: `consensus`, `commonplace`.
     """
 
+    def __init__(self, plain: float = 0.2):
+        self.plain = plain
+
     def __call__(self, prompts, responses, references, acts):
-        scores = np.zeros(len(responses))
         asked = list(zip(prompts, references))
         starts = [i for i in range(len(asked)) if i == 0 or asked[i] != asked[i - 1]]
+        pairs = [set(itertools.pairwise(words(response.lower()))) for response in responses]
+        everywhere = Counter(pair for of_reply in pairs for pair in of_reply)  # replies that have it
+        consensus, commonplace = np.zeros(len(responses)), np.zeros(len(responses))
         for start, end in zip(starts, [*starts[1:], len(asked)]):
-            for i in range(start, end):
-                others = [meteor(responses[i], responses[j]) for j in range(start, end) if j != i]
-                scores[i] = np.mean(others) if others else 0.0
-        return scores, {"consensus": scores}
+            here = Counter(pair for of_reply in pairs[start:end] for pair in of_reply)
+            for i in range(start, end) if end - start > 1 else ():
+                consensus[i] = np.mean([meteor(responses[i], responses[j]) for j in range(start, end) if j != i])
+                shared = sum(everywhere[pair] > here[pair] for pair in pairs[i])
+                commonplace[i] = shared / max(1, len(pairs[i]))
+        return consensus - self.plain * commonplace, {"consensus": consensus, "commonplace": commonplace}
 
 
 @register_reward("default")
 class DialogueReward(Reward):
     """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus; a part with weight 0 is not computed.
 
-    Statistics: `intent`, `meteor` and `consensus` themselves, and `reward_intent` ..., their weighted shares.
+    Statistics: those of the parts, and `reward_intent`, `reward_meteor`, `reward_consensus`, their weighted shares.
     """
 
     def __init__(

@@ -223,18 +223,24 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS)[0] == pytest.approx(0.5 * (intent + meteors))
 
 
-def test_consensus_is_meteor_against_the_other_replies_to_the_prompt(no_wordnet):
+def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_less_commonplaces(no_wordnet):
     prompts, references = ["a", "a", "a", "b", "b", "a"], ["x", "x", "x", "y", "y", "x"]
-    responses = ["the cat sat", "the cat ran", "a dog", "the cat", "the cat", "the cat"]
-    scores, statistics = Consensus()(prompts, responses, references, [0] * 6)
+    responses = ["the cat sat", "the cat ran", "a dog", "The cat", "the cat", "the cat"]
+    scores, statistics = Consensus(plain=0.5)(prompts, responses, references, [0] * 6)
     pair = lambda i, j: rewards.meteor(responses[i], responses[j])
-    assert scores[:3] == pytest.approx([(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))])
-    assert scores[0] > scores[2] == 0  # two agree, one stands alone
-    assert scores[3] == scores[4] == pair(3, 4) > 0.9
-    assert scores[5] == 0 and statistics["consensus"] is scores  # the only one of its kind beside it
+    consensus, commonplace = statistics["consensus"], statistics["commonplace"]
+    expected = [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
+    assert consensus[:3] == pytest.approx(expected)
+    assert consensus[0] > consensus[2] == 0  # two agree, one stands alone
+    assert consensus[3] == consensus[4] == pair(3, 4) > 0.9
+    assert consensus[5] == commonplace[5] == 0  # the only one of its kind beside it
+    assert commonplace.tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]  # "the cat" stands elsewhere, "cat sat" does not
+    assert scores == pytest.approx(consensus - 0.5 * commonplace)
+    assert Consensus()(["a", "a"], ["one", ""], ["x", "x"], [0, 0])[0].tolist() == [0, 0]  # no pairs, no matches
 
     args = dict(intent_model="/no/such/judge", intent_coef=0, meteor_coef=0.5, consensus_coef=2.0)
     total, statistics = make_reward("default", args, "cpu", "<EOU>")(prompts, responses, references, [0] * 6)
+    scores = consensus - 0.2 * commonplace
     assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * scores)
     assert statistics["reward_consensus"] == pytest.approx(2 * scores)
 
