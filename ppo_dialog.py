@@ -138,7 +138,7 @@ class PPOConfig(FormatOptions):
     kl_clip: float = 0.2
     """Bound on the relative error of KL that moves alpha."""
     length_rate: float = 0.0
-    """How fast a price on tokens moves that holds the mean length of replies at length_target (0: no price)."""
+    """How strongly a price on tokens holds the mean length of replies at length_target (0: no price)."""
     length_target: float = 0.0
     """Mean length, in tokens, that the price holds (0: that of the first rollout)."""
 

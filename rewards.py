@@ -239,7 +239,7 @@ class Consensus(Meteor):
     Replies to a prompt stand side by side; a single one has 0. Statistics: `consensus`, `commonplace`.
     """
 
-    def __init__(self, plain: float = 0.2):
+    def __init__(self, plain: float = 0.08):
         self.plain = plain
 
     def __call__(self, prompts, responses, references, acts):
@@ -407,9 +407,12 @@ class LengthPrice:
     METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
     policy that follows it drifts to the limit of tokens. The price of a token is what one more of them earns in the
     rollout at hand (the slope of scores over lengths, within replies to one prompt), so that length as such is worth
-    nothing, and a part that moves by rate / target * (mean length / target - 1) after each rollout, and falls below 0
-    where replies become short.
+    nothing, and rate / target * (mean length / target - 1) besides, smoothed over rollouts, below 0 where replies have
+    become short. It is proportional to the error and no sum of it: what a price moves is how fast lengths change, and a
+    sum would swing.
     """
+
+    SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
 
     def __init__(self, rate: float = 0.0, price: float = 0.0, target: float = 0.0):
         if not 0 <= rate < float("inf"):
@@ -435,7 +438,7 @@ class LengthPrice:
 
     def update(self, mean_length: float) -> None:
         self.target = self.target or mean_length
-        self.price += self.rate * (mean_length / self.target - 1)
+        self.price += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.price)
 
 
 def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

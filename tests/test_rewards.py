@@ -240,7 +240,7 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_less_common
 
     args = dict(intent_model="/no/such/judge", intent_coef=0, meteor_coef=0.5, consensus_coef=2.0)
     total, statistics = make_reward("default", args, "cpu", "<EOU>")(prompts, responses, references, [0] * 6)
-    scores = consensus - 0.2 * commonplace
+    scores = consensus - 0.08 * commonplace
     assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * scores)
     assert statistics["reward_consensus"] == pytest.approx(2 * scores)
 
@@ -475,24 +475,25 @@ def test_the_price_of_length_takes_away_what_length_as_such_earns():
 
 
 def test_the_price_of_length_holds_the_mean_at_its_target():
-    price, first = LengthPrice(rate=0.5), 12.0
+    price = LengthPrice(rate=2.0)
     of = lambda length: price.of(torch.tensor([length]), torch.tensor([1.0])).item()
-    price.update(first)
-    assert of(3) == of(20) == 0
-    # replies that would grow to 18 tokens for nothing, and shrink by 10 tokens for each unit of price
-    length = first
-    for _ in range(60):
+    price.update(12.0)
+    assert of(3) == of(20) == 0 and price.target == 12
+    # a policy whose replies grow by themselves, and the slower, the dearer they are
+    length, lengths = 12.0, []
+    for _ in range(40):
+        length += 0.1 - 2 * price.price
         price.update(length)
-        length += 0.3 * (18 - 10 * price.price - length)
-    assert length == pytest.approx(first, abs=0.1) and price.target == first
+        lengths.append(length)
+    assert max(lengths) < 13 and max(lengths[20:]) - min(lengths[20:]) < 0.1  # does not swing
     assert of(24) == pytest.approx(price.price) and price.price > 0
-    for _ in range(60):  # and that shrink by themselves: then tokens are paid for
+    for _ in range(40):  # and that shrink by themselves: then tokens are paid for
+        length += -0.1 - 2 * price.price
         price.update(length)
-        length += 0.3 * (8 - 10 * price.price - length)
-    assert length == pytest.approx(first, abs=0.1) and price.price < 0
+    assert 11 < length < 12 and price.price < 0
     given = LengthPrice(rate=0.5, target=10.0)
     given.update(12.0)
-    assert given.target == 10 and given.price == pytest.approx(0.1)
+    assert given.target == 10 and given.price == pytest.approx(0.4 * 0.5 * 0.2)
     with pytest.raises(UserError, match="length_rate is -1"):
         LengthPrice(-1)
     with pytest.raises(UserError, match="length_target is -2"):
