@@ -91,11 +91,12 @@ def gains(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Everything that results.json holds."""
+    """Everything that results.json holds; an ablation that has not been evaluated is left out."""
     evaluations = {name: read_json(out / "eval" / f"{name}.json") for name in [f"ppo-{s}" for s in seeds]}
     per_seed = [{"seed": s} | gains(evaluations[f"ppo-{s}"]) for s in seeds]
     first = next(iter(evaluations.values()))
     sft = read_json(out / "sft" / "sft.json")["history"]
+    ablations = [name for name in ABLATIONS if (out / "eval" / f"{name}.json").exists()]
     return {
         "samples": first["settings"]["samples"],
         "supervised": first["baseline"],
@@ -106,9 +107,9 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
             for name in REPORTED
             if all(row["gain"].get(name) is not None for row in per_seed)
         },
-        "ablations": {name: gains(read_json(out / "eval" / f"{name}.json")) for name in ABLATIONS},
+        "ablations": {name: gains(read_json(out / "eval" / f"{name}.json")) for name in ablations},
         "environment_steps": {
-            name: read_lines(out / name / "metrics.jsonl")[-1]["env_steps"] for name in [*evaluations, *ABLATIONS]
+            name: read_lines(out / name / "metrics.jsonl")[-1]["env_steps"] for name in [*evaluations, *ablations]
         },
         "judges": {n: read_json(out / n / "intent.json")["validation"] for n in ("judge", "second_judge")},
         "supervised_curve": [{k: row[k] for k in ("step", "minutes", "loss", "perplexity")} for row in sft],
@@ -149,9 +150,10 @@ def gain_table(summary: dict[str, Any]) -> str:
 
 
 def ablation_table(summary: dict[str, Any]) -> str:
-    rows = [["", "mean of the seeds", *ABLATIONS.values()]]
+    ablations = summary["ablations"]
+    rows = [["", "mean of the seeds", *(ABLATIONS[name] for name in ablations)]]
     for name in summary["gain_mean"]:
-        cells = [with_interval(summary["ablations"][a], name) for a in ABLATIONS]
+        cells = [with_interval(ablation, name) for ablation in ablations.values()]
         rows.append([LABELS[name], percent(summary["gain_mean"][name]), *cells])
     return table(rows)
 
@@ -191,7 +193,7 @@ def text_of(summary: dict[str, Any], out: Path, config: ResultsConfig) -> str:
             "![curves](results-curves.png)",
             "![supervised](results-supervised.png)",
             "## Ablations",
-            ablation_table(summary),
+            ablation_table(summary) if summary["ablations"] else "None has been run.",
             f"## {config.dialogues} dialogues, picked by a fixed seed, with the run of seed {config.seeds[0]}",
             shown_dialogues(out, config.seeds[0], config.dialogues),
         ]
@@ -246,7 +248,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
     draw_gains(summary, results / "results-gains.png")
-    draw_runs(out, [*(f"ppo-{s}" for s in config.seeds), *ABLATIONS], results / "results-curves.png")
+    draw_runs(out, [*(f"ppo-{s}" for s in config.seeds), *summary["ablations"]], results / "results-curves.png")
     draw_supervised(summary["supervised_curve"], results / "results-supervised.png")
     page = results / "results.md"
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Results\n\n{MARKS[0]}\n{MARKS[1]}\n"

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
+import agreement  # noqa: E402
 import compare  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
@@ -121,6 +122,35 @@ def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
         compare.compare(compare.CompareConfig(size="tiny", inputs=folder, envs=folder, peers=folder))
     with pytest.raises(UserError, match="ended with status 2.*\n.*does not exist"):
         compare.compare(compare.CompareConfig(size="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
+
+
+def test_agreement_tells_signal_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    signal, noise = torch.randn(10_000, generator=generator), torch.randn(4, 10_000, generator=generator)
+    found = [{"same": signal, "half": signal + n, "none": n} for n in noise]
+    rows = [line.split(" | ") for line in agreement.agreement(found).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| same", "| half", "| none"]
+    assert [float(row[1]) for row in rows] == pytest.approx([1, 0.5, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_agreement_measures_each_part_of_the_reward(tiny_lm, top_k):
+    config = agreement.AgreementConfig(
+        model_path=tiny_lm,
+        intent_coef=0.0,
+        consensus_coef=1.0,
+        env_num=16,
+        samples_per_prompt=4,
+        length_rate=1.0,
+        top_k=top_k,
+        rollouts=2,
+        progress="plain",
+    )
+    rows = [line.split(" | ") for line in agreement.measure(config).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| meteor", "| consensus", "| length"]
+    assert all(-1 <= float(row[1]) <= 1 for row in rows)
+    with pytest.raises(UserError, match="rollouts is 1; expected at least 2"):
+        agreement.measure(agreement.AgreementConfig(rollouts=1))
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ TINY = {  # appended to a command; the last of two values counts
     "eval_metrics.py": "--limit 8 --bootstrap 10 --mixed-precision no",
     "intent_classifier.py": FIT,
     "sft_dialog.py": FIT,
-    "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 1 --num-mini-batch 2 --ppo-epoch 1 "
+    "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 2 --num-mini-batch 2 --ppo-epoch 1 "
     "--gradient-accumulation-steps 1 --eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
     "--mixed-precision no --run-dir runs",
 }
@@ -383,7 +383,7 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
     execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     alike = clone / "runs" / "alike"
-    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1 --samples-per-prompt 2"
+    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1"
     tiny = f"{TINY['ppo_dialog.py']} --experiment-name alike --validation-limit 4"
     execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     written = set()

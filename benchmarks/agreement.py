@@ -1,0 +1,125 @@
+"""How much of the gradient of each part of the reward is signal: do two rollouts agree on where to go?
+
+    python benchmarks/agreement.py --rollouts 4 --config configs/smollm2_daily_dialog.yaml --data-path DATA
+
+Takes ppo_dialog.py's options. The policy is not moved: for each rollout the gradient of each part of the reward alone
+is computed, advantages as PPO has them, and compared with that of the other rollouts. Of two gradients that are signal
+plus independent noise, the expected cosine is the signal's share of the squared length: where it is 0.03, the mean of
+thirty rollouts is half signal. `length` stands for a reward of 1 a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import ppo_dialog
+from common import UserError, run_script
+from configuration import parse_config
+from generation import inputs_of, restrict
+from packing import cut, packed_lengths
+from ppo_dialog import BatchSizes, PPOConfig, Rollout, above_the_others, whiten
+
+
+@dataclass
+class AgreementConfig(PPOConfig):
+    """Which rollouts are compared, and the settings of PPO."""
+
+    rollouts: int = 4
+    """Rollouts, of env_num replies each."""
+
+
+FIGURES = "approx_kl clipfrac policy_loss value_loss entropy grad_norm passes skipped_steps".split()  # of an update
+
+
+class Enough(Exception):
+    """All rollouts have been measured."""
+
+
+def parts_of(rollout: Rollout) -> dict[str, torch.Tensor]:
+    """What each reply (N,) has of each part of the reward."""
+    parts = {name: x for name, x in rollout.statistics.items() if f"reward_{name}" in rollout.statistics}
+    return (parts or {"score": rollout.scores}) | {"length": rollout.mask.sum(-1).float()}
+
+
+def gradients(model, accelerator, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> dict[str, torch.Tensor]:
+    """The gradient, flat, of each part: of the mean log-probability of the tokens, weighed by their advantages."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    advantages = {
+        name: whiten(above_the_others(x, sizes.group)[:, None] * rollout.mask, rollout.mask)
+        for name, x in parts_of(rollout).items()
+    }
+    sums = {name: [torch.zeros_like(p) for p in parameters] for name in advantages}
+    width = rollout.input_ids.shape[1] - rollout.response_length
+    lengths = packed_lengths(rollout.attention_mask, width, sizes.group)
+    groups = torch.arange(len(rollout.mask), device=rollout.mask.device).view(-1, sizes.group)
+    for rows in map(torch.flatten, cut(groups, lengths, min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch)))):
+        mask = rollout.mask[rows]
+        support = None if rollout.support is None else rollout.support[rows][mask]
+        with accelerator.autocast():
+            logits, _ = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+        # generation.log_probs_of gives its memory away in the backward pass, of which there is one for each part here
+        logprobs = restrict(logits.float() / config.temperature, support).log_softmax(-1)
+        chosen = rollout.response_ids[rows][mask].unsqueeze(-1)
+        place = chosen if support is None else (support == chosen).int().argmax(-1, keepdim=True)
+        logprobs = logprobs.gather(-1, place).squeeze(-1)
+        for last, (name, weights) in zip([*[False] * (len(sums) - 1), True], advantages.items()):
+            of_part = (logprobs * weights[rows][mask]).sum() / rollout.mask.sum()
+            found = torch.autograd.grad(of_part, parameters, retain_graph=not last, allow_unused=True)
+            for total, gradient in zip(sums[name], found):
+                if gradient is not None:  # the value head's
+                    total.add_(gradient)
+    return {name: torch.cat([x.flatten() for x in total]).to("cpu", torch.bfloat16) for name, total in sums.items()}
+
+
+def agreement(of_rollouts: list[dict[str, torch.Tensor]]) -> str:
+    """A table: the mean cosine of each part's gradients over all pairs of rollouts, and its standard error."""
+    lines = ["| part | cosine of two rollouts | standard error |", "|---|---|---|"]
+    for name in of_rollouts[0]:
+        unit = [g[name].float() / g[name].float().norm().clamp(min=1e-12) for g in of_rollouts]
+        cosines = [float(a @ b) for a, b in itertools.combinations(unit, 2)]
+        error = statistics.stdev(cosines) / len(cosines) ** 0.5 if len(cosines) > 1 else float("nan")
+        lines.append(f"| {name} | {statistics.fmean(cosines):.4f} | {error:.4f} |")
+    return "\n".join(lines)
+
+
+def measure(config: AgreementConfig) -> str:
+    """Run `ppo_dialog.train` with a measurement in place of its update."""
+    if config.rollouts < 2:
+        raise UserError(f"rollouts is {config.rollouts}; expected at least 2, to compare.")
+    found: list[dict[str, torch.Tensor]] = []
+
+    def look(model, optimizer, accelerator, rollout, *rest):
+        found.append(gradients(model, accelerator, rollout, config, sizes=rest[4]))
+        print(f"rollout {len(found)} of {config.rollouts}", file=sys.stderr, flush=True)
+        if len(found) == config.rollouts:
+            raise Enough
+        return dict.fromkeys(FIGURES, 0)
+
+    original, ppo_dialog.update = ppo_dialog.update, look
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = 10**9  # ended by `look`
+            ppo_dialog.train(replace(config, run_dir=folder, total_time_steps=steps, sample_interval=0))
+    except Enough:
+        return agreement(found)
+    finally:
+        ppo_dialog.update = original
+    raise UserError("the run ended before all rollouts were measured.")
+
+
+def main() -> None:
+    config, _ = parse_config(AgreementConfig, sys.argv[1:], description=__doc__)
+    print(measure(config))
+
+
+if __name__ == "__main__":
+    run_script(main)
