@@ -42,9 +42,13 @@ from configuration import command_line, parse_config
 from eval_metrics import LABELS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import agreement  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = "python accelerate pip pytest bash srun export alias source tensorboard".split()
 CONFIGS = {
+    "benchmarks/agreement.py": agreement.AgreementConfig,
     "chat.py": chat.ChatConfig,
     "estimate.py": estimate.EstimateConfig,
     "eval_metrics.py": eval_metrics.EvalConfig,
