@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 
 import ppo_dialog
 from common import UserError, run_script
@@ -50,9 +51,9 @@ def parts_of(rollout: Rollout) -> dict[str, torch.Tensor]:
     return (parts or {"score": rollout.scores}) | {"length": rollout.mask.sum(-1).float()}
 
 
-def gradients(model, accelerator, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> dict[str, torch.Tensor]:
+def gradients(model, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> dict[str, torch.Tensor]:
     """The gradient, flat, of each part: of the mean log-probability of the tokens, weighed by their advantages."""
-    parameters = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     advantages = {
         name: whiten(above_the_others(x, sizes.group)[:, None] * rollout.mask, rollout.mask)
         for name, x in parts_of(rollout).items()
@@ -64,8 +65,7 @@ def gradients(model, accelerator, rollout: Rollout, config: PPOConfig, sizes: Ba
     for rows in map(torch.flatten, cut(groups, lengths, min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch)))):
         mask = rollout.mask[rows]
         support = None if rollout.support is None else rollout.support[rows][mask]
-        with accelerator.autocast():
-            logits, _ = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+        logits, _ = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
         # generation.log_probs_of gives its memory away in the backward pass, of which there is one for each part here
         logprobs = restrict(logits.float() / config.temperature, support).log_softmax(-1)
         chosen = rollout.response_ids[rows][mask].unsqueeze(-1)
@@ -84,8 +84,9 @@ def agreement(of_rollouts: list[dict[str, torch.Tensor]]) -> str:
     """A table: the mean cosine of each part's gradients over all pairs of rollouts, and its standard error."""
     lines = ["| part | cosine of two rollouts | standard error |", "|---|---|---|"]
     for name in of_rollouts[0]:
-        unit = [g[name].float() / g[name].float().norm().clamp(min=1e-12) for g in of_rollouts]
-        cosines = [float(a @ b) for a, b in itertools.combinations(unit, 2)]
+        pairs = itertools.combinations([g[name] for g in of_rollouts], 2)
+        # a pair at a time: whole gradients of a large model, in fp32, do not all fit beside each other
+        cosines = [float(F.cosine_similarity(a.float(), b.float(), dim=0, eps=1e-12)) for a, b in pairs]
         error = statistics.stdev(cosines) / len(cosines) ** 0.5 if len(cosines) > 1 else float("nan")
         lines.append(f"| {name} | {statistics.fmean(cosines):.4f} | {error:.4f} |")
     return "\n".join(lines)
@@ -97,8 +98,8 @@ def measure(config: AgreementConfig) -> str:
         raise UserError(f"rollouts is {config.rollouts}; expected at least 2, to compare.")
     found: list[dict[str, torch.Tensor]] = []
 
-    def look(model, optimizer, accelerator, rollout, *rest):
-        found.append(gradients(model, accelerator, rollout, config, sizes=rest[4]))
+    def look(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, stream):
+        found.append(gradients(model, rollout, config, sizes))
         print(f"rollout {len(found)} of {config.rollouts}", file=sys.stderr, flush=True)
         if len(found) == config.rollouts:
             raise Enough
@@ -110,10 +111,10 @@ def measure(config: AgreementConfig) -> str:
             steps = 10**9  # ended by `look`
             ppo_dialog.train(replace(config, run_dir=folder, total_time_steps=steps, sample_interval=0))
     except Enough:
-        return agreement(found)
+        pass
     finally:
         ppo_dialog.update = original
-    raise UserError("the run ended before all rollouts were measured.")
+    return agreement(found)  # out here, where the models and the last rollout are gone
 
 
 def main() -> None:
