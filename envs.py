@@ -508,7 +508,21 @@ class DialogueCodec:
         ids = [int(i) for i in response_ids if i >= 0]
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
-        return self.tokenizer.decode(ids).split(self.format.eou_marker.strip())[0].strip()
+        marker = self.format.eou_marker.strip()
+        text, *after = self.tokenizer.decode(ids).split(marker)
+        return (text if after else without_torn(text, marker)).strip()
+
+
+def without_torn(text: str, marker: str) -> str:
+    """Without the beginning of a marker that the limit of tokens has cut: it belongs to no word of the reply.
+
+    A marker that begins with a letter is only taken for one where it stands by itself.
+    """
+    for length in range(len(marker) - 1, 0, -1):
+        before = text.removesuffix(marker[:length])
+        if before != text and not (marker[0].isalnum() and before[-1:].strip()):
+            return before
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1097,7 +1097,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
 
                 # 2. advantages
                 if config.length_rate:
-                    lengths = rollout.mask.sum(-1), rollout.scores, config.samples_per_prompt
+                    earned = rollout.scores - controller.coef * rollout.kl.sum(-1)
+                    lengths = rollout.mask.sum(-1), earned, config.samples_per_prompt
                     rollout.statistics[PRICE] = -length_price.of(*lengths, sum_over_processes)
                 scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)

@@ -239,7 +239,7 @@ class Consensus(Meteor):
     Replies to a prompt stand side by side; a single one has 0. Statistics: `consensus`, `commonplace`.
     """
 
-    def __init__(self, plain: float = 0.08):
+    def __init__(self, plain: float = 0.05):
         self.plain = plain
 
     def __call__(self, prompts, responses, references, acts):
@@ -405,11 +405,12 @@ class LengthPrice:
     """What a reply pays for its tokens, so that the mean length stays `target` (0: that of the first rollout).
 
     METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
-    policy that follows it drifts to the limit of tokens. The price of a token is what one more of them earns in the
-    rollout at hand (the slope of scores over lengths, within replies to one prompt), so that length as such is worth
-    nothing, and rate / target * (mean length / target - 1) besides, smoothed over rollouts, below 0 where replies have
-    become short. It is proportional to the error and no sum of it: what a price moves is how fast lengths change, and a
-    sum would swing.
+    policy that follows it drifts to the limit of tokens; a KL penalty that is paid by the token draws it the other way.
+    The price of a token is what one more of them earns in the rollout at hand (the slope of the score less the KL
+    penalty over lengths, within replies to one prompt), so that length as such is worth nothing, and
+    rate / target * (mean length / target - 1) besides, smoothed over rollouts, below 0 where replies have become short.
+    It is proportional to the error and no sum of it: what a price moves is how fast lengths change, and a sum would
+    swing.
     """
 
     SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
@@ -426,7 +427,8 @@ class LengthPrice:
     ) -> torch.Tensor:
         """The price (N,), in units of the score, of replies of so many tokens (N,), `group` to a prompt.
 
-        `reduce` sums over processes. A reply of the target's length pays nothing.
+        `scores` (N,) are what they earn, less the KL penalty. A reply of the target's length pays nothing.
+        `reduce` sums over processes.
         """
         lengths = lengths.float()
         shape = (-1, group) if group > 1 else (1, -1)

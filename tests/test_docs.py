@@ -197,7 +197,15 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     policy, judge = builtin_model("policy"), builtin_model("judge")
     for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
         (tmp_path / name).symlink_to(policy)
-    for name in ("ENCODER", "MINILM", "models/intent", "models/dd-intent", "models/even", "models/odd"):
+    for name in (
+        "ENCODER",
+        "MINILM",
+        "models/intent",
+        "models/dd-intent",
+        "models/dd-intent-2",
+        "models/even",
+        "models/odd",
+    ):
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     for name in ("NAME", "ppo_dialog", "one", "two", "smollm2_daily_dialog"):

@@ -26,6 +26,7 @@ from envs import (
     FormatOptions,
     load_dialogues,
     make_samples,
+    without_torn,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -529,6 +530,18 @@ def test_decoding_drops_marker_padding_and_what_follows(codec):
     assert codec.decode_response(np.array([*ids, -1])) == codec.decode_response(torch.tensor([*ids, -1])) == "Sure ."
     assert codec.decode_response([]) == codec.decode_response([-1] * 4) == codec.decode_response(tokens(codec, "<EOU>"))
     assert codec.decode_response(tokens(codec, " See you ")) == "See you"  # not complete
+
+
+@pytest.mark.parametrize(
+    "torn, whole", [("Sure . <E", "Sure ."), ("Sure.<EOU", "Sure."), ("<", ""), ("1 < 2", "1 < 2")]
+)
+def test_a_marker_that_the_limit_cuts_is_no_part_of_the_reply(torn, whole):
+    assert without_torn(torn, "<EOU>").strip() == whole
+
+
+def test_a_marker_of_letters_is_torn_off_where_it_stands_alone():
+    assert without_torn("Sure . EN", "END") == "Sure . "
+    assert without_torn("Open the door . FINE", "END") == "Open the door . FINE"
 
 
 def test_a_marker_of_ones_own():
