@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 
 from builtin_models import resolve_model
@@ -61,6 +61,7 @@ from experiment import (
     compare_with_start,
     judge_of,
     make_stats,
+    mean_length,
     measure_judge,
     open_run,
     sample_dialogue,
@@ -138,9 +139,9 @@ class PPOConfig(FormatOptions):
     kl_clip: float = 0.2
     """Bound on the relative error of KL that moves alpha."""
     length_rate: float = 0.0
-    """How strongly a price on tokens holds the mean length of replies at length_target (0: no price)."""
-    length_target: float = 0.0
-    """Mean length, in tokens, that the price holds (0: that of the first rollout)."""
+    """How strongly a price on tokens holds the mean length of replies (0: no price)."""
+    length_ratio: float = 1.0
+    """Mean length that the price holds, as a multiple of the start's, which is measured first."""
 
     # how much
     total_time_steps: int = 50_000
@@ -325,7 +326,7 @@ class PPOConfig(FormatOptions):
             )
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
-        LengthPrice(self.length_rate, target=self.length_target)
+        LengthPrice(self.length_rate, self.length_ratio)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -998,7 +999,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
         say(judge_sentence(judged["accuracy"]))
-    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate, target=config.length_target)
+    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate, config.length_ratio)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -1019,7 +1020,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         controller.coef = progress.kl_coef
         vars(value_scale).update(progress.value_scale)
         length_price.price = progress.length_price.get("price", 0.0)
-        length_price.target = config.length_target or progress.length_price.get("target", 0.0)
+        length_price.start = progress.length_price.get("start", 0.0)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         lock = open_run(run, keep=config.resume)
@@ -1050,6 +1051,13 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     saved = progress.updates
     weak = judge_warning(judged["accuracy"], WEAK_JUDGE) if judged else {}
     monitor.begin(run, progress.updates, fmt.max_new_tokens, weak)
+    if config.length_rate and not length_price.start:
+        monitor.stage("measuring the length of replies")
+        with networks():
+            if main or in_step:
+                length_price.start = mean_length(policy, codec, samples["train"], config.sampling, config.seed)
+        length_price.start = broadcast_object_list([length_price.start])[0]
+        say(f"the start's replies have {length_price.start:.1f} tokens; their price holds {length_price.target:.1f}")
 
     def checkpoint(best: bool = False) -> None:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""

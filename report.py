@@ -68,7 +68,7 @@ PANELS = {
         Panel("Score", "score", "mean reward of the sampled replies"),
         Panel("Score less KL penalty", "episode_reward", "what PPO maximises"),
         Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints"),
-        Panel("Intent and METEOR", "intent meteor"),
+        Panel("Intent, METEOR and consensus", "intent meteor consensus"),
         Panel("Parts of the reward", "reward_*"),
         Panel("Shares of the reward", "share_*"),
     ),

@@ -35,13 +35,13 @@ TUTORIAL["mean_output_length"] = -0.014
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
 CURVES = (
     "Score less KL penalty",
-    "Intent and METEOR",
+    "Intent, METEOR and consensus",
     "Validation reward",
     "KL to the reference",
     "KL coefficient",
     "Reply length",
     "Clip fraction",
-    "Explained variance",
+    "Entropy",
 )
 ABLATIONS = {
     "no-kl": "without KL (`--kl-coef 0`)",

@@ -402,7 +402,7 @@ class AdaptiveKL:
 
 
 class LengthPrice:
-    """What a reply pays for its tokens, so that the mean length stays `target` (0: that of the first rollout).
+    """What a reply pays for its tokens, so that their mean number stays `ratio` times that of the start.
 
     METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
     policy that follows it drifts to the limit of tokens; a KL penalty that is paid by the token draws it the other way.
@@ -415,12 +415,17 @@ class LengthPrice:
 
     SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
 
-    def __init__(self, rate: float = 0.0, price: float = 0.0, target: float = 0.0):
+    def __init__(self, rate: float, ratio: float = 1.0, start: float = 0.0):
         if not 0 <= rate < float("inf"):
             raise UserError(f"length_rate is {rate}; expected 0 or more.")
-        if not 0 <= target < float("inf"):
-            raise UserError(f"length_target is {target}; expected 0 (the first rollout's) or more tokens.")
-        self.rate, self.price, self.target = rate, price, target
+        if not 0 < ratio < float("inf"):
+            raise UserError(f"length_ratio is {ratio}; expected more than 0, such as 1 for the start's own length.")
+        self.rate, self.ratio, self.start, self.price = rate, ratio, start, 0.0
+
+    @property
+    def target(self) -> float:
+        """Tokens: `ratio` times those of a reply of the start, on average."""
+        return self.ratio * self.start
 
     def of(
         self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
@@ -435,11 +440,9 @@ class LengthPrice:
         apart = [x.view(shape) - x.view(shape).mean(-1, keepdim=True) for x in (lengths, scores)]
         together, alone = reduce(torch.stack([(apart[0] * apart[1]).sum(), (apart[0] ** 2).sum()])).tolist()
         slope = together / alone if alone > 0 else 0.0
-        target = self.target or lengths.mean()
-        return (slope + self.price / target) * (lengths - target)
+        return (slope + self.price / self.target) * (lengths - self.target)
 
     def update(self, mean_length: float) -> None:
-        self.target = self.target or mean_length
         self.price += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.price)
 
 

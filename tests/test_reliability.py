@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -72,9 +73,14 @@ def brittle(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path):
+def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path, capsys):
     settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, reward=f"{brittle}:brittle")
+    settings |= dict(length_rate=2.0, length_ratio=1.25)
     whole = trained(experiment_name="whole", **settings)
+    start, held = map(
+        float, re.search(r"replies have ([\d.]+) tokens; .* holds ([\d.]+)", capsys.readouterr().out).groups()
+    )
+    assert held == pytest.approx(1.25 * start, abs=0.1) and 3 < start < 20
     (tmp_path / "fuse").write_text("3")  # the fourth call raises: three updates are done, two of them in a checkpoint
     with pytest.raises(UserError, match=r"the scoring server is gone \(brittle.py, line 10\)"):
         trained(experiment_name="cut", **settings)
@@ -82,6 +88,7 @@ def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path
     assert [p.name for p in checkpoint.checkpoints(cut)] == ["update-000002", "update-000003"]
     (tmp_path / "fuse").unlink()
     resumed(cut)
+    assert capsys.readouterr().out.count("replies have") == 1  # measured at the start alone
     assert timeless(lines(cut)) == timeless(lines(whole)) and len(lines(whole)) > 4
     assert digest(cut) == digest(whole) and len(digest(cut)) == 2
 

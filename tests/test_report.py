@@ -166,7 +166,7 @@ def test_every_figure_is_drawn_once_or_said_in_words(tmp_path):
     assert [names for _, names in sections["Your own figures"]] == [["polite"]]
     assert constant == {"fps": 50.0, "passes": 2}
     page = page_of(run.folder)
-    assert "dashed: kl_target" in page and "Intent and METEOR" not in page
+    assert "dashed: kl_target" in page and "Intent, METEOR and consensus" not in page
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
@@ -174,7 +174,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path):
     folder = made_run(tmp_path / "run", rows)
     assert points(load_run(folder), "score") == ([100.0, 600.0], [0.1, 0.6])
     page = page_of(folder)
-    assert ">Score<" in page and "Intent and METEOR" not in page
+    assert ">Score<" in page and "Intent, METEOR and consensus" not in page
     data = [part.split("</script>")[0] for part in page.split('<script type="application/json">')[1:]]
     assert data and all(json.loads(text, parse_constant=pytest.fail) for text in data)
 

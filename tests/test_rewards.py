@@ -459,26 +459,26 @@ def test_the_price_of_length_takes_away_what_length_as_such_earns():
     lengths = torch.tensor([3, 5, 10, 8, 12, 10])
     of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # says nothing about length
     scores = of_prompt + 0.25 * lengths
-    net = scores - LengthPrice(rate=1.0).of(lengths, scores, 3)
+    net = scores - LengthPrice(1.0, start=8.0).of(lengths, scores, 3)
     assert net.view(2, 3).std(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
     random = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    net = random - LengthPrice(rate=1.0).of(lengths, random, 3)
+    net = random - LengthPrice(1.0, start=8.0).of(lengths, random, 3)
     apart = [(x.view(2, 3) - x.view(2, 3).mean(-1, keepdim=True)).flatten() for x in (net, lengths.float())]
     assert apart[0] @ apart[1] == pytest.approx(0, abs=1e-5) and not torch.allclose(net, random)
     same = torch.tensor([4, 4])
-    assert LengthPrice(rate=1.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [0, 0]  # nothing to tell them by
+    assert LengthPrice(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [0, 0]  # nothing to tell them by
     # the sums of two processes give the price of one
     halves = []
-    LengthPrice(1.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
-    price = LengthPrice(1.0, target=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
-    assert torch.allclose(price, LengthPrice(1.0, target=8.0).of(lengths, random, 3)[3:])
+    LengthPrice(1.0, start=8.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
+    price = LengthPrice(1.0, start=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
+    assert torch.allclose(price, LengthPrice(1.0, start=8.0).of(lengths, random, 3)[3:])
 
 
 def test_the_price_of_length_holds_the_mean_at_its_target():
-    price = LengthPrice(rate=2.0)
+    price = LengthPrice(rate=2.0, start=12.0)
     of = lambda length: price.of(torch.tensor([length]), torch.tensor([1.0])).item()
     price.update(12.0)
-    assert of(3) == of(20) == 0 and price.target == 12
+    assert of(3) == of(20) == 0
     # a policy whose replies grow by themselves, and the slower, the dearer they are
     length, lengths = 12.0, []
     for _ in range(40):
@@ -491,10 +491,10 @@ def test_the_price_of_length_holds_the_mean_at_its_target():
         length += -0.1 - 2 * price.price
         price.update(length)
     assert 11 < length < 12 and price.price < 0
-    given = LengthPrice(rate=0.5, target=10.0)
+    given = LengthPrice(rate=0.5, ratio=1.25, start=8.0)
     given.update(12.0)
     assert given.target == 10 and given.price == pytest.approx(0.4 * 0.5 * 0.2)
     with pytest.raises(UserError, match="length_rate is -1"):
         LengthPrice(-1)
-    with pytest.raises(UserError, match="length_target is -2"):
-        LengthPrice(1, target=-2)
+    with pytest.raises(UserError, match="length_ratio is -2"):
+        LengthPrice(1, ratio=-2)
