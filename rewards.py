@@ -239,7 +239,7 @@ class Consensus(Meteor):
     Replies to a prompt stand side by side; a single one has 0. Statistics: `consensus`, `commonplace`.
     """
 
-    def __init__(self, plain: float = 0.05):
+    def __init__(self, plain: float = 0.08):
         self.plain = plain
 
     def __call__(self, prompts, responses, references, acts):
