@@ -1136,7 +1136,8 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                 # 4. account for it
                 figures = rollout_figures(rollout, returns, controller.coef, sum_over_processes)
                 controller.update(figures["kl_div"])
-                length_price.update(figures["mean_output_length"])
+                if config.length_rate:
+                    length_price.update(figures["mean_output_length"])
                 seconds = time.perf_counter() - started
                 progress.training_seconds += seconds
                 tokens = int(figures.pop("tokens"))
