@@ -125,7 +125,9 @@ class PPOConfig(FormatOptions):
     meteor_coef: float = 0.5
     """Weight of the METEOR reward."""
     consensus_coef: float = 0.0
-    """Weight of METEOR against the other replies to the same prompt, less what is said to other prompts as well."""
+    """Weight of METEOR against the other replies to the same prompt."""
+    commonplace_coef: float = 0.0
+    """Price of saying what is said to other prompts as well: of the share of pairs of words that is."""
     ref_model: str = ""
     """Frozen model of the KL penalty; empty: the start, model_path."""
     reward_timeout: float = 0.0
@@ -287,8 +289,8 @@ class PPOConfig(FormatOptions):
             1: "total_time_steps env_num samples_per_prompt episode_length ppo_epoch num_mini_batch log_interval "
             "gradient_accumulation_steps save_interval keep_checkpoints",
             0: "seed lr critic_lr weight_decay value_coef intent_coef meteor_coef kl_coef judge_samples "
-            "consensus_coef micro_batch_tokens max_skipped_steps reward_timeout validation_limit lora_rank lora_alpha "
-            "sample_interval",
+            "consensus_coef commonplace_coef micro_batch_tokens max_skipped_steps reward_timeout validation_limit "
+            "lora_rank lora_alpha sample_interval",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -320,10 +322,9 @@ class PPOConfig(FormatOptions):
             raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
         if self.reward == "default" and not (self.intent_coef or self.meteor_coef or self.consensus_coef):
             raise UserError("intent_coef, meteor_coef and consensus_coef are all 0: nothing is rewarded.")
-        if self.consensus_coef and self.samples_per_prompt == 1:
-            raise UserError(
-                "consensus_coef needs other replies to the same prompt: set samples_per_prompt to 2 or more."
-            )
+        for name in ("consensus_coef", "commonplace_coef"):
+            if getattr(self, name) and self.samples_per_prompt == 1:
+                raise UserError(f"{name} needs other replies to the same prompt: set samples_per_prompt to 2 or more.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
         LengthPrice(self.length_rate, self.length_ratio)
@@ -1233,8 +1234,8 @@ def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Re
     args = dict(config.reward_args)
     if config.reward == "default":
         judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
-        coefs = {name: getattr(config, name) for name in ("intent_coef", "meteor_coef", "consensus_coef")}
-        args = dict(intent_model=judge) | coefs | args
+        coefs = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
+        args = dict(intent_model=judge) | {name: getattr(config, name) for name in coefs} | args
     return make_reward(config.reward, args, device, eou_marker)
 
 

@@ -228,49 +228,66 @@ class Meteor(Reward):
 
 
 class Consensus(Meteor):
-    """Mean METEOR of the response against the other replies to its prompt, less `plain` times its commonplaces.
+    """Mean METEOR of the response against the other replies to its prompt.
 
     One human reply is a noisy judge of what fits a prompt: nearly all that it says of a reply's words is chance. The
     policy's own replies are many. A reply that is close to them is the one to give when METEOR is to be high on
     average over what people may say: the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020), as a reward.
-    By itself it leads to one reply for all prompts. So what it shares with replies to other prompts costs something:
-    commonplaces are the share of its pairs of neighbouring words that stand in them, what distinct-2 falls by.
-
-    Replies to a prompt stand side by side; a single one has 0. Statistics: `consensus`, `commonplace`.
+    By itself it leads to one reply for all prompts, see `Commonplace`. Replies to a prompt stand side by side; a single
+    one has 0.
     """
 
-    def __init__(self, plain: float = 0.08):
-        self.plain = plain
+    def __call__(self, prompts, responses, references, acts):
+        scores = np.zeros(len(responses))
+        for group in replies_to_one_prompt(prompts, references):
+            for i in group if len(group) > 1 else ():
+                scores[i] = np.mean([meteor(responses[i], responses[j]) for j in group if j != i])
+        return scores, {"consensus": scores}
+
+
+class Commonplace(Reward):
+    """What replies share with those to other prompts: minus the share of a reply's pairs of neighbouring words that
+    stand in them, what distinct-2 falls by. Of a reply without others to its prompt beside it: 0.
+    """
 
     def __call__(self, prompts, responses, references, acts):
-        asked = list(zip(prompts, references))
-        starts = [i for i in range(len(asked)) if i == 0 or asked[i] != asked[i - 1]]
         pairs = [set(itertools.pairwise(words(response.lower()))) for response in responses]
-        everywhere = Counter(pair for of_reply in pairs for pair in of_reply)  # replies that have it
-        consensus, commonplace = np.zeros(len(responses)), np.zeros(len(responses))
-        for start, end in zip(starts, [*starts[1:], len(asked)]):
-            here = Counter(pair for of_reply in pairs[start:end] for pair in of_reply)
-            for i in range(start, end) if end - start > 1 else ():
-                consensus[i] = np.mean([meteor(responses[i], responses[j]) for j in range(start, end) if j != i])
-                shared = sum(everywhere[pair] > here[pair] for pair in pairs[i])
-                commonplace[i] = shared / max(1, len(pairs[i]))
-        return consensus - self.plain * commonplace, {"consensus": consensus, "commonplace": commonplace}
+        everywhere = Counter(itertools.chain.from_iterable(pairs))  # replies that have it
+        shares = np.zeros(len(responses))
+        for group in replies_to_one_prompt(prompts, references):
+            here = Counter(pair for i in group for pair in pairs[i])
+            for i in group if len(group) > 1 else ():
+                shares[i] = sum(everywhere[pair] > here[pair] for pair in pairs[i]) / max(1, len(pairs[i]))
+        return -shares, {"commonplace": shares}
+
+
+def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> list[range]:
+    """The runs of neighbours with the same prompt and human reply, as ranges of indices."""
+    runs = itertools.groupby(range(len(prompts)), key=lambda i: (prompts[i], references[i]))
+    return [range(run[0], run[-1] + 1) for run in (list(indices) for _, indices in runs)]
 
 
 @register_reward("default")
 class DialogueReward(Reward):
-    """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus; a part with weight 0 is not computed.
+    """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus - commonplace_coef * commonplaces.
 
-    Statistics: those of the parts, and `reward_intent`, `reward_meteor`, `reward_consensus`, their weighted shares.
+    A part with weight 0 is not computed. Statistics: those of the parts, and `reward_intent`, `reward_meteor`,
+    `reward_consensus`, `reward_commonplace`, their weighted shares.
     """
 
     def __init__(
-        self, intent_model: str, intent_coef: float = 0.5, meteor_coef: float = 0.5, consensus_coef: float = 0.0
+        self,
+        intent_model: str,
+        intent_coef: float = 0.5,
+        meteor_coef: float = 0.5,
+        consensus_coef: float = 0.0,
+        commonplace_coef: float = 0.0,
     ):
         parts = {
             "intent": (intent_coef, lambda: Intent(intent_model)),
             "meteor": (meteor_coef, Meteor),
             "consensus": (consensus_coef, Consensus),
+            "commonplace": (commonplace_coef, Commonplace),
         }
         self.parts = {name: (weight, make()) for name, (weight, make) in parts.items() if weight}
 

@@ -422,6 +422,7 @@ REFUSED = dict(
     intent_coef=(-1.0,),
     meteor_coef=(NAN,),
     consensus_coef=(-1.0, INF),
+    commonplace_coef=(-0.1, NAN),
     length_rate=(-1.0, NAN),
     length_ratio=(0.0, -1.0, INF, NAN),
     kl_coef=(-0.2, INF),
@@ -454,6 +455,7 @@ def test_values_that_cannot_work_are_refused(name, value):
         (dict(use_deepspeed=True), "use_deepspeed needs deepspeed_config"),
         (dict(intent_coef=0.0, meteor_coef=0.0), "intent_coef, meteor_coef and consensus_coef are all 0"),
         (dict(consensus_coef=1.0), "consensus_coef needs other replies"),
+        (dict(commonplace_coef=1.0), "commonplace_coef needs other replies"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, fault):

@@ -395,7 +395,7 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
     execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     alike = clone / "runs" / "alike"
-    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1"
+    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1 --commonplace-coef 1"
     tiny = f"{TINY['ppo_dialog.py']} --experiment-name alike --validation-limit 4"
     execute("ppo_dialog.py", [*options.split(), *tiny.split()])
     written = set()

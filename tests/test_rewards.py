@@ -19,6 +19,7 @@ from intent_classifier import IntentJudge, pairs_of
 from rewards import (
     REWARDS,
     AdaptiveKL,
+    Commonplace,
     Consensus,
     DialogueReward,
     Intent,
@@ -223,26 +224,30 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS)[0] == pytest.approx(0.5 * (intent + meteors))
 
 
-def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_less_commonplaces(no_wordnet):
+def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonplaces_cost(no_wordnet):
     prompts, references = ["a", "a", "a", "b", "b", "a"], ["x", "x", "x", "y", "y", "x"]
     responses = ["the cat sat", "the cat ran", "a dog", "The cat", "the cat", "the cat"]
-    scores, statistics = Consensus(plain=0.5)(prompts, responses, references, [0] * 6)
+    episodes = prompts, responses, references, [0] * 6
     pair = lambda i, j: rewards.meteor(responses[i], responses[j])
-    consensus, commonplace = statistics["consensus"], statistics["commonplace"]
-    expected = [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
-    assert consensus[:3] == pytest.approx(expected)
+    consensus, statistics = Consensus()(*episodes)
+    assert consensus[:3] == pytest.approx(
+        [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
+    )
     assert consensus[0] > consensus[2] == 0  # two agree, one stands alone
     assert consensus[3] == consensus[4] == pair(3, 4) > 0.9
-    assert consensus[5] == commonplace[5] == 0  # the only one of its kind beside it
-    assert commonplace.tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]  # "the cat" stands elsewhere, "cat sat" does not
-    assert scores == pytest.approx(consensus - 0.5 * commonplace)
-    assert Consensus()(["a", "a"], ["one", ""], ["x", "x"], [0, 0])[0].tolist() == [0, 0]  # no pairs, no matches
+    assert consensus[5] == 0  # the only one of its kind beside it
+    assert statistics["consensus"] is consensus
+    price, statistics = Commonplace()(*episodes)
+    # "the cat" stands elsewhere, "cat sat" does not; the last has no other reply to its prompt beside it
+    assert statistics["commonplace"].tolist() == (-price).tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]
+    for part in (Consensus(), Commonplace()):
+        assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0])[0].any()  # no pairs, no matches
 
-    args = dict(intent_model="/no/such/judge", intent_coef=0, meteor_coef=0.5, consensus_coef=2.0)
-    total, statistics = make_reward("default", args, "cpu", "<EOU>")(prompts, responses, references, [0] * 6)
-    scores = consensus - 0.08 * commonplace
-    assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * scores)
-    assert statistics["reward_consensus"] == pytest.approx(2 * scores)
+    args = dict(intent_model="/no/such/judge", intent_coef=0, consensus_coef=2.0, commonplace_coef=0.3)
+    total, statistics = make_reward("default", args, "cpu", "<EOU>")(*episodes)
+    assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * consensus + 0.3 * price)
+    assert statistics["reward_consensus"] == pytest.approx(2 * consensus)
+    assert statistics["reward_commonplace"] == pytest.approx(0.3 * price)
 
 
 def test_weight_0_loads_nothing(no_wordnet, judge_folder, monkeypatch):
