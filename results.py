@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,18 +158,18 @@ def ablation_table(summary: dict[str, Any]) -> str:
     return table(rows)
 
 
-def shown_dialogues(out: Path, seed: int, number: int) -> str:
-    """Dialogues before and after, picked by a generator that always starts at 0."""
-    before, after = (read_lines(out / "replies" / f"{name}.jsonl")[1:] for name in ("sft", f"ppo-{seed}"))
-    picked = sorted(random.Random(0).sample(range(len(after)), min(number, len(after))))
+def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str]) -> str:
+    """Dialogues before and after, picked by a generator that always starts at 0, with the ablations' replies."""
+    shown = {"supervised": "sft", "PPO": f"ppo-{seed}"} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
+    replies = {label: read_lines(out / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
+    first = replies["supervised"]
+    picked = sorted(random.Random(0).sample(range(len(first)), min(number, len(first))))
     plain = lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
     parts = []
     for i in picked:
-        context = " / ".join(plain(u) for u in after[i]["prompt"].split("<EOU>") if u.strip())
-        parts.append(
-            f"**{i}.** {context}\n\n- human: {plain(after[i]['reply'])}\n- supervised: {plain(before[i]['text'])}\n"
-            f"- PPO: {plain(after[i]['text'])}"
-        )
+        context = " / ".join(plain(u) for u in first[i]["prompt"].split("<EOU>") if u.strip())
+        said = {"human": first[i]["reply"]} | {label: rows[i]["text"] for label, rows in replies.items()}
+        parts.append(f"**{i}.** {context}\n\n" + "\n".join(f"- {label}: {plain(t)}" for label, t in said.items()))
     return "\n\n".join(parts)
 
 
@@ -195,7 +195,7 @@ def text_of(summary: dict[str, Any], out: Path, config: ResultsConfig) -> str:
             "## Ablations",
             ablation_table(summary) if summary["ablations"] else "None has been run.",
             f"## {config.dialogues} dialogues, picked by a fixed seed, with the run of seed {config.seeds[0]}",
-            shown_dialogues(out, config.seeds[0], config.dialogues),
+            shown_dialogues(out, config.seeds[0], config.dialogues, summary["ablations"]),
         ]
     )
 
