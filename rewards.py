@@ -240,7 +240,7 @@ class Consensus(Meteor):
     def __call__(self, prompts, responses, references, acts):
         scores = np.zeros(len(responses))
         for group in replies_to_one_prompt(prompts, references):
-            for i in group if len(group) > 1 else ():
+            for i in group:
                 scores[i] = np.mean([meteor(responses[i], responses[j]) for j in group if j != i])
         return scores, {"consensus": scores}
 
@@ -256,15 +256,15 @@ class Commonplace(Reward):
         shares = np.zeros(len(responses))
         for group in replies_to_one_prompt(prompts, references):
             here = Counter(pair for i in group for pair in pairs[i])
-            for i in group if len(group) > 1 else ():
+            for i in group:
                 shares[i] = sum(everywhere[pair] > here[pair] for pair in pairs[i]) / max(1, len(pairs[i]))
         return -shares, {"commonplace": shares}
 
 
-def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> list[range]:
-    """The runs of neighbours with the same prompt and human reply, as ranges of indices."""
+def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> list[list[int]]:
+    """Two or more neighbours with the same prompt and human reply, the indices of each such run."""
     runs = itertools.groupby(range(len(prompts)), key=lambda i: (prompts[i], references[i]))
-    return [range(run[0], run[-1] + 1) for run in (list(indices) for _, indices in runs)]
+    return [run for run in (list(indices) for _, indices in runs) if len(run) > 1]
 
 
 @register_reward("default")
