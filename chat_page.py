@@ -108,16 +108,22 @@ def _check_rows(stream: Any, size: int, row: dict[str, Any], file: Path) -> None
 # The page
 
 
+class Stop(threading.Event):
+    """Set, it ends the reply that is being written in a tab; with `begin_anew` the page is then emptied."""
+
+    begin_anew = False
+
+
 def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
     """The page of one agent or two; choices go to the file `preferences`, in the format of the first."""
-    stops: dict[str, threading.Event] = {}  # by session: set, it ends the reply that is being written there
+    writing: dict[str, Stop] = {}  # by session, while a reply is being written there
     names = ["First", "Second"] if len(agents) == 1 else ["A", "B"]
 
     def sides(attempt: int) -> list[tuple[Agent, int]]:
         """Who writes the two replies, and from which random numbers."""
         return [(agents[i % len(agents)], 2 // len(agents) * attempt + i // len(agents)) for i in range(2)]
 
-    def pieces_of(agent: Agent, history: list[str], text: str, attempt: int, stop: threading.Event) -> Iterator[str]:
+    def pieces_of(agent: Agent, history: list[str], text: str, attempt: int, stop: Stop) -> Iterator[str]:
         """The reply as far as it is written, until it ends or is stopped."""
         said = ""
         with contextlib.closing(agent.respond(history, text, attempt)) as pieces:
@@ -146,8 +152,15 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         if pending:
             yield {status: "Choose a reply first; *Neither* takes both back."}
             return
-        stop = stops[request.session_hash] = threading.Event()
-        text = agents[0].heard(text)
+        stop = writing[request.session_hash] = Stop()
+        try:
+            yield from answer(agents[0].heard(text), history, compare, stop, attempt)
+        finally:
+            writing.pop(request.session_hash, None)
+        if stop.begin_anew:
+            yield empty()
+
+    def answer(text: str, history: list[str], compare: bool, stop: Stop, attempt: int) -> Iterator[dict[Any, Any]]:
         begin = {box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
         begin |= {status: "", waiting: None}  # a pair that others are wanted for is no longer to be chosen from
         try:
@@ -182,8 +195,8 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
                     status: note,
                 }
             else:
-                empty = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
-                yield written(False) | empty | {waiting: dict(text=text, said=said, attempt=attempt)}
+                named = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
+                yield written(False) | named | {waiting: dict(text=text, said=said, attempt=attempt)}
         except UserError as error:
             yield back(history, text) | {status: str(error)}
 
@@ -231,7 +244,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
             return {status: ""}
         return back(history[:-2], history[-2]) | {past: history[:-2], status: ""}
 
-    def reset() -> dict[Any, Any]:
+    def empty() -> dict[Any, Any]:
         return written(False) | {
             box: gr.update(value="", submit_btn=True, stop_btn=False),
             past: [],
@@ -244,8 +257,17 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         }
 
     def stop(request: gr.Request) -> None:
-        if event := stops.pop(request.session_hash, None):
-            event.set()
+        if reply := writing.get(request.session_hash):
+            reply.set()
+
+    def reset(request: gr.Request) -> dict[Any, Any]:
+        """A reply that is being written empties the page itself: what another event sends could overtake its words."""
+        if reply := writing.get(request.session_hash):
+            reply.begin_anew = True
+            reply.set()
+            if writing.get(request.session_hash) is reply:
+                return {status: ""}
+        return empty()
 
     with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as page:
         past, waiting, chosen, attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
@@ -298,8 +320,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
         for i, button in enumerate(choices):
             button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **decides)
         box.stop(stop, None, None, queue=False, **hidden)
-        # in the queue behind the reply that it stops, whose last words would else come after it
-        begin_anew.click(stop, None, None, queue=False, **hidden).then(reset, None, everything, **speaks)
+        begin_anew.click(reset, None, everything, queue=False, **hidden)
         page.unload(stop)
     return page
 

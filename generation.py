@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import packing
 from common import UserError
 from envs import DialogueCodec, Sample
-from packing import logits_at, position_ids
+from packing import logits_at, position_ids, unpadded
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -227,19 +227,36 @@ def sample_responses(
     )
 
 
+def cached_pass(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: Any
+) -> tuple[torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor]]:
+    """One pass of a causal LM over input_ids (b, s), which follow what is in `past`; attention_mask (b, past + s).
+
+    Logits (b, V) of the last position, the key/value cache, and what takes the last position's part (b, ...) from the
+    input of the model's head. Prompts are read without their padding where the model packs; no two that are neighbours
+    may be equal then.
+    """
+    packed = past is None and packing.packs(model)
+    if packed:
+        keep = torch.zeros_like(attention_mask, dtype=torch.bool)
+        keep[:, -1] = True
+        inputs, last = unpadded(model, input_ids, attention_mask, keep)
+    else:
+        positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=past)
+        inputs, last = inputs | dict(logits_to_keep=1), lambda x: x[:, -1]
+    out = model(**inputs, use_cache=True)
+    if packed:
+        packing.spread(out.past_key_values, attention_mask)
+    return last(out.logits), out.past_key_values, last
+
+
 def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
     """The decode step of a plain Hugging Face causal LM (no values)."""
 
     def step(input_ids, attention_mask, past):
-        out = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1], None, out.past_key_values
+        logits, past, _ = cached_pass(model, input_ids, attention_mask, past)
+        return logits, None, past
 
     return step
 

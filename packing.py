@@ -64,7 +64,18 @@ def unpadded(
     lengths = torch.zeros_like(row).index_add(0, first, real.sum(-1))
     texts = Texts(lengths[first == row], owner)
     inputs = dict(input_ids=input_ids[real][None], position_ids=positions[real][None], texts=texts)
-    return inputs | ({"logits_to_keep": kept} if head else {}), lambda x: x[0] if head else x[0, kept]
+    return inputs | ({"logits_to_keep": kept} if head else {}), lambda x: x.squeeze(0) if head else x[0, kept]
+
+
+def spread(cache: Any, attention_mask: torch.Tensor) -> None:
+    """Turn the keys and values of a packed row, (1, H, N, D) in each layer, into those of its batch, (B, H, P, D).
+
+    attention_mask (B, P) is the batch's, in which no two neighbours are equal: each row has tokens of its own in the
+    packed one. What lands on padding is some token's, and masked.
+    """
+    place = (attention_mask.flatten().cumsum(0) - 1).clamp(min=0).view(attention_mask.shape)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x[0][:, place].transpose(0, 1) for x in (layer.keys, layer.values))
 
 
 def first_of_equals(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ from experiment import (
     tracker_ids,
     validation_reward,
 )
-from generation import Sampling, inputs_of, log_probs_of, restrict, sample_responses
+from generation import Sampling, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
 from monitor import Monitor, ProgressMode, judge_warning
 from networks import (
@@ -84,7 +84,7 @@ from networks import (
     load_trunk,
     with_adapter,
 )
-from packing import cut, logits_at, packed_lengths, position_ids, unpadded
+from packing import cut, logits_at, packed_lengths, unpadded
 from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,16 +442,8 @@ class ActorCritic(nn.Module):
         input_ids (B, s) follow what is in `past`; attention_mask (B, past + s). A separate critic is not asked (values
         are None): it prices finished replies in one pass, see `values_of`.
         """
-        out = self.policy(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        values = self._values(lambda hidden: hidden[:, -1]) if self.critic is None else None
-        return out.logits[:, -1], values, out.past_key_values
+        logits, past, last = cached_pass(self.policy, input_ids, attention_mask, past)
+        return logits, self._values(last) if self.critic is None else None, past
 
     def _values(self, select: Callable) -> torch.Tensor:
         hidden, self._hidden = select(self._hidden), None
@@ -1271,7 +1263,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,
         "mean_output_length": tokens / n,
-        # the prompts' pass is the one that is padded, see packing.py
+        # computed only where the model cannot be packed, see packing.py; room in the cache everywhere
         "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
         "tokens": tokens,

@@ -96,7 +96,7 @@ PANELS = {
         Panel("Speed", "fps", "tokens a second"),
         Panel("Seconds of an update", "rollout_s scoring_s update_s"),
         Panel("Peak memory", "peak_memory_mb", "MiB"),
-        Panel("Padding", "padding_share", "share of the prompts' pass"),
+        Panel("Padding", "padding_share", "share of the prompts' batch"),
     ),
 }
 COUNTERS = {"update", "env_steps", "episodes"}  # they only count

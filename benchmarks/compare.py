@@ -71,8 +71,9 @@ def command(system: System, config: CompareConfig) -> list[str]:
         return run + ["--rollout", str(config.prompts), "--num-mini-batches", str(config.prompts // 8)]
     run = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--size", config.size, "--json"]
     run += ["--env-num", str(config.prompts), "--num-mini-batch", str(config.prompts // 8)]
-    # ours takes seconds for an iteration: more of them make a run of like length
-    run += ["--updates", str(2 * config.iterations), "--tokenizer-path", str(Path(config.inputs) / "tokenizer")]
+    # ours takes seconds for an iteration of S: more of them make a run of like length
+    updates = config.iterations if config.size == "M" else 2 * config.iterations
+    run += ["--updates", str(updates), "--tokenizer-path", str(Path(config.inputs) / "tokenizer")]
     run += ["--data-path", str(Path(config.inputs) / "daily_dialog")]
     return run + ["--separate-critic"] * (system == "separate")
 
