@@ -23,6 +23,7 @@ from transformers import (
 
 import packing
 from common import fuse_gelu, turn_head
+from generation import cached_pass
 from packing import allow_packing, cut, logits_at, packed_lengths, packs, position_ids, unpadded
 
 V = 40
@@ -135,6 +136,31 @@ def test_a_model_that_packs_still_takes_padded_batches_and_a_cache():
         first = model(input_ids=ids[1:2, :5], use_cache=True)
         then = model(input_ids=ids[1:2, 5:], past_key_values=first.past_key_values).logits
     assert torch.allclose(torch.cat([first.logits, then], 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_fill_the_cache_without_their_padding(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    ids = torch.randint(0, V, (3, 6))
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]])
+    assert allow_packing(model)
+    seen = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, x: seen.append(x[0].numel()))
+    with torch.no_grad():
+        logits, past, last = cached_pass(model, ids, mask, None)
+        assert seen == [12] and last(torch.zeros(1, 3, 5)).shape == (3, 5)  # 6 positions of padding were not computed
+        hook.remove()
+        for step in range(3):  # what follows sees each row's own prompt, and rows may leave
+            if step == 2:
+                past.batch_select_indices(torch.tensor([0, 2]))
+                ids, mask, logits = ids[[0, 2]], mask[[0, 2]], logits[[0, 2]]
+            for row in range(len(ids)):
+                alone = model(input_ids=ids[row : row + 1, mask[row].bool()]).logits[0, -1]
+                assert torch.allclose(logits[row], alone, atol=1e-5), (step, row)
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], -1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+            logits, past, _ = cached_pass(model, ids[:, -1:], mask, past)
 
 
 def test_models_that_cannot_pack_stay_padded_with_the_same_results():
