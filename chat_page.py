@@ -161,6 +161,7 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
             yield empty()
 
     def answer(text: str, history: list[str], compare: bool, stop: Stop, attempt: int) -> Iterator[dict[Any, Any]]:
+        """What the page shows while `text` is answered, and after."""
         begin = {box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
         begin |= {status: "", waiting: None}  # a pair that others are wanted for is no longer to be chosen from
         try:
@@ -195,8 +196,8 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
                     status: note,
                 }
             else:
-                named = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
-                yield written(False) | named | {waiting: dict(text=text, said=said, attempt=attempt)}
+                worded = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
+                yield written(False) | worded | {waiting: dict(text=text, said=said, attempt=attempt)}
         except UserError as error:
             yield back(history, text) | {status: str(error)}
 
