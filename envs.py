@@ -468,7 +468,7 @@ class DialogueCodec:
         # is found in the decoded text; only after a token that holds the marker's last character can it be complete.
         last = fmt.eou_marker.rstrip()[-1]
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
-        self.may_end = torch.tensor([last in piece or "\ufffd" in piece for piece in pieces])
+        self.may_end = [last in piece or "\ufffd" in piece for piece in pieces]
         marker_ids = tokenizer(fmt.eou_marker, add_special_tokens=False).input_ids
         self.marker_token_id = marker_ids[0] if len(marker_ids) == 1 else None
         if fmt.eou_marker.strip() not in tokenizer.decode(marker_ids):
@@ -494,14 +494,14 @@ class DialogueCodec:
 
     def ended(self, response_ids: Sequence[int]) -> bool:
         """Whether a response is complete: its last token is EOS, or closes the marker."""
-        if not len(response_ids):
+        if not len(response_ids) or not self.can_end(last := int(response_ids[-1])):
             return False
-        last = int(response_ids[-1])
-        if last == self.eos_token_id:
-            return True
-        if last >= len(self.may_end) or not self.may_end[last]:  # a model may embed ids that the tokenizer lacks
-            return False
-        return self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+        return last == self.eos_token_id or self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+
+    def can_end(self, token: int) -> bool:
+        """Whether a response may be complete with this token: most are not, and need no closer look."""
+        # a model may embed ids that the tokenizer lacks
+        return token == self.eos_token_id or (token < len(self.may_end) and self.may_end[token])
 
     def decode_response(self, response_ids: Sequence[int]) -> str:
         """The text of a response, without marker, EOS and surrounding blanks. Negative ids are padding."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import packing
+from capture import CapturedStep, can_capture
 from common import UserError
 from envs import DialogueCodec, Sample
 from packing import logits_at, position_ids, unpadded
@@ -144,6 +145,11 @@ class Responses:
     support: torch.Tensor | None
 
 
+def alone(number: int) -> int:
+    """The largest of a number over processes where none waits for another."""
+    return number
+
+
 @torch.no_grad()
 def sample_responses(
     step: DecodeStep,
@@ -152,7 +158,7 @@ def sample_responses(
     prompt_mask: torch.Tensor,
     sampling: Sampling,
     uniforms: torch.Tensor,
-    together: Callable[[int], int] = lambda n: n,
+    together: Callable[[int], int] = alone,
 ) -> Responses:
     """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
 
@@ -178,6 +184,8 @@ def sample_responses(
             logits, value = logits[copies], None if value is None else value[copies]
             past.batch_select_indices(copies)
             attention = prompt_mask
+        if t == 0 and together is alone and can_capture(past, device):
+            step = past = CapturedStep(step, past, attention, max_new)
         if length:  # ours have ended, and this process only keeps the others company
             attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
             if not together(0):
@@ -196,7 +204,10 @@ def sample_responses(
             supports.append(torch.full((batch, support.shape[1]), -1, dtype=torch.int32, device=device))
             supports[-1][alive] = support
 
-        going = torch.tensor([not codec.ended(row) for row in ids[alive, : t + 1].tolist()], device=device)
+        candidates = [i for i, last in enumerate(token.tolist()) if codec.can_end(last)]
+        texts = ids[alive[candidates], : t + 1].tolist() if candidates else []
+        going = torch.ones_like(alive, dtype=torch.bool)
+        going[[i for i, text in zip(candidates, texts) if codec.ended(text)]] = False
         if not going.any():
             length = t + 1
             if not together(0):

@@ -72,7 +72,7 @@ from experiment import (
     tracker_ids,
     validation_reward,
 )
-from generation import Sampling, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
+from generation import Sampling, alone, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
 from monitor import Monitor, ProgressMode, judge_warning
 from networks import (
@@ -567,7 +567,7 @@ def collect(
     uniforms: torch.Tensor,
     micro_batch: int,
     device: torch.device,
-    together: Callable[[int], int] = lambda n: n,
+    together: Callable[[int], int] = alone,
 ) -> tuple[Rollout, dict[str, Any]]:
     """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
 
@@ -1032,12 +1032,12 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         f"{sizes.replies * accelerator.num_processes} replies in a rollout, {sizes.num_mini_batch} mini-batches"
     )
 
-    alone = accelerator.num_processes == 1
+    single = accelerator.num_processes == 1
     # a network that is not gathered is only there for all processes at once
-    in_step = not (alone or config.gather)
-    together = (lambda n: largest(n, accelerator)) if in_step else (lambda n: n)
+    in_step = not (single or config.gather)
+    together = (lambda n: largest(n, accelerator)) if in_step else alone
     networks = lambda: ready(accelerator, model, frozen, config.gather)
-    sum_over_processes = lambda x: x if alone else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
+    sum_over_processes = lambda x: x if single else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
     validation = samples["validation"][: config.validation_limit]
     shown = samples["validation"][:: -(-len(samples["validation"]) // SHOWN)]  # from all over the split
     observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
@@ -1178,7 +1178,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                 if due:
                     checkpoint(best)
         except Exception as error:  # a reward that failed, say
-            if between_updates and alone and progress.updates > saved:  # else the last checkpoint has to do
+            if between_updates and single and progress.updates > saved:  # else the last checkpoint has to do
                 checkpoint()
             if main:
                 lock.release()

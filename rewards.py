@@ -26,7 +26,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import nltk
@@ -329,11 +329,29 @@ class _Stemmer:
         self.stem = cache(PorterStemmer().stem)
 
 
-class _WordNet:
-    """WordNet's synonym sets, remembering the words it has met."""
+class _Synset(tuple):
+    """What NLTK's METEOR reads of a synset, its lemmas, and of a lemma, its name."""
 
-    def __init__(self):
-        self.synsets = cache(wordnet.synsets)
+    def lemmas(self) -> tuple[_Lemma, ...]:
+        return tuple(self)
+
+
+class _Lemma(str):
+    def name(self) -> str:
+        return self
+
+
+class _WordNet:
+    """WordNet's synonyms, remembering the words it has met: all of a word's in one set, each once.
+
+    METEOR unites the sets of a word for every pair of texts, and leaves out names of several words.
+    """
+
+    @staticmethod
+    @cache
+    def synsets(word: str) -> list[_Synset]:
+        names = {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()}
+        return [_Synset(_Lemma(name) for name in sorted(names) if "_" not in name)]
 
 
 class _NoWordNet:
@@ -382,9 +400,10 @@ def meteor_uses_synonyms() -> bool:
     return isinstance(_meteor_parts()[1], _WordNet)
 
 
-def words(text: str) -> list[str]:
+@lru_cache(2**14)  # a reply is compared with every other one to its prompt
+def words(text: str) -> tuple[str, ...]:
     """NLTK's word tokens of one text; `preserve_line` needs no sentence model, so no download."""
-    return nltk.word_tokenize(text, preserve_line=True)
+    return tuple(nltk.word_tokenize(text, preserve_line=True))
 
 
 def meteor(response: str, reference: str) -> float:

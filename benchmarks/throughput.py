@@ -42,6 +42,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import capture
 import common
 import generation
 import networks
@@ -74,6 +75,7 @@ Measure = Literal[
     "fused_adamw",
     "estimated_entropy",
     "shared_prompts",
+    "captured_decoding",
 ]
 
 
@@ -100,6 +102,7 @@ MEASURES = {
     "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
+    "captured_decoding": (capture, "DEVICES", ()),  # on a GPU
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }
 

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+import capture
 from common import UserError
 from envs import DialogueFormat
 from generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
@@ -56,6 +58,9 @@ class FakeCodec:
     eos_token_id, marker_token_id = 1, None
     tokenizer = SimpleNamespace(pad_token_id=0)
     format = DialogueFormat(max_new_tokens=8)
+
+    def can_end(self, token):
+        return token < 4
 
     def ended(self, ids):
         return ids[-1] == 1
@@ -442,6 +447,42 @@ def test_a_prompt_that_several_rows_answer_is_read_once(family):
         assert torch.equal(together.ids[row, :said], alone.ids[0]) and together.mask[row].sum() == said
         for name in ("logprobs", "values"):
             assert torch.allclose(getattr(together, name)[row, :said], getattr(alone, name)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_cache_of_fixed_size_for_a_captured_step_changes_no_reply(family, monkeypatch):
+    model = shared(family).eval()
+    ids, mask = prompts(group=2)
+    uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
+    batches, codec = [], FakeCodec()
+    codec.can_end = lambda token: token < 20
+    codec.ended = lambda ids: ids[-1] < 20  # rows end at different steps
+
+    def step(tokens, attention, past):
+        batches.append((tuple(tokens.shape), tuple(attention.shape)))
+        return model.decode(tokens, attention, past)
+
+    growing = sample_responses(step, codec, ids, mask, Sampling(top_k=30), uniforms)
+    assert len(set(growing.mask.sum(-1).tolist())) > 1 and len(set(batches)) == len(batches)
+    batches.clear()
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    fixed = sample_responses(step, codec, ids, mask, Sampling(top_k=30), uniforms)
+    assert set(batches[1:]) == {((6, 1), (6, 9 + 8))}  # what a graph replays does not change its shape
+    assert all(torch.equal(getattr(growing, name), getattr(fixed, name)) for name in ("ids", "mask", "support"))
+    for name in ("logprobs", "full_logprobs", "values"):
+        assert torch.allclose(getattr(growing, name), getattr(fixed, name), atol=1e-5)
+
+
+def test_what_cannot_be_captured_is_not(monkeypatch):
+    model = small_lm("llama")
+    past = model(torch.arange(4)[None]).past_key_values
+    cpu = torch.device("cpu")
+    assert not capture.can_capture(past, cpu)
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    assert capture.can_capture(past, cpu)
+    past.layers[0] = DynamicSlidingWindowLayer(sliding_window=2)
+    assert not capture.can_capture(past, cpu)
+    assert not capture.can_capture(object(), cpu)  # the state of a network of one's own
 
 
 def test_padding_changes_no_weight():

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import rewards
 from common import UserError
-from envs import DialogueFormat
+from envs import DialogueFormat, load_dialogues
 from intent_classifier import IntentJudge, pairs_of
 from rewards import (
     REWARDS,
@@ -107,6 +107,13 @@ def test_synonyms_count_as_in_nltk(wordnet):
     # NLTK looks for synonyms of what is left after stemming: "auto" is found, "automobil" would not be
     assert meteor("the auto", "the car") > 0.4 > meteor("the lion", "the car")
     for response, reference in zip([*RESPONSES, RESPONSE], [*REFERENCES, REFERENCE]):
+        assert meteor(response, reference) == single_meteor_score(words(reference), words(response))
+
+
+def test_synonyms_in_one_set_are_those_of_all_synsets(shared, wordnet):
+    texts = [u for d in load_dialogues(str(shared / "data" / "dailydialog"), "validation") for u in d.utterances][:120]
+    assert any(meteor(a, b) for a, b in zip(texts, texts[3:]))
+    for response, reference in zip(texts, texts[3:]):
         assert meteor(response, reference) == single_meteor_score(words(reference), words(response))
 
 

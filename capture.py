@@ -1,0 +1,106 @@
+"""The decode step as one CUDA graph: a GPU writes a token in less time than Python takes to launch its kernels.
+
+A graph replays the same kernels on the same memory, so the cache has its full length from the start (transformers'
+static cache), and rows that have ended stay in the batch, unread. A graph lives for one rollout: what it has captured,
+weights cast to half precision among them, is that rollout's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+DEVICES = ("cuda",)  # where launching a kernel takes longer than many of them run
+
+failed: set[str] = set()  # errors of captures that did not work, said once
+
+
+def can_capture(past: Any, device: torch.device) -> bool:
+    """Whether what follows `past`, a model's cache of its prompts, can be captured on this device.
+
+    Not where layers keep a window of the text or a state instead of it, nor where transformers (before 5.20 or so)
+    counts a static cache's tokens on the CPU.
+    """
+    return (
+        device.type in DEVICES
+        and not failed
+        and all(type(layer) is DynamicLayer for layer in getattr(past, "layers", [None]))
+        and torch.is_tensor(getattr(StaticLayer(max_cache_len=1), "cumulative_length", None))
+    )
+
+
+class CapturedStep:
+    """A decode step (see generation.DecodeStep) over a cache of fixed size, which it also stands for.
+
+    `past` holds the prompts whose attention_mask (B, P) is given; `room` more tokens fit.
+    """
+
+    def __init__(self, step: Callable, past: Any, attention_mask: torch.Tensor, room: int):
+        rows, self.length = attention_mask.shape
+        self.step = step
+        self.cache = with_room(past, self.length + room)
+        self.attention = F.pad(attention_mask, (0, room))  # (B, P + room): 0 where nothing is written yet
+        self.tokens = attention_mask.new_zeros((rows, 1), dtype=torch.long)
+        self.rows = torch.arange(rows, device=attention_mask.device)  # that are still being written
+        self.calls, self.graph, self.outputs = 0, None, None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As a cache's: go on with these rows alone."""
+        self.rows = self.rows[indices]
+
+    def __call__(self, tokens: torch.Tensor, attention: torch.Tensor, past: Any):
+        self.tokens[self.rows] = tokens
+        self.attention[:, self.length] = 1
+        self.length, self.calls = self.length + 1, self.calls + 1
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.calls == 2 and tokens.is_cuda and not failed:  # the first call has warmed up what captures must find
+            self.capture()
+        else:
+            self.outputs = self.run()
+        logits, values = self.outputs
+        return logits[self.rows], None if values is None else values[self.rows], self
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.step(self.tokens, self.attention, self.cache)[:2]
+
+    def capture(self) -> None:
+        """Record the step, and take it; where that does not work, take it as before."""
+        graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(here)
+        try:
+            # not torch.cuda.graph, which empties the allocator's cache first: for each rollout that would be dear
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.outputs = self.run()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            failed.add(str(error))
+            print(f"note: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]})")
+            torch.clear_autocast_cache()  # what was cast while it was recorded holds nothing
+            self.outputs = self.run()
+        else:
+            here.wait_stream(stream)
+            self.graph = graph
+            graph.replay()
+
+
+def with_room(past: Any, length: int) -> Cache:
+    """A static cache of `length` tokens that begins with what is in `past`."""
+    layers = []
+    for layer in past.layers:
+        static = StaticLayer(max_cache_len=length)
+        static.lazy_initialization(layer.keys, layer.values)
+        used = layer.keys.shape[2]
+        static.keys[:, :, :used] = layer.keys
+        static.values[:, :, :used] = layer.values
+        static.cumulative_length.fill_(used)
+        layer.keys = layer.values = None  # one copy is enough
+        layers.append(static)
+    return Cache(layers=layers)
