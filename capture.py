@@ -16,49 +16,65 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 DEVICES = ("cuda",)  # where launching a kernel takes longer than many of them run
 
-failed: set[str] = set()  # errors of captures that did not work, said once
+given_up: list[str] = []  # why nothing is captured any more: said once
 
 
 def can_capture(past: Any, device: torch.device) -> bool:
     """Whether what follows `past`, a model's cache of its prompts, can be captured on this device.
 
-    Not where layers keep a window of the text or a state instead of it, nor where transformers (before 5.20 or so)
-    counts a static cache's tokens on the CPU.
+    Not where layers keep a window of the text or a state instead of it, nor with a transformers that counts a static
+    cache's tokens on the CPU (5.23 does not).
     """
     return (
         device.type in DEVICES
-        and not failed
+        and not given_up
         and all(type(layer) is DynamicLayer for layer in getattr(past, "layers", [None]))
         and torch.is_tensor(getattr(StaticLayer(max_cache_len=1), "cumulative_length", None))
     )
 
 
+def give_up(error: Exception) -> None:
+    given_up.append(str(error))
+    torch.clear_autocast_cache()  # what was cast while it was recorded holds nothing
+    print(f"note: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]})")
+
+
 class CapturedStep:
     """A decode step (see generation.DecodeStep) over a cache of fixed size, which it also stands for.
 
-    `past` holds the prompts whose attention_mask (B, P) is given; `room` more tokens fit.
+    `past` holds the prompts whose attention_mask (B, P) is given; `room` more tokens fit. A model that will not work
+    with such a cache goes on with `past`.
     """
 
     def __init__(self, step: Callable, past: Any, attention_mask: torch.Tensor, room: int):
         rows, self.length = attention_mask.shape
-        self.step = step
-        self.cache = with_room(past, self.length + room)
+        self.step, self.past, self.cache = step, past, with_room(past, self.length + room)
         self.attention = F.pad(attention_mask, (0, room))  # (B, P + room): 0 where nothing is written yet
         self.tokens = attention_mask.new_zeros((rows, 1), dtype=torch.long)
         self.rows = torch.arange(rows, device=attention_mask.device)  # that are still being written
-        self.calls, self.graph, self.outputs = 0, None, None
+        self.graph, self.outputs = None, None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """As a cache's: go on with these rows alone."""
         self.rows = self.rows[indices]
 
     def __call__(self, tokens: torch.Tensor, attention: torch.Tensor, past: Any):
+        if past is not self:  # given up
+            return self.step(tokens, attention, past)
         self.tokens[self.rows] = tokens
         self.attention[:, self.length] = 1
-        self.length, self.calls = self.length + 1, self.calls + 1
+        self.length += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.calls == 2 and tokens.is_cuda and not failed:  # the first call has warmed up what captures must find
+        elif self.outputs is None:  # the first call, which warms up what captures must find
+            try:
+                self.outputs = self.run()
+            except (RuntimeError, TypeError, ValueError) as error:
+                give_up(error)
+                self.past.batch_select_indices(self.rows)
+                return self.step(tokens, attention, self.past)
+            self.past = None  # one copy is enough
+        elif tokens.is_cuda and not given_up:
             self.capture()
         else:
             self.outputs = self.run()
@@ -81,9 +97,7 @@ class CapturedStep:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            failed.add(str(error))
-            print(f"note: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]})")
-            torch.clear_autocast_cache()  # what was cast while it was recorded holds nothing
+            give_up(error)
             self.outputs = self.run()
         else:
             here.wait_stream(stream)
@@ -91,16 +105,23 @@ class CapturedStep:
             graph.replay()
 
 
+class Room(StaticLayer):
+    """A static layer that takes what autocast hands it: keys turned in fp32 beside values in half precision, say, of
+    which a growing cache makes fp32."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype), *args, **kwargs)
+
+
 def with_room(past: Any, length: int) -> Cache:
     """A static cache of `length` tokens that begins with what is in `past`."""
     layers = []
     for layer in past.layers:
-        static = StaticLayer(max_cache_len=length)
+        static = Room(max_cache_len=length)
         static.lazy_initialization(layer.keys, layer.values)
         used = layer.keys.shape[2]
         static.keys[:, :, :used] = layer.keys
         static.values[:, :, :used] = layer.values
         static.cumulative_length.fill_(used)
-        layer.keys = layer.values = None  # one copy is enough
         layers.append(static)
     return Cache(layers=layers)
