@@ -76,6 +76,7 @@ NOT_RUN = {
     r"^bash reproduce.sh": "hours; tests/test_programs.py runs --quick",
     r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
     r"^(srun|export)\b": "several machines",
+    r"-m timeit": "it measures: tests/test_rewards.py has what it calls",
     r"benchmarks/": "minutes to hours, and other systems' environments: tests/test_benchmarks.py",
     r"examples/(own_dataset|sweep)\.py": "minutes: tests/test_examples.py runs it",
     r"--web\b": "it serves until it is stopped: the tests of the page run it",
