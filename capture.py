@@ -49,6 +49,7 @@ class CapturedStep:
     def __init__(self, step: Callable, past: Any, attention_mask: torch.Tensor, room: int):
         rows, self.length = attention_mask.shape
         self.step, self.past, self.cache = step, past, with_room(past, self.length + room)
+        self.prompts = self.length
         self.attention = F.pad(attention_mask, (0, room))  # (B, P + room): 0 where nothing is written yet
         self.tokens = attention_mask.new_zeros((rows, 1), dtype=torch.long)
         self.rows = torch.arange(rows, device=attention_mask.device)  # that are still being written
@@ -71,9 +72,10 @@ class CapturedStep:
                 self.outputs = self.run()
             except (RuntimeError, TypeError, ValueError) as error:
                 give_up(error)
+                for layer, static in zip(self.past.layers, self.cache.layers):
+                    layer.keys, layer.values = (x[:, :, : self.prompts] for x in (static.keys, static.values))
                 self.past.batch_select_indices(self.rows)
                 return self.step(tokens, attention, self.past)
-            self.past = None  # one copy is enough
         elif tokens.is_cuda and not given_up:
             self.capture()
         else:
@@ -114,14 +116,14 @@ class Room(StaticLayer):
 
 
 def with_room(past: Any, length: int) -> Cache:
-    """A static cache of `length` tokens that begins with what is in `past`."""
+    """A static cache of `length` tokens that begins with what is in `past`, which it takes: memory has room for one."""
     layers = []
     for layer in past.layers:
         static = Room(max_cache_len=length)
         static.lazy_initialization(layer.keys, layer.values)
         used = layer.keys.shape[2]
-        static.keys[:, :, :used] = layer.keys
-        static.values[:, :, :used] = layer.values
+        static.keys[:, :, :used], layer.keys = layer.keys, None
+        static.values[:, :, :used], layer.values = layer.values, None
         static.cumulative_length.fill_(used)
         layers.append(static)
     return Cache(layers=layers)
