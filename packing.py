@@ -21,6 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
 TEXT_BY_TEXT = ("cpu",)  # devices on which a call of attention costs next to nothing
+SPELLED_OUT = (torch.bfloat16,)  # types in which such a device is faster without the fused kernel, see spelled_out
+SCORES_KEPT = 512  # tokens of a text up to which its scores may be kept for the gradient
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -124,19 +126,48 @@ class Texts:
             )
         return self._masks[dtype]
 
+    def causal(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask (L, L) where `masks` needs none: minus infinity above the diagonal, else 0."""
+        if dtype not in self._masks:
+            length = self.real.shape[1]
+            blank = torch.full((length, length), float("-inf"), dtype=dtype, device=self.real.device)
+            self._masks[dtype] = blank.triu_(1)
+        return self._masks[dtype]
+
+
+def spelled_out(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention of one text as products of matrices: query (1, H, n, D) -> (1, n, H, D), mask (..., n, n) added.
+
+    The same as the fused kernel, whose gradient in bf16 takes a CPU several times as long (docs/performance.md).
+    """
+    _, heads, n, size = query.shape
+    groups = key.shape[1]  # of heads, which share keys and values
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary positions leave fp32 under autocast
+    query = query * (size**-0.5 if scaling is None else scaling)
+    scores = query.reshape(groups, -1, size) @ key[0].transpose(-1, -2)
+    scores = scores.view(groups, heads // groups, n, n) + mask
+    weights = nn.functional.dropout(scores.softmax(-1), dropout)
+    output = weights.view(groups, -1, n) @ value[0]
+    return output.view(1, heads, n, size).transpose(1, 2), None
+
 
 def packed_sdpa(module, query, key, value, attention_mask, texts: Texts | None = None, **kwargs):
     """Scaled dot-product attention (transformers' own), of each text with itself where `texts` says that they are
     packed: query (1, H, N, D) -> (1, N, H, D)."""
     if texts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    masks = texts.masks(query.dtype)
+    masks = texts.masks(value.dtype)
     if query.device.type in TEXT_BY_TEXT:
         each = zip(*(x.split(texts.lengths, dim=2) for x in (query, key, value)))
         mask_of_text = lambda i, n: None if masks is None else masks[i : i + 1, :, :n, :n]
+        one_text = sdpa_attention_forward
+        if value.dtype in SPELLED_OUT and max(texts.lengths) <= SCORES_KEPT:
+            one_text = spelled_out
+            if masks is None:
+                causal = texts.causal(value.dtype)
+                mask_of_text = lambda i, n: causal[:n, :n]
         outputs = [
-            sdpa_attention_forward(module, q, k, v, mask_of_text(i, q.shape[2]), **kwargs)[0]
-            for i, (q, k, v) in enumerate(each)
+            one_text(module, q, k, v, mask_of_text(i, q.shape[2]), **kwargs)[0] for i, (q, k, v) in enumerate(each)
         ]
         return torch.cat(outputs, dim=1), None
     # one call for all; causal attention never looks at padding that stands on the right

@@ -8,7 +8,7 @@
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds,
-# SFT_EPOCHS how long the supervised start is trained (1; two hours at most), PPO options for every PPO run.
+# SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every PPO run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -16,11 +16,11 @@ DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
 SEEDS=${SEEDS:-0 1 2}
-sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-1}") judge=(--epochs 2) eval=() only=()
+sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-2}" --eval-samples 1000) judge=(--epochs 2) eval=() only=()
 read -ra ppo <<<"${PPO:-}"
 if [[ ${1:-} == --quick ]]; then
     OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
-    judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1)
+    judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
     ppo+=(--total-time-steps 600 --env-num 16 --validation-limit 0 --judge-samples 200) eval=(--limit 32 --bootstrap 100)
 elif [[ ${1:-} == -* ]]; then
     echo "reproduce.sh takes --quick, names of stages, or nothing; it was given: $*" >&2
@@ -44,14 +44,13 @@ OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
 mkdir -p "$OUT/done"
 
 # bf16 pays where the hardware computes in it; elsewhere it is slower than fp32. A GPU takes larger batches in the same time
-precision=no step=(--batch-size 16 --lr 2e-4 --eval-samples 100)
+precision=no
 if command -v nvidia-smi >/dev/null; then
-    precision=bf16 step=(--batch-size 128 --lr 4e-4 --eval-samples 1000)
+    precision=bf16
     judge+=(--batch-size 64 --lr 1.4e-4) ppo+=(--micro-batch-tokens 4096)
 elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
     precision=bf16
 fi
-if [[ ${1:-} == --quick ]]; then step+=(--eval-samples 32); fi
 
 stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end, or others were asked for
     local name=$1
@@ -89,8 +88,8 @@ data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
 stage judge whole "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
 stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
-stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --warmup-steps 20 --eval-every 70 \
-    "${data[@]}" "${step[@]}" "${sft[@]}"
+stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --loss-on dialogue --batch-size 16 \
+    --lr 2e-4 --warmup-steps 20 --eval-every 200 "${data[@]}" "${sft[@]}"
 stage eval-sft evaluate sft
 for seed in $SEEDS; do
     stage "ppo-$seed" train "ppo-$seed" --seed "$seed"

@@ -5,12 +5,14 @@
 
 Each sample is a window of dialogue: the prompt that PPO will see and the human reply, tokenised apart as in PPO. The
 loss counts the tokens of the prompt as well (other people's replies, seen with shorter contexts) unless
-`--loss-on reply`.
+`--loss-on reply`. Windows overlap, so that an epoch of them shows an utterance up to six times; `--loss-on dialogue`
+takes whole dialogues instead, written as a chain of windows, and an epoch shows each utterance once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +34,7 @@ from common import (
     write_json,
 )
 from configuration import command_line
-from envs import DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
+from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from monitor import drawable, waiting
 from packing import allow_packing, logits_at
@@ -54,8 +56,8 @@ class SFTConfig(FitConfig, FormatOptions):
     """Folder for the fine-tuned model: a plain Hugging Face folder."""
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
-    loss_on: Literal["window", "reply"] = "window"
-    """Which tokens are learned: the whole window of dialogue, or the reply alone."""
+    loss_on: Literal["window", "reply", "dialogue"] = "window"
+    """What is learned: every window of dialogue, its reply alone, or whole dialogues, each utterance once."""
     eval_samples: int = 500
     """Validation samples in each look at the perplexity of the human replies (0: all)."""
 
@@ -91,7 +93,11 @@ def train_sft(config: SFTConfig) -> Path:
     allow_packing(model)
 
     with waiting("tokenizing the dialogues", draw):
-        windows = windows_of(samples["train"], codec)
+        if config.loss_on == "dialogue":
+            longest = getattr(model.config, "max_position_embeddings", None) or 2 * fmt.max_prompt_tokens
+            windows = chains_of(splits["train"], codec, min(longest, 2 * fmt.max_prompt_tokens))
+        else:
+            windows = windows_of(samples["train"], codec)
     looked_at = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
@@ -131,6 +137,34 @@ def windows_of(samples: list[Sample], codec: DialogueCodec) -> list[tuple[list[i
     return [(p, t[: max(64, fmt.max_new_tokens)]) for p, t in zip(prompts, targets)]
 
 
+def chains_of(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens of whole dialogues, each a prompt without reply; one of more than `limit` tokens is several.
+
+    A dialogue is written as windows one after the other: prompt, reply, prompt, reply, so that each utterance is there
+    once and ends as PPO will see it end. The first prompt has one utterance in one dialogue, two in the next, and so
+    on: any utterance may be a reply.
+    """
+    fmt = codec.format
+    beginning = codec.tokenizer("").input_ids  # what the tokenizer puts before a text, if anything
+    chains: list[list[int]] = []
+    for number, dialogue in enumerate(dialogues):
+        texts, context = [], []
+        for i, utterance in enumerate(dialogue.utterances):
+            if context and i % (fmt.context_utterances + 1) == 1 + number % fmt.context_utterances:
+                texts += [fmt.prompt(context), fmt.target(utterance)]
+                context = []
+            else:
+                context.append(utterance)
+        if context:
+            texts.append(fmt.prompt(context))
+        chains.append(beginning.copy())
+        for tokens in codec.tokenizer(texts, add_special_tokens=False).input_ids:
+            if len(chains[-1]) + len(tokens) > limit and len(chains[-1]) > len(beginning):
+                chains.append(beginning.copy())
+            chains[-1] += tokens[: limit - len(beginning)]
+    return [(chain, []) for chain in chains]
+
+
 def collate(batch: list[tuple[list[int], list[int]]], pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels (B, S), padded on the right; labels are -100 where nothing is learned."""
     width = max(len(p) + len(t) for p, t in batch)
@@ -139,7 +173,7 @@ def collate(batch: list[tuple[list[int], list[int]]], pad_id: int, loss_on: str)
         filler = width - len(prompt) - len(target)
         rows["input_ids"].append(prompt + target + [pad_id] * filler)
         rows["attention_mask"].append([1] * (width - filler) + [0] * filler)
-        learned = prompt + target if loss_on == "window" else [-100] * len(prompt) + target
+        learned = [-100] * len(prompt) + target if loss_on == "reply" else prompt + target
         rows["labels"].append(learned + [-100] * filler)
     return {name: torch.tensor(values) for name, values in rows.items()}
 

@@ -76,6 +76,7 @@ Measure = Literal[
     "estimated_entropy",
     "shared_prompts",
     "captured_decoding",
+    "spelled_out",
 ]
 
 
@@ -103,6 +104,7 @@ MEASURES = {
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
     "captured_decoding": (capture, "DEVICES", ()),  # on a GPU
+    "spelled_out": (packing, "SPELLED_OUT", ()),  # with --mixed-precision bf16 on a CPU
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }
 

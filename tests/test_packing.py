@@ -61,11 +61,18 @@ def of_each_alone(model, ids, mask, keep) -> tuple[torch.Tensor, dict[str, torch
     return expected.detach(), gradients
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("one_call", [False, True])
-def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, one_call, monkeypatch):
-    if one_call:  # what other devices than the CPU do
+@pytest.fixture(params=["text by text", "one call", "spelled out"])
+def way(request, monkeypatch):
+    """How attention of packed texts is computed: as on a CPU, as on other devices, as in bf16 on a CPU."""
+    if request.param == "one call":
         monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
+    elif request.param == "spelled out":
+        monkeypatch.setattr(packing, "SPELLED_OUT", (torch.float32,))
+    return request.param
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, way):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     ids, mask, keep = batch()
@@ -92,10 +99,7 @@ def replies_to_prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("one_call", [False, True])
-def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, one_call, monkeypatch):
-    if one_call:
-        monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
+def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, way):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     ids, mask, keep = replies_to_prompts()
@@ -111,6 +115,43 @@ def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, one_call
     alone = mask.sum() - mask[1, :5].sum() - mask[2, :5].sum() - mask[5, :5].sum()
     assert inputs["input_ids"].shape == (1, int(alone))  # each prompt is read once
     assert torch.equal(packed_lengths(mask[:3], 5, 3), mask[0, :5].sum()[None] + mask[:3, 5:].sum())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkeypatch):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    calls = []
+    for name in ("spelled_out", "sdpa_attention_forward"):
+        function = getattr(packing, name)
+        counted = lambda *args, name=name, function=function, **kwargs: calls.append(name) or function(*args, **kwargs)
+        monkeypatch.setattr(packing, name, counted)
+    for texts in (batch(), replies_to_prompts()):
+        model.set_attn_implementation("sdpa")
+        expected, gradients = of_each_alone(model, *texts)
+        assert allow_packing(model)
+        for longest, name in ((512, "spelled_out"), (4, "sdpa_attention_forward")):
+            monkeypatch.setattr(packing, "SCORES_KEPT", longest)
+            calls.clear()
+            with torch.autocast("cpu", torch.bfloat16):  # rotary positions leave keys in fp32, values are bf16
+                logits = logits_at(model, *texts).float()
+            assert set(calls) == {name}
+            assert torch.allclose(logits, expected, atol=0.02)
+            logits.square().sum().backward()
+            for name, parameter in model.named_parameters():
+                scale = float(gradients[name].abs().max())
+                assert torch.allclose(parameter.grad, gradients[name], atol=0.05 * scale + 1e-4), name
+            model.zero_grad()
+
+
+def test_attention_spelled_out_drops_weights_where_the_model_asks_for_it():
+    torch.manual_seed(0)
+    query, key, value = torch.rand(1, 4, 6, 8), torch.rand(1, 2, 6, 8), torch.ones(1, 2, 6, 8)
+    mask = torch.full((6, 6), float("-inf")).triu(1)
+    kept = packing.spelled_out(None, query, key, value, mask)[0]
+    assert torch.allclose(kept, torch.ones(1, 6, 4, 8))  # weights sum to one
+    dropped = packing.spelled_out(None, query, key, value, mask, dropout=0.5)[0]
+    assert (dropped - kept).abs().max() > 0.1
 
 
 def test_only_kept_positions_reach_the_vocabulary_and_no_padding_any_layer():

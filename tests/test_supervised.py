@@ -9,16 +9,16 @@ from transformers import AutoModelForCausalLM
 import intent_classifier
 import sft_dialog
 from builtin_models import builtin_model
-from common import UserError
-from envs import load_dialogues
+from common import UserError, load_tokenizer
+from envs import DialogueCodec, DialogueFormat, load_dialogues
 from generation import reply_log_likelihoods
 from intent_classifier import IntentConfig, train_intent
 from packing import allow_packing
-from sft_dialog import SFTConfig, collate, train_sft, window_loss
+from sft_dialog import SFTConfig, chains_of, collate, train_sft, window_loss
 from supervised import state_folder
 
 
-@pytest.mark.parametrize("loss_on", ["window", "reply"])
+@pytest.mark.parametrize("loss_on", ["window", "reply", "dialogue"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
     model = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
@@ -32,6 +32,36 @@ def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
     loss.backward()
     assert torch.allclose(loss, expected, atol=1e-6)
     assert torch.allclose(model.lm_head.weight.grad, gradient, atol=1e-6)
+
+
+def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
+    fmt = DialogueFormat(context_utterances=3)
+    codec = DialogueCodec(load_tokenizer(tiny_lm), fmt)
+    dialogues = list(load_dialogues("builtin", "train"))[:30]
+    chains = [chain for chain, reply in chains_of(dialogues, codec, 10_000) if not reply]
+    assert len(chains) == len(dialogues)
+    seen = 0
+    for number, (dialogue, chain) in enumerate(zip(dialogues, chains)):
+        texts = [text.strip() for text in codec.tokenizer.decode(chain).split("<EOU>")]
+        assert texts == [u.strip() for u in dialogue.utterances] + [""]
+        tokens = " ".join(map(str, chain))
+        for i in range(1 + number % 3, len(dialogue.utterances), 4):
+            context = dialogue.utterances[max(0, i - 3) : i]
+            window = codec.tokenizer(fmt.prompt(context)).input_ids + codec.encode_target(dialogue.utterances[i])
+            assert f" {' '.join(map(str, window))} " in f" {tokens} "
+            seen += 1
+    assert seen > 30
+
+    pieces = [piece for piece, _ in chains_of(dialogues, codec, 128)]
+    assert max(map(len, pieces)) <= 128 and len(pieces) > len(chains)
+    assert sum(pieces, []) == sum(chains, [])
+
+
+def test_whole_dialogues_teach_what_windows_teach(tiny_lm, tmp_path):
+    settings = dict(model_path=tiny_lm, epochs=0.05, batch_size=4, lr=1e-3, eval_samples=20, warmup_steps=2)
+    folder = train_sft(SFTConfig(output_dir=str(tmp_path / "sft"), loss_on="dialogue", **settings))
+    before, *_, after = json.loads((folder / "sft.json").read_text())["history"]
+    assert after["perplexity"] < 0.8 * before["perplexity"]
 
 
 def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
