@@ -138,7 +138,7 @@ class Texts:
 def spelled_out(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one text as products of matrices: query (1, H, n, D) -> (1, n, H, D), mask (..., n, n) added.
 
-    The same as the fused kernel, whose gradient in bf16 takes a CPU several times as long (docs/performance.md).
+    The same as the fused kernel, whose gradient in bf16 takes a CPU longer (docs/performance.md).
     """
     _, heads, n, size = query.shape
     groups = key.shape[1]  # of heads, which share keys and values

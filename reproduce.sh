@@ -43,7 +43,7 @@ done
 OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
 mkdir -p "$OUT/done"
 
-# bf16 pays where the hardware computes in it; elsewhere it is slower than fp32. A GPU takes larger batches in the same time
+# bf16 pays where the hardware computes in it; elsewhere it is slower than fp32. A GPU takes larger batches of pairs in the same time
 precision=no
 if command -v nvidia-smi >/dev/null; then
     precision=bf16
