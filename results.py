@@ -22,7 +22,7 @@ import tyro
 
 from common import UserError, run_script, write_json
 from configuration import command_line
-from eval_metrics import LABELS
+from eval_metrics import LABELS, meteor_scores
 from report import draw_curves, load_run, panels_of
 
 matplotlib.use("Agg")
@@ -90,13 +90,25 @@ def gains(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"gain": gain, "ci95": interval}
 
 
+def meteor_elsewhere(file: Path) -> float:
+    """Mean METEOR of a file's replies against human replies to other prompts: what METEOR pays whatever is asked.
+
+    Reply i is held against the human reply of half a split further on, the same one for every model.
+    """
+    rows = read_lines(file)[1:]
+    half = len(rows) // 2
+    elsewhere = [row["reply"] for row in rows[half:] + rows[:half]]
+    return float(meteor_scores([row["text"] for row in rows], elsewhere).mean())
+
+
 def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Everything that results.json holds; an ablation that has not been evaluated is left out."""
     evaluations = {name: read_json(out / "eval" / f"{name}.json") for name in [f"ppo-{s}" for s in seeds]}
     per_seed = [{"seed": s} | gains(evaluations[f"ppo-{s}"]) for s in seeds]
     first = next(iter(evaluations.values()))
     sft = read_json(out / "sft" / "sft.json")["history"]
-    ablations = [name for name in ABLATIONS if (out / "eval" / f"{name}.json").exists()]
+    ablations = {n: read_json(out / "eval" / f"{n}.json") for n in ABLATIONS if (out / "eval" / f"{n}.json").exists()}
+    meteor = {"sft": first["baseline"]} | {n: e["policy"] for n, e in (evaluations | ablations).items()}
     return {
         "samples": first["settings"]["samples"],
         "supervised": first["baseline"],
@@ -107,7 +119,11 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
             for name in REPORTED
             if all(row["gain"].get(name) is not None for row in per_seed)
         },
-        "ablations": {name: gains(read_json(out / "eval" / f"{name}.json")) for name in ablations},
+        "meteor": {
+            name: {"own": values["meteor"], "elsewhere": meteor_elsewhere(out / "replies" / f"{name}.jsonl")}
+            for name, values in meteor.items()
+        },
+        "ablations": {name: gains(evaluation) for name, evaluation in ablations.items()},
         "environment_steps": {
             name: read_lines(out / name / "metrics.jsonl")[-1]["env_steps"] for name in [*evaluations, *ablations]
         },
@@ -158,6 +174,19 @@ def ablation_table(summary: dict[str, Any]) -> str:
     return table(rows)
 
 
+def meteor_table(summary: dict[str, Any]) -> str:
+    """How much of each model's METEOR has to do with the prompt."""
+    label = lambda name: "supervised" if name == "sft" else name
+    rows = [["METEOR against the human reply", *map(label, summary["meteor"])]]
+    for row, value in {
+        "to this prompt": lambda m: m["own"],
+        "to another prompt": lambda m: m["elsewhere"],
+        "difference": lambda m: m["own"] - m["elsewhere"],
+    }.items():
+        rows.append([row, *(f"{value(meteor):.4f}" for meteor in summary["meteor"].values())])
+    return table(rows)
+
+
 def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str]) -> str:
     """Dialogues before and after, picked by a generator that always starts at 0, with the ablations' replies."""
     shown = {"supervised": "sft", "PPO": f"ppo-{seed}"} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
@@ -186,6 +215,7 @@ def text_of(summary: dict[str, Any], out: Path, config: ResultsConfig) -> str:
             f"{summary['samples']:,} validation samples; gains relative to the supervised start, with the 95% interval "
             "of each seed (paired bootstrap; jackknife for distinct-2).",
             gain_table(summary),
+            meteor_table(summary),
             f"Judges on human utterances of the validation split: {'; '.join(judges)}. Supervised start: validation "
             f"perplexity of the human replies {curve[0]['perplexity']:.2f} before, {best['perplexity']:.2f} at its "
             f"best look (step {best['step']}, {best['minutes']:.0f} minutes). Environment steps: {steps}.",

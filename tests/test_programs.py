@@ -21,6 +21,7 @@ from builtin_models import builtin_model
 from common import UserError
 from configuration import load_yaml
 from ppo_dialog import PPOConfig, train
+from rewards import meteor
 
 ROOT = Path(__file__).parents[1]
 SHORT = dict(total_time_steps=1500, env_num=32, num_mini_batch=2, eval_limit=40, judge_samples=100)
@@ -292,6 +293,12 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
         assert result["gain_mean"][name] == pytest.approx(sum(gains) / 2)
         for row in result["seeds"]:
             assert row["ci95"][name][0] <= row["gain"][name] <= row["ci95"][name][1]
+    scores = result["meteor"]
+    assert list(scores) == ["sft", "ppo-0", "ppo-1", "no-kl", "no-meteor"]
+    assert scores["sft"]["own"] == result["supervised"]["meteor"]
+    rows = [json.loads(line) for line in (tmp_path / "out/replies/ppo-1.jsonl").read_text().splitlines()[1:]]
+    pairs = [(rows[i]["text"], rows[(i + 16) % 32]["reply"]) for i in range(32)]
+    assert scores["ppo-1"]["elsewhere"] == pytest.approx(sum(meteor(*pair) for pair in pairs) / 32)
     page = (tmp_path / "results" / "results.md").read_text()
     assert page.count("- supervised: ") == 20 and "| METEOR |" in page
     assert {p.name for p in (tmp_path / "results").glob("*.png")} == {
