@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+# Threads that wait for one another give their cores up sooner: beside another busy program a small model is many times
+# faster for it (read when torch loads OpenMP): docs/performance.md
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
