@@ -36,6 +36,7 @@ REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_ou
 CURVES = (
     "Score less KL penalty",
     "Intent, METEOR and consensus",
+    "Parts of the reward",
     "Validation reward",
     "KL to the reference",
     "KL coefficient",
@@ -101,6 +102,21 @@ def meteor_elsewhere(file: Path) -> float:
     return float(meteor_scores([row["text"] for row in rows], elsewhere).mean())
 
 
+def habits(file: Path) -> dict[str, float]:
+    """Shares of a file's replies that end at the limit of tokens, and that say some three words in a row twice."""
+    first, *rows = read_lines(file)
+
+    def repeats(text: str) -> bool:
+        words = text.split()
+        triples = list(zip(words, words[1:], words[2:]))
+        return len(set(triples)) < len(triples)
+
+    return {
+        "at_limit": statistics.fmean(row["length"] >= first["format"]["max_new_tokens"] for row in rows),
+        "repeating": statistics.fmean(repeats(row["text"]) for row in rows),
+    }
+
+
 def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Everything that results.json holds; an ablation that has not been evaluated is left out."""
     evaluations = {name: read_json(out / "eval" / f"{name}.json") for name in [f"ppo-{s}" for s in seeds]}
@@ -123,6 +139,7 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
             name: {"own": values["meteor"], "elsewhere": meteor_elsewhere(out / "replies" / f"{name}.jsonl")}
             for name, values in meteor.items()
         },
+        "habits": {name: habits(out / "replies" / f"{name}.jsonl") for name in meteor},
         "ablations": {name: gains(evaluation) for name, evaluation in ablations.items()},
         "environment_steps": {
             name: read_lines(out / name / "metrics.jsonl")[-1]["env_steps"] for name in [*evaluations, *ablations]
@@ -174,16 +191,18 @@ def ablation_table(summary: dict[str, Any]) -> str:
     return table(rows)
 
 
-def meteor_table(summary: dict[str, Any]) -> str:
-    """How much of each model's METEOR has to do with the prompt."""
+def reply_table(summary: dict[str, Any]) -> str:
+    """How much of each model's METEOR has to do with the prompt, and the habits of its replies."""
     label = lambda name: "supervised" if name == "sft" else name
-    rows = [["METEOR against the human reply", *map(label, summary["meteor"])]]
+    rows = [["", *map(label, summary["meteor"])]]
     for row, value in {
-        "to this prompt": lambda m: m["own"],
-        "to another prompt": lambda m: m["elsewhere"],
+        "METEOR against the human reply to this prompt": lambda m: m["own"],
+        "METEOR against that to another prompt": lambda m: m["elsewhere"],
         "difference": lambda m: m["own"] - m["elsewhere"],
     }.items():
         rows.append([row, *(f"{value(meteor):.4f}" for meteor in summary["meteor"].values())])
+    for row, key in {"replies at the limit of tokens": "at_limit", "that say three words twice": "repeating"}.items():
+        rows.append([row, *(f"{shares[key]:.1%}" for shares in summary["habits"].values())])
     return table(rows)
 
 
@@ -215,7 +234,7 @@ def text_of(summary: dict[str, Any], out: Path, config: ResultsConfig) -> str:
             f"{summary['samples']:,} validation samples; gains relative to the supervised start, with the 95% interval "
             "of each seed (paired bootstrap; jackknife for distinct-2).",
             gain_table(summary),
-            meteor_table(summary),
+            reply_table(summary),
             f"Judges on human utterances of the validation split: {'; '.join(judges)}. Supervised start: validation "
             f"perplexity of the human replies {curve[0]['perplexity']:.2f} before, {best['perplexity']:.2f} at its "
             f"best look (step {best['step']}, {best['minutes']:.0f} minutes). Environment steps: {steps}.",
