@@ -414,8 +414,11 @@ class Monitor:
                 self.guard.__exit__()
 
     def stage(self, what: str) -> None:
-        """What is being done from here on, in a few words."""
+        """What is being done from here on, in a few words. Before the first update each stage is drawn at once, so that
+        a short one is seen too."""
         self.what, self.since = what, time.monotonic()
+        if self.live is not None and not self.recent:
+            self.live.refresh()
 
     def begin(self, run: Path, updates: int, max_new_tokens: int, warnings: dict[str, str]) -> None:
         """Training begins in the folder `run`, after so many updates of earlier; `warnings` are due already."""

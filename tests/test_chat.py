@@ -395,8 +395,11 @@ class Terminal:
         return seen
 
     def press(self, key):
-        """A key pressed at the prompt, at a person's speed: before the prompt reads keys, Ctrl-C stops the program."""
-        time.sleep(0.5)
+        """A key pressed once the prompt reads keys: before that, the terminal turns Ctrl-C into a signal."""
+        end = time.monotonic() + 180
+        while termios.tcgetattr(self.fd)[3] & termios.ISIG:
+            assert time.monotonic() < end, "the prompt never read keys"
+            time.sleep(0.01)
         self.send(key)
 
     def status(self, seconds=180):
@@ -473,7 +476,7 @@ def start(request, tmp_path):
 def test_lines_are_kept_for_the_next_session_and_a_paste_is_one_utterance(folder, start, tmp_path):
     first = start(folder)
     first.send("\x1b[200~how are you\ntoday\n\x1b[201~")  # what a terminal sends for a paste
-    time.sleep(0.5)
+    first.until("today")  # Enter would end the paste's first line otherwise
     first.send("\r")
     first.until("agent: ")
     first.until("you:")

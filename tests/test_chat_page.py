@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -228,8 +227,8 @@ def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_p
         assert texts(browser, BOT)[0] == stopped
         press(browser, "Reset")
         wait(browser, lambda: texts(browser, USER) == [])
-        time.sleep(1)
-        assert texts(browser, BOT) == texts(browser, USER) == []  # nothing comes after
+        wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#say .submit-button"))  # nothing is being written
+        assert texts(browser, BOT) == texts(browser, USER) == []
         # the same model against itself; half a reply is no match, so that a stop takes the pair back
         find(browser, "#compare input").click()
         say(browser, "good bye")

@@ -372,7 +372,7 @@ def test_completion_in_bash(clone):
     said = subprocess.run(
         ["bash", "-c", "source ppo_completion.sh; complete -p ppo_dialog.py; f=$(complete -p ppo_dialog.py | "
          "sed 's/.*-F //; s/ .*//'); COMP_WORDS=(ppo_dialog.py --kl-t); COMP_CWORD=1; $f; echo \"${COMPREPLY[@]}\""],
-        capture_output=True, text=True, env=os.environ, timeout=60,
+        capture_output=True, text=True, env=os.environ, timeout=600,
     )  # fmt: skip
     assert said.stdout.split()[-1] == "--kl-target", said
 

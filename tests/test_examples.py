@@ -25,7 +25,7 @@ TINY = "--total-time-steps 300 --env-num 16 --eval-limit 8 --validation-limit 0 
 def run(*command: object, status: int = 0) -> str:
     """What `python COMMAND` prints, from the repository root."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr

@@ -101,7 +101,7 @@ def test_an_adapters_run_resumes_to_the_digit_and_chats(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert said.returncode == 0 and said.stdout.strip(), said.stderr
 

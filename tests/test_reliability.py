@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 
 import checkpoint
+from builtin_models import builtin_model
 from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
 from common import UserError
 from configuration import parse_config, save_yaml
@@ -143,7 +144,7 @@ def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path)
     process, folder = started(tmp_path, total_time_steps=10**9, save_interval=10**6)
     wait_for(process, folder, updates=2)
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == status and "Traceback" not in errors
     done = len(lines(folder))
     assert "stopping after this update" in errors and f"stopped after update {done}" in printed
@@ -153,12 +154,13 @@ def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path)
 
 
 def started(tmp_path: Path, **settings) -> tuple[subprocess.Popen, Path]:
+    builtin_model("policy")  # both models are trained at first use: no time limit of a test is for that
     command = [sys.executable, "ppo_dialog.py", *flags(**SHORT | dict(run_dir=tmp_path, eval_limit=-1) | settings)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return process, tmp_path / "ppo_dialog"
 
 
-def wait_for(process: subprocess.Popen, folder: Path, updates: int, seconds: float = 180) -> None:
+def wait_for(process: subprocess.Popen, folder: Path, updates: int, seconds: float = 600) -> None:
     metrics, deadline = folder / "metrics.jsonl", time.time() + seconds
     while not (metrics.exists() and metrics.read_text().count("\n") >= updates):
         assert time.time() < deadline and process.poll() is None, process.communicate()
@@ -345,14 +347,20 @@ def test_metrics_are_cut_to_the_checkpoint_and_a_changed_file_is_refused(tmp_pat
 
 def test_a_folder_in_use_is_refused_and_free_again_when_its_owner_dies(tmp_path):
     code = f"""
-        import sys, time
+        import sys
         from pathlib import Path
         from checkpoint import FolderLock
         lock = FolderLock(Path({str(tmp_path)!r}))
         print("held", flush=True)
-        time.sleep(60)
+        sys.stdin.read()
     """
-    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"in use by a run that is still going \\(process {owner.pid}\\)"):
         FolderLock(tmp_path)
@@ -395,7 +403,7 @@ def test_a_reward_that_hangs_or_raises_is_named():
             raise UserError("in the user's own words")
 
         score_episodes(refuses, *columns)
-    assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=5)[0].tolist() == [0.5]
+    assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=600)[0].tolist() == [0.5]
 
 
 def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from builtin_models import builtin_model
 from common import UserError
 from configuration import parse_config
 from experiment import show_results
@@ -40,10 +41,11 @@ def flags(**settings) -> list[str]:
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory) -> tuple[Path, str]:
     """A short run of the built-in models, to its end: its folder and what it printed."""
+    builtin_model("policy")  # trained at first use
     runs = tmp_path_factory.mktemp("runs")
     short = dict(total_time_steps=900, env_num=16, num_mini_batch=2, judge_samples=50, validation_limit=8)
     command = [sys.executable, "ppo_dialog.py", *flags(run_dir=runs, eval_limit=30, save_interval=2, **short)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return runs / "ppo_dialog", result.stdout
 
