@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import PartialState
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification
 
 from common import (
@@ -101,6 +100,8 @@ def accuracy_on(judge: IntentJudge, pairs: Sequence[tuple[str, str, int]]) -> di
 
 
 def _scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score  # here, as it takes two seconds to import
+
     return {
         "accuracy": float(accuracy_score(acts, predicted)),
         "macro_f1": float(f1_score(acts, predicted, average="macro", labels=range(1, len(ACTS) + 1), zero_division=0)),
