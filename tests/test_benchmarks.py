@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,7 @@ TINY = ["--size", "tiny", "--env-num", "8", "--updates", "2", "--ppo-epoch", "1"
 @pytest.mark.parametrize("critic", [[], ["--separate-critic"]])
 def test_throughput_runs_the_work_and_ends_with_its_figures(critic):
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *TINY, *critic]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = forked.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for name in ("steps_per_s", "mfu", "rollout_s", "scoring_s", "update_s", "peak_rss_mb"):

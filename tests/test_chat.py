@@ -9,12 +9,12 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -344,7 +344,7 @@ def test_piped_input_gives_a_line_for_each_utterance(folder, monkeypatch, capsys
 
 
 def test_piped_input_ends_at_eof_without_a_newline_and_with_stray_bytes(folder):
-    run = subprocess.run(
+    run = forked.run(
         [sys.executable, ROOT / "chat.py", folder, "--seed", "1"], input=b"hello \xff\nbye", capture_output=True
     )
     assert (run.returncode, run.stderr) == (0, b"")
@@ -371,13 +371,14 @@ class Terminal:
     """chat.py on a pseudo-terminal; it keeps its lines in `state`."""
 
     def __init__(self, state, *arguments, term="dumb"):
-        self.pid, self.fd = pty.fork()
+        self.fd, screen = pty.openpty()
         self.prompt = "you: " if term == "dumb" else "you:"  # else its blank is where the cursor is moved to
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever the shell that started pytest made of it
-            # a dumb terminal is sent no control sequences, and none is asked where its cursor is
-            os.environ.update(TERM=term, XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
-            os.execv(sys.executable, [sys.executable, str(ROOT / "chat.py"), *arguments])
+        # a dumb terminal is sent no control sequences, and none is asked where its cursor is
+        settings = os.environ | dict(TERM=term, XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1")
+        command = [sys.executable, ROOT / "chat.py", *arguments]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), screen)
+        self.process = forked.Popen(command, env=settings, start_new_session=True, **streams)
+        os.close(screen)
 
     def send(self, keys):
         os.write(self.fd, keys.encode())
@@ -406,14 +407,11 @@ class Terminal:
         """Exit status."""
         with pytest.raises(AssertionError, match="ended before"):
             self.until("more than it says", seconds)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
     def kill(self):
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        self.process.kill()
+        self.process.wait()
         os.close(self.fd)
 
 
@@ -509,7 +507,7 @@ def test_lines_are_kept_for_the_next_session_and_a_paste_is_one_utterance(folder
 
 def test_no_lines_are_kept_of_piped_input(folder, tmp_path):
     settings = dict(os.environ, XDG_STATE_HOME=str(tmp_path))
-    subprocess.run([sys.executable, ROOT / "chat.py", folder], input=b"hello\n", env=settings, check=True)
+    forked.run([sys.executable, ROOT / "chat.py", folder], input=b"hello\n", env=settings, check=True)
     assert list(tmp_path.iterdir()) == []
 
 

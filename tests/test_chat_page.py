@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import forked
 import pytest
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
@@ -45,7 +46,7 @@ def serving(folder, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "chat.py", *arguments, "--web", "--port", port]
-    with subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+    with forked.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
             said = server.stdout.readline()
             assert said.startswith(f"http://127.0.0.1:{port} "), said

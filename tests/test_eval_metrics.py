@@ -4,11 +4,11 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import evaluate
+import forked
 import nltk
 import numpy as np
 import pytest
@@ -375,7 +375,7 @@ def test_the_command(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "judge")
     output = tmp_path / "new" / "metrics.json"
     arguments = f"--model-path {tmp_path}/run --baseline-path {tmp_path}/sft --intent-model {tmp_path}/judge"
-    finished = subprocess.run(
+    finished = forked.run(
         [sys.executable, "eval_metrics.py", *arguments.split()]
         + f"--data-path builtin --split validation --limit 6 --batch-size 2 --bootstrap 50 --output {output}".split(),
         cwd=REPOSITORY,

@@ -3,10 +3,10 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -24,7 +24,7 @@ TINY = "--total-time-steps 300 --env-num 16 --eval-limit 8 --validation-limit 0 
 
 def run(*command: object, status: int = 0) -> str:
     """What `python COMMAND` prints, from the repository root."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,9 +1,9 @@
 """Model families, adapters and memory savers: each trained for a few updates from a small random configuration."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,7 +96,7 @@ def test_an_adapters_run_resumes_to_the_digit_and_chats(tmp_path):
     again = resumed(tmp_path / "cut", total_time_steps=700)
     adapter = "policy/adapter_model.safetensors"
     assert (whole / adapter).read_bytes() == (again / adapter).read_bytes()
-    said = subprocess.run(
+    said = forked.run(
         [sys.executable, "chat.py", str(whole), "--prompt", "How can I help you?"],
         cwd=ROOT,
         capture_output=True,

@@ -9,12 +9,12 @@ import select
 import signal
 import sqlite3
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 from rich.console import Console
 from test_programs import ROOT, SHORT, flags, lines, trained
@@ -195,7 +195,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         plain = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "PPO_DIALOG_PROGRESS")}
         size = dict(TERM="xterm-256color", COLUMNS=str(columns), LINES="50")
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=plain | size | environment,
             start_new_session=True,
         )  # fmt: skip

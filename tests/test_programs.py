@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -31,7 +32,8 @@ METRIC_KEYS = (
 
 def run(*command: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
     builtin_model("policy")  # both models are trained at first use: no time limit below is for that
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, **options)
+    start = forked.run if command[0] == sys.executable else subprocess.run
+    return start(command, cwd=cwd, capture_output=True, text=True, timeout=900, **options)
 
 
 def flags(**settings) -> list[str]:

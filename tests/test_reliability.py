@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -156,7 +157,7 @@ def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path)
 def started(tmp_path: Path, **settings) -> tuple[subprocess.Popen, Path]:
     builtin_model("policy")  # both models are trained at first use: no time limit of a test is for that
     command = [sys.executable, "ppo_dialog.py", *flags(**SHORT | dict(run_dir=tmp_path, eval_limit=-1) | settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return process, tmp_path / "ppo_dialog"
 
 
@@ -183,7 +184,7 @@ def test_killed_at_twenty_random_moments_it_still_becomes_the_same_run(tmp_path)
         process.communicate()
         before = len(lines_so_far(cut))
         command = [sys.executable, "ppo_dialog.py", "--resume", *flags(run_dir=tmp_path / "cut")]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         # a run that is past its first steps again is worth killing; now and then one that is not
         deadline = time.time() + 60
         while process.poll() is None and len(lines_so_far(cut)) <= before and time.time() < deadline:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -45,7 +46,7 @@ def real_run(tmp_path_factory) -> tuple[Path, str]:
     runs = tmp_path_factory.mktemp("runs")
     short = dict(total_time_steps=900, env_num=16, num_mini_batch=2, judge_samples=50, validation_limit=8)
     command = [sys.executable, "ppo_dialog.py", *flags(run_dir=runs, eval_limit=30, save_interval=2, **short)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    result = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return runs / "ppo_dialog", result.stdout
 
@@ -262,7 +263,7 @@ def test_what_is_no_run_is_answered_in_a_sentence(tmp_path):
 
 def test_the_command_line(tmp_path):
     def told(*arguments) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "report.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return forked.run([sys.executable, "report.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
     folder = made_run(tmp_path / "run", metric_rows(2, score=float))
     page = tmp_path / "pages" / "mine.html"
