@@ -1,5 +1,6 @@
 """ppo_dialog.py as the launcher runs it, with the collective gathers of each rollout counted (one number a line)."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,4 +44,9 @@ def watched(*args):
 
 
 ppo_dialog.ready = watched
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed
+
+    # what DeepSpeed compiles at its first use on a CPU takes minutes, and has a plain way beside it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 run_script(ppo_dialog.main)

@@ -62,7 +62,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "policy" / "model.safetensors") | load_file(run / "value.safetensors")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+# the others do less than one of these three, or the same with memory elsewhere
+QUICK = ("ddp", "zero3", "fsdp2")
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e in QUICK else pytest.mark.slow) for e in ENGINES])
 def test_every_engine_learns_what_one_process_learns(engine, whole, tmp_path):
     printed = run_by(engine, "tests/engine_worker.py", run_dir=tmp_path, **ENGINES[engine])
     run = tmp_path / "ppo_dialog"
