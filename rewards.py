@@ -23,6 +23,7 @@ import io
 import itertools
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from nltk.corpus import wordnet
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 
-from common import UserError, import_path, nearest, raised
+from common import UserError, cache_dir, first_line, import_path, nearest, raised
 from envs import ACTS
 from intent_classifier import IntentJudge
 
@@ -319,7 +320,8 @@ def last_utterance(prompt: str, eou_marker: str) -> str:
 # METEOR
 
 
-DOWNLOAD_SECONDS = 15
+DOWNLOAD_SECONDS = 15  # that a start waits for WordNet
+RETRY_SECONDS = 24 * 60 * 60  # after a download that failed
 
 
 class _Stemmer:
@@ -362,34 +364,64 @@ class _NoWordNet:
         return []
 
 
+def _wordnet_found() -> bool:
+    for form in ("corpora/wordnet", "corpora/wordnet.zip"):
+        with contextlib.suppress(LookupError, zipfile.BadZipFile):
+            nltk.data.find(form)
+            return True
+    return False
+
+
+def _download_wordnet() -> str:
+    """Download WordNet, and return why there is none now: "" where it worked.
+
+    A failure is remembered for a day in cache_dir(), as waiting for it again at every start helps nobody. Data that
+    appears meanwhile is found before this is called.
+    """
+    failed = cache_dir() / "wordnet_download_failed.txt"
+    with contextlib.suppress(OSError, ValueError):
+        written = failed.stat().st_mtime
+        if 0 <= time.time() - written < RETRY_SECONDS:  # a time to come is a clock's mistake
+            at = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+            reason = failed.read_text(encoding="utf-8")
+            return f"no WordNet data here, and the download failed at {at} ({reason}); the next try is a day later"
+    reasons = [f"no answer within {DOWNLOAD_SECONDS:g} s"]
+
+    def download() -> None:
+        try:
+            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO(), raise_on_error=True)
+            reasons.append("it ended without data")
+        except Exception as error:  # no network, a folder that cannot be written, ...
+            reasons.append(first_line(error))
+
+    # In a thread of its own: where there is no network, looking up the host alone can take a minute.
+    attempt = threading.Thread(target=download, daemon=True)
+    attempt.start()
+    attempt.join(DOWNLOAD_SECONDS)
+    if _wordnet_found():
+        return ""
+    try:
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        failed.write_text(reasons[-1], encoding="utf-8")
+        then = "the next try is a day later"
+    except OSError:
+        then = f"the next start tries again, as '{failed}' cannot be written"
+    return f"no WordNet data here, and the download failed ({reasons[-1]}); {then}"
+
+
 @cache
 def _meteor_parts() -> tuple[_Stemmer, Any]:
-    """Stemmer and WordNet; the data is looked for, then downloaded once, then done without, with one sentence."""
-
-    def found() -> bool:
-        for form in ("corpora/wordnet", "corpora/wordnet.zip"):
-            with contextlib.suppress(LookupError, zipfile.BadZipFile):
-                nltk.data.find(form)
-                return True
-        return False
-
-    if not found():
-        # In a thread of its own: where there is no network, looking up the host alone can take a minute.
-        def download():
-            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
-
-        attempt = threading.Thread(target=download, daemon=True)
-        attempt.start()
-        attempt.join(DOWNLOAD_SECONDS)
-    try:
-        if found():
+    """Stemmer and WordNet. Missing data is downloaded; where that fails, METEOR does without and says so once."""
+    missing = "" if _wordnet_found() else _download_wordnet()
+    if not missing:
+        try:
             wordnet.ensure_loaded()
             return _Stemmer(), _WordNet()
-    except Exception as error:  # a torn download: zipfile and NLTK raise many kinds
-        print(f"METEOR: the WordNet data is damaged ({error})", file=sys.stderr)
+        except Exception as error:  # a torn download: zipfile and NLTK raise many kinds
+            missing = f"the WordNet data here is damaged ({first_line(error)})"
     print(
-        "METEOR: no WordNet data here and none could be downloaded, so synonyms do not count (words and stems do). "
-        "To turn them on: python -m nltk.downloader wordnet, or set NLTK_DATA to a folder that holds corpora/wordnet.",
+        f"METEOR: {missing}. So synonyms do not count (words and stems do). To turn them on: "
+        "python -m nltk.downloader wordnet, or set NLTK_DATA to a folder that holds corpora/wordnet.",
         file=sys.stderr,
         flush=True,
     )

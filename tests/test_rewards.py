@@ -1,5 +1,6 @@
 """Rewards: METEOR with and without WordNet, the judge, the weighted sum, one's own rewards, and the KL penalty."""
 
+import os
 import re
 import sys
 import time
@@ -46,8 +47,9 @@ ACTS = [1, 2, 3, 4]
 
 
 @pytest.fixture(autouse=True)
-def fresh_meteor():
-    """Each test looks for WordNet anew."""
+def fresh_meteor(monkeypatch, tmp_path):
+    """Each test looks for WordNet anew, and remembers a failed download in a folder of its own."""
+    monkeypatch.setenv("PPO_DIALOG_CACHE", str(tmp_path / "cache"))
     rewards._meteor_parts.cache_clear()
     yield
     rewards._meteor_parts.cache_clear()
@@ -133,7 +135,63 @@ def test_a_download_that_hangs_is_given_up(no_wordnet, monkeypatch, capfd):
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: time.sleep(3))
     start = time.monotonic()
     assert meteor("yes", "yes") > 0
-    assert time.monotonic() - start < 2 and capfd.readouterr().err.count("\n") == 1
+    said = capfd.readouterr().err
+    assert time.monotonic() - start < 2 and said.count("\n") == 1 and "no answer within 0.1 s" in said
+
+
+@pytest.fixture
+def start(no_wordnet, monkeypatch, capfd):
+    """A function that starts METEOR as a new process does, and returns what it prints; how a download fails, too."""
+
+    def start(error: Exception | None = None) -> str:
+        def download(*args, **kwargs):
+            no_wordnet.append(args)
+            if error:
+                raise error
+
+        monkeypatch.setattr(nltk, "download", download)
+        rewards._meteor_parts.cache_clear()
+        assert meteor("yes", "yes") == 0.5
+        return capfd.readouterr().err
+
+    start.downloads = no_wordnet
+    return start
+
+
+def test_a_failed_download_is_remembered_for_a_day(start, tmp_path):
+    assert "the download failed (no route to host); the next" in start(ValueError("no route to host\nand more"))
+    said = start(ValueError("another reason"))
+    assert len(start.downloads) == 1 and said.count("\n") == 1
+    assert re.match(
+        r"METEOR: no WordNet data here, and the download failed at \d{4}-\d\d-\d\d \d\d:\d\d \(no route to host\); "
+        r"the next try is a day later\. So .* python -m nltk\.downloader wordnet",
+        said,
+    )
+    (remembered,) = (tmp_path / "cache").iterdir()
+    now = time.time()
+    # a minute less than a day; a day; a clock that has been set back since
+    for written, tries in ((now - 86_340, 1), (now - 86_401, 2), (now + 3600, 3)):
+        os.utime(remembered, (written, written))
+        assert "METEOR: no WordNet data here" in start(OSError("disk full"))
+        assert len(start.downloads) == tries
+    assert "(disk full)" in start() and len(start.downloads) == 3  # the newest reason, written now
+
+
+def test_wordnet_that_appears_within_the_day_is_used_at_once(start, tmp_path, monkeypatch, capfd):
+    start(ValueError("no route"))
+    monkeypatch.undo()
+    (tmp_path / "corpora" / "wordnet").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(rewards, "wordnet", SimpleNamespace(ensure_loaded=lambda: None))  # reading it takes seconds
+    rewards._meteor_parts.cache_clear()
+    assert meteor_uses_synonyms() and capfd.readouterr().err == ""
+
+
+def test_a_cache_that_cannot_be_written_costs_a_try_at_each_start(start, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    for tries in (1, 2):
+        assert "(no route); the next start tries again" in start(ValueError("no route"))
+        assert len(start.downloads) == tries
 
 
 def test_a_download_that_works_is_used(shared, monkeypatch, capfd):
