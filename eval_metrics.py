@@ -51,7 +51,8 @@ from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_r
 from intent_classifier import IntentJudge
 from monitor import bar, drawable
 from packing import allow_packing
-from rewards import intent_hits, meteor, meteor_uses_synonyms, words
+from rewards import intent_hits, meteor, meteor_uses_synonyms
+from words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "rouge1": "ROUGE-1",
@@ -72,27 +73,31 @@ Report = Callable[[int, int], None]  # called with how many replies are written,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics of text: what is known of each reply, and how a corpus adds up
+# Metrics of text: what is known of each reply, and how a corpus adds up. The human replies choose the words (words.py)
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
     """F-measures (N,) of each ROUGE by rouge_score, without stemming (Lin, 2004)."""
-    scorer = RougeScorer(ROUGE, tokenizer=DefaultTokenizer(use_stemmer=False))  # left to itself it logs its choice
+    tokenizer = DefaultTokenizer() if word_tokenizer_for(references) == "english" else RougeWords()
+    scorer = RougeScorer(ROUGE, tokenizer=tokenizer)  # left to itself it logs its choice
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
     return {name: np.array([row[name].fmeasure for row in rows]) for name in ROUGE}
 
 
 def meteor_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """METEOR (N,), the one of the reward."""
-    return np.array([meteor(prediction, reference) for prediction, reference in zip(predictions, references)])
+    chosen = word_tokenizer_for(references)
+    return np.array([meteor(prediction, reference, chosen) for prediction, reference in zip(predictions, references)])
 
 
 def bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Counts (N, 10) that add up over replies: length, reference length, matches and n-grams for n = 1 to 4."""
     bleu = sacrebleu.BLEU(tokenize="intl", effective_order=True)  # the flag changes the score, which is not used
-    scores = [bleu.sentence_score(prediction, [reference]) for prediction, reference in zip(predictions, references)]
+    chosen = word_tokenizer_for(references)
+    pairs = [(spaced(p, chosen), spaced(r, chosen)) for p, r in zip(predictions, references)]
+    scores = [bleu.sentence_score(prediction, [reference]) for prediction, reference in pairs]
     return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores]).reshape(-1, 10)
 
 
@@ -105,11 +110,11 @@ def bleu_of(statistics: np.ndarray) -> float:
 class NGrams:
     """The lowercased word n-grams of texts, numbered, each with the text it stands in; none crosses two texts."""
 
-    def __init__(self, texts: Sequence[str], n: int):
+    def __init__(self, texts: Sequence[str], n: int, word_tokenizer: WordTokenizer = "unicode"):
         numbers: dict[tuple[str, ...], int] = {}
         ids, owners = [], []
         for owner, text in enumerate(texts):
-            tokens = [word.lower() for word in words(text)]
+            tokens = [word.lower() for word in words(text, word_tokenizer)]
             for ngram in zip(*(tokens[k:] for k in range(n))):
                 ids.append(numbers.setdefault(ngram, len(numbers)))
                 owners.append(owner)
@@ -341,7 +346,7 @@ def score_answers(
         references,
         scores,
         bleu_statistics(texts, references),
-        {f"distinct{n}": NGrams(texts, n) for n in (1, 2)},
+        {f"distinct{n}": NGrams(texts, n, word_tokenizer_for(references)) for n in (1, 2)},
         np.array(answers.reply_log_likelihoods),
         np.array(answers.reply_tokens, dtype=float),
         answers.seconds + time.perf_counter() - started,
@@ -411,15 +416,18 @@ def compare(
 ) -> dict[str, Any]:
     """The metrics of one or two models as one JSON object: policy, baseline, difference (both None without), settings.
 
-    `settings` gets what is known here: number of samples and resamples, seconds for each model, METEOR's synonyms.
+    `settings` gets what is known here: number of samples and resamples, seconds for each model, the tokenizer of words,
+    METEOR's synonyms.
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
+    known["word_tokenizer"] = describe(word_tokenizer_for(policy.references))
+    known["meteor_synonyms"] = meteor_uses_synonyms()
     return {
         "policy": policy.metrics(),
         "baseline": baseline.metrics() if baseline else None,
         "difference": paired_difference(policy, baseline, n_bootstrap) if baseline else None,
-        "settings": (settings or {}) | known | {"meteor_synonyms": meteor_uses_synonyms()},
+        "settings": (settings or {}) | known,
     }
 
 

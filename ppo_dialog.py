@@ -91,6 +91,7 @@ from networks import (
 )
 from packing import cut, logits_at, packed_lengths, unpadded
 from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
+from words import WordTokenizer, describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -987,7 +988,10 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     policy = getattr(unwrapped, "policy", unwrapped)
 
     # Reward and its judge
-    reward = build_reward(config, accelerator.device, fmt.eou_marker)
+    word_tokenizer = word_tokenizer_for(s.reply for s in samples["train"])
+    if word_tokenizer != "english":
+        say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
+    reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
     score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
     judge, judged = judge_of(reward, config, accelerator.device), {}
     frozen = [ref_model]
@@ -1227,13 +1231,15 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     return run
 
 
-def build_reward(config: PPOConfig, device: torch.device, eou_marker: str) -> Reward:
+def build_reward(
+    config: PPOConfig, device: torch.device, eou_marker: str, word_tokenizer: WordTokenizer = "unicode"
+) -> Reward:
     args = dict(config.reward_args)
     if config.reward == "default":
         judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
         coefs = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
         args = dict(intent_model=judge) | {name: getattr(config, name) for name in coefs} | args
-    return make_reward(config.reward, args, device, eou_marker)
+    return make_reward(config.reward, args, device, eou_marker, word_tokenizer)
 
 
 def generator_of(*stream: int) -> torch.Generator:

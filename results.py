@@ -24,6 +24,7 @@ from common import UserError, run_script, write_json
 from configuration import command_line
 from eval_metrics import LABELS, meteor_scores
 from report import draw_curves, load_run, panels_of
+from words import spaced, word_tokenizer_for
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -105,9 +106,10 @@ def meteor_elsewhere(file: Path) -> float:
 def habits(file: Path) -> dict[str, float]:
     """Shares of a file's replies that end at the limit of tokens, and that say some three words in a row twice."""
     first, *rows = read_lines(file)
+    word_tokenizer = word_tokenizer_for(row["reply"] for row in rows)
 
     def repeats(text: str) -> bool:
-        words = text.split()
+        words = spaced(text, word_tokenizer).split()
         triples = list(zip(words, words[1:], words[2:]))
         return len(set(triples)) < len(triples)
 

@@ -27,7 +27,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import nltk
@@ -40,6 +40,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from common import UserError, cache_dir, first_line, import_path, nearest, raised
 from envs import ACTS
 from intent_classifier import IntentJudge
+from words import WordTokenizer, words
 
 Scores = tuple[np.ndarray, dict[str, np.ndarray]]
 
@@ -48,11 +49,13 @@ class Reward:
     """A score for each reply. Subclass it, define `__call__`, and name it in the configuration.
 
     The constructor gets `reward_args` of the configuration as keyword arguments. `device` and `eou_marker` (the text
-    that parts the utterances of a prompt) are set before the first call.
+    that parts the utterances of a prompt) are set before the first call. So is `word_tokenizer`, which a run chooses by
+    the human replies of its training data (words.py).
     """
 
     device: torch.device | str = "cpu"
     eou_marker: str = "<EOU>"
+    word_tokenizer: WordTokenizer = "unicode"
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], acts: Sequence[int]
@@ -84,7 +87,13 @@ def register_reward(name: str):
     return register
 
 
-def make_reward(name: str, args: Mapping[str, Any], device: torch.device | str, eou_marker: str) -> Reward:
+def make_reward(
+    name: str,
+    args: Mapping[str, Any],
+    device: torch.device | str,
+    eou_marker: str,
+    word_tokenizer: WordTokenizer = "unicode",
+) -> Reward:
     """The reward that `name` stands for: a registered name, or an import path `module:Name` or `file.py:name`.
 
     Raises UserError where there is none, where `args` do not fit it, or where it is neither class nor function.
@@ -113,6 +122,8 @@ def make_reward(name: str, args: Mapping[str, Any], device: torch.device | str, 
         reward = FunctionReward(target, args)
     else:
         raise UserError(f"reward '{name}' is a {type(target).__name__}; expected a class or a function.")
+    if isinstance(reward, Reward):
+        reward.word_tokenizer = word_tokenizer
     if hasattr(reward, "setup"):
         reward.setup(device, eou_marker)
     return reward
@@ -224,7 +235,7 @@ class Meteor(Reward):
         _meteor_parts()  # whether synonyms count is said before training starts
 
     def __call__(self, prompts, responses, references, acts):
-        scores = np.array([meteor(response, reference) for response, reference in zip(responses, references)])
+        scores = np.array([meteor(*pair, self.word_tokenizer) for pair in zip(responses, references)])
         return scores, {"meteor": scores}
 
 
@@ -242,7 +253,8 @@ class Consensus(Meteor):
         scores = np.zeros(len(responses))
         for group in replies_to_one_prompt(prompts, references):
             for i in group:
-                scores[i] = np.mean([meteor(responses[i], responses[j]) for j in group if j != i])
+                others = [responses[j] for j in group if j != i]
+                scores[i] = np.mean([meteor(responses[i], other, self.word_tokenizer) for other in others])
         return scores, {"consensus": scores}
 
 
@@ -252,7 +264,7 @@ class Commonplace(Reward):
     """
 
     def __call__(self, prompts, responses, references, acts):
-        pairs = [set(itertools.pairwise(words(response.lower()))) for response in responses]
+        pairs = [set(itertools.pairwise(words(r.lower(), self.word_tokenizer))) for r in responses]
         everywhere = Counter(itertools.chain.from_iterable(pairs))  # replies that have it
         shares = np.zeros(len(responses))
         for group in replies_to_one_prompt(prompts, references):
@@ -299,6 +311,7 @@ class DialogueReward(Reward):
     def setup(self, device, eou_marker):
         super().setup(device, eou_marker)
         for _, part in self.parts.values():
+            part.word_tokenizer = self.word_tokenizer
             part.setup(device, eou_marker)
 
     def __call__(self, prompts, responses, references, acts):
@@ -432,16 +445,14 @@ def meteor_uses_synonyms() -> bool:
     return isinstance(_meteor_parts()[1], _WordNet)
 
 
-@lru_cache(2**14)  # a reply is compared with every other one to its prompt
-def words(text: str) -> tuple[str, ...]:
-    """NLTK's word tokens of one text; `preserve_line` needs no sentence model, so no download."""
-    return tuple(nltk.word_tokenize(text, preserve_line=True))
+def meteor(response: str, reference: str, word_tokenizer: WordTokenizer = "unicode") -> float:
+    """NLTK's METEOR of one response against one reference, 0 to 1, with WordNet synonyms where the data is there.
 
-
-def meteor(response: str, reference: str) -> float:
-    """NLTK's METEOR of one response against one reference, with WordNet synonyms where the data is there."""
+    Stems and synonyms are English; words of other languages have to be equal.
+    """
     stemmer, synonyms = _meteor_parts()
-    return float(single_meteor_score(words(reference), words(response), stemmer=stemmer, wordnet=synonyms))
+    said, due = words(response, word_tokenizer), words(reference, word_tokenizer)
+    return float(single_meteor_score(due, said, stemmer=stemmer, wordnet=synonyms))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
