@@ -68,8 +68,32 @@ LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "distinct2": "distinct-2",
     "perplexity": "perplexity",
 }
+BETTER = {  # which way a metric is better: 1 is up, -1 down; 0 is neither
+    "rouge1": 1,
+    "rouge2": 1,
+    "rougeL": 1,
+    "rougeLsum": 1,
+    "meteor": 1,
+    "sacrebleu": 1,
+    "intent": 1,
+    "intent_second_judge": 1,
+    "mean_output_length": 0,
+    "distinct1": 1,
+    "distinct2": 1,
+    "perplexity": -1,
+}
 EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
 Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
+
+
+def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
+    """What a difference means whose 95% interval is [low, high], for a metric of this direction (see BETTER).
+
+    `changed` is for a metric where neither way is better; "" for an interval that includes zero.
+    """
+    if not (low > 0 or high < 0):
+        return ""
+    return "changed" if not better else "better" if (low > 0) == (better > 0) else "worse"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

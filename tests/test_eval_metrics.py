@@ -23,6 +23,7 @@ import rewards
 from common import UserError
 from envs import DialogueCodec, DialogueFormat, load_dialogues, make_samples
 from eval_metrics import (
+    BETTER,
     EVAL_SAMPLING,
     LABELS,
     DistinctN,
@@ -44,6 +45,7 @@ from eval_metrics import (
     rouge_scores,
     run_evaluation,
     score_answers,
+    verdict,
 )
 from generation import reply_log_likelihoods
 from rewards import words
@@ -426,3 +428,13 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     (tmp_path / "b.jsonl").write_text("not json")
     with pytest.raises(UserError, match="not a file of replies"):
         run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings))
+
+
+def test_a_change_is_judged_by_what_is_better_for_its_metric():
+    assert list(BETTER) == list(LABELS)
+    assert [name for name in BETTER if BETTER[name] < 1] == ["mean_output_length", "perplexity"]
+    up, down, open_, touching = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.3), (0.0, 0.2)
+    assert [verdict(*up, better) for better in (1, -1, 0)] == ["better", "worse", "changed"]
+    assert [verdict(*down, better) for better in (1, -1, 0)] == ["worse", "better", "changed"]
+    unsure = (open_, touching, (math.nan, math.nan))
+    assert {verdict(*interval, better) for interval in unsure for better in (1, -1, 0)} == {""}
