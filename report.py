@@ -16,7 +16,7 @@ import random
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,8 @@ from matplotlib.ticker import MaxNLocator
 from common import UserError, first_line, run_script
 from configuration import command_line
 from envs import ACTS
-from eval_metrics import LABELS
+from eval_metrics import BETTER, LABELS, verdict
+from monitor import statistics_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,6 +44,7 @@ DIALOGUES = 20  # shown on the page, picked by a fixed seed
 POINTS = 400  # of a curve at most; of longer runs neighbours are averaged
 LIGHT = ("#2b6cdf", "#d97706", "#0d9373", "#9333c7", "#d1345b", "#64748b", "#0891b2", "#a16207")
 DARK = ("#7eb0ff", "#fbb24c", "#4fd6a7", "#cf9cf5", "#ff8fa8", "#a9b6c9", "#5fd3e8", "#dfc056")
+NAME_LENGTH = 28  # characters of a run's name in legends and tables; the page's head has the whole name
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # the figures of one panel, where colours tell runs apart
 
 
@@ -55,21 +57,31 @@ class Panel:
     """A chart over environment steps."""
 
     title: str
+    """Left empty, the title is made of the figures that are drawn."""
     names: str
     """Figures of metrics.jsonl, a line each; `reward_*` stands for all that begin so."""
     note: str = ""
     """Unit and meaning; where there are several lines, their legend stands in its place."""
     level: str = ""
     """A setting, whose value is drawn as a dashed line."""
+    start: bool = False
+    """Whether to draw the value of the first rollout as a dotted line. The start wrote that rollout, before any step.
+    Not for figures of the update, which are means over steps that have changed the policy already."""
 
 
 PANELS = {
     "Reward": (
-        Panel("Score", "score", "mean reward of the sampled replies"),
-        Panel("Score less KL penalty", "episode_reward", "what PPO maximises"),
+        Panel("Score", "score", "mean reward of the sampled replies", start=True),
+        Panel(
+            "Deviation of the scores",
+            "score_std",
+            "among the replies of a rollout; near 0 they are all alike",
+            start=True,
+        ),
+        Panel("Score less KL penalty", "episode_reward", "what PPO maximises", start=True),
         Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints"),
-        Panel("Intent, METEOR and consensus", "intent meteor consensus"),
-        Panel("Parts of the reward", "reward_*"),
+        Panel("", "intent meteor consensus commonplace", start=True),
+        Panel("Parts of the reward", "reward_*", start=True),
         Panel("Shares of the reward", "share_*"),
     ),
     "Distance from the start": (
@@ -78,7 +90,7 @@ PANELS = {
         Panel("KL of one update", "approx_kl", "nats per token, from the policy that sampled", "target_kl"),
     ),
     "Replies": (
-        Panel("Reply length", "mean_output_length", "tokens", "max_new_tokens"),
+        Panel("Reply length", "mean_output_length", "tokens", "max_new_tokens", start=True),
         Panel("Prompt length", "mean_prompt_length", "tokens"),
         Panel("Entropy", "entropy", "nats per token; falls as replies grow alike"),
     ),
@@ -122,6 +134,11 @@ class Run:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read, in sentences."""
+    short: str = ""
+    """The name for legends and tables, see `shorten`."""
+
+    def __post_init__(self):
+        self.short = self.short or shorten([self.name])[0]
 
     @property
     def finished(self) -> bool:
@@ -203,6 +220,27 @@ def name_apart(runs: Sequence[Run]) -> None:
         depth += 1
     for run, path in zip(runs, parts):
         run.name = "/".join(path[-depth:])
+    for run, short in zip(runs, shorten([run.name for run in runs])):
+        run.short = short
+
+
+def shorten(names: Sequence[str], most: int = NAME_LENGTH) -> list[str]:
+    """Names of at most `most` characters, cut in the middle; where that leaves two alike, with the part in which they
+    differ, and as many more characters as it takes to tell them apart."""
+    half = (most - 1) // 2
+
+    def ends(name: str) -> str:
+        return f"{name[: most - 1 - half]}\u2026{name[-half:]}"
+
+    def difference(name: str) -> str:
+        own = max(len(os.path.commonprefix([name, other])) for other in names if other != name)
+        return f"{name[: most - 2 - half]}\u2026{name[own : own + half]}\u2026"
+
+    for cut in (ends, difference):
+        found = [name if len(name) <= most else cut(name) for name in names]
+        if len(set(found)) == len(set(names)):
+            return found
+    return shorten(names, most + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +258,8 @@ class Line:
     x: list[float]
     y: list[float]
     smooth: list[float]
+    start: tuple[float, float] | None
+    """What the start reached, see `start_of`."""
 
 
 def points(run: Run, name: str) -> tuple[list[float], list[float]]:
@@ -228,6 +268,22 @@ def points(run: Run, name: str) -> tuple[list[float], list[float]]:
     if len(found) > POINTS:
         found = [tuple(part.mean(0).tolist()) for part in np.array_split(np.array(found, float), POINTS)]
     return [float(x) for x, _ in found], [float(y) for _, y in found]
+
+
+def start_of(run: Run, name: str) -> tuple[float, float] | None:
+    """What the start reached: the figure in the first rollout, and half the width of its 95% interval (0: not known).
+
+    The interval is known of the score, from the deviation of the replies' scores. Replies to the same prompt are
+    alike, so it counts prompts, not replies.
+    """
+    first = run.metrics[0] if len(run.metrics) > 1 else {}
+    if first.get("update") != 1 or not number(first.get(name)):
+        return None
+    deviation, replies = first.get("score_std"), first.get("episodes")
+    if name != "score" or not (number(deviation) and number(replies)):
+        return first[name], 0.0
+    group = run.config.get("samples_per_prompt", 1)
+    return first[name], 1.96 * deviation / math.sqrt(max(1.0, replies / (group if number(group) and group > 0 else 1)))
 
 
 def last_step(runs: Sequence[Run]) -> float:
@@ -250,10 +306,10 @@ def lines_of(names: Iterable[str], runs: Sequence[Run]) -> list[Line]:
         for j, name in enumerate(names):
             x, y = points(run, name)
             figure = name.removeprefix(prefix) if len(names) > 1 else name
-            label = figure if not several else run.name if len(names) == 1 else f"{run.name}, {figure}"
-            dash = DASHES[j % len(DASHES)] if several else ""
+            label = figure if not several else run.short if len(names) == 1 else f"{run.short}, {figure}"
+            dash, color = DASHES[j % len(DASHES)] if several else "", (k if several else j) % len(LIGHT)
             if x:
-                lines.append(Line(label, figure, (k if several else j) % len(LIGHT), dash, x, y, running_mean(y)))
+                lines.append(Line(label, figure, color, dash, x, y, running_mean(y), start_of(run, name)))
     return lines
 
 
@@ -273,10 +329,34 @@ def panels_of(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[Panel, list[str
             shown = [n for n in left if any(n == w or (w[-1] == "*" and n.startswith(w[:-1])) for w in wanted)]
             left = [n for n in left if n not in shown]
             if not set(shown) <= set(constant):
-                sections.setdefault(section, []).append((panel, shown))
-    own = [(Panel(name, name), [name]) for name in left if name not in constant]
+                titled = replace(panel, title=title_of(panel, shown))
+                sections.setdefault(section, []).append((titled, shown))
+    of_reward = {n for run in runs for row in run.metrics[:1] for n in statistics_of(row)}
+    own = [(Panel(n, n, start=n in of_reward), [n]) for n in left if n not in constant]
     drawn = {n for panels in sections.values() for _, shown in panels for n in shown}
     return sections | ({"Your own figures": own} if own else {}), {n: v for n, v in constant.items() if n not in drawn}
+
+
+def title_of(panel: Panel, shown: Sequence[str]) -> str:
+    """A title that promises no figure that is not there; the only one of several possible figures is named."""
+    if panel.title:
+        only = shown[0].removeprefix(panel.names.removesuffix("*"))
+        return panel.title if len(shown) > 1 or panel.names == shown[0] else f"{panel.title}: {only}"
+    *others, last = (LABELS.get(name, name) for name in shown)
+    title = f"{', '.join(others)} and {last}" if others else last
+    return title[0].upper() + title[1:]
+
+
+def starts_of(panel: Panel, lines: Sequence[Line]) -> list[tuple[float, float, Line | None]]:
+    """The dotted lines of a panel: a value, half of its interval, and whose it is (None: of all lines).
+
+    Several lines with starts of their own have no intervals, which would hide the curves.
+    """
+    found = [(*line.start, line) for line in lines if panel.start and line.start]
+    if len({(value, half) for value, half, _ in found}) == 1:
+        value, half, line = found[0]
+        return [(value, half, None if len(found) == len(lines) > 1 else line)]
+    return [(value, 0.0, line) for value, _, line in found]
 
 
 def level_of(panel: Panel, runs: Sequence[Run]) -> float | None:
@@ -295,8 +375,8 @@ def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, l
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (panel, names) in zip(grid.flat, panels):
-        keys = {}  # of the panel's legend
-        for line in lines_of(names, runs):
+        keys, lines = {}, lines_of(names, runs)  # of the panel's legend
+        for line in lines:
             color, style = LIGHT[line.color], (0, tuple(map(float, line.dash.split()))) if line.dash else "-"
             keys[line.figure] = plt.Line2D([], [], color="#64748b" if len(runs) > 1 else color, linestyle=style)
             if line.smooth != line.y:
@@ -305,7 +385,11 @@ def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, l
             axes.plot(line.x, line.smooth, color=color, linestyle=style, linewidth=1.6, marker=marker)
         if (level := level_of(panel, runs)) is not None:
             axes.axhline(level, color="#64748b", linewidth=1, linestyle="--")
-        axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
+        for value, half, line in starts_of(panel, lines):
+            color = LIGHT[line.color] if line and len(lines) > 1 else "#64748b"
+            axes.axhspan(value - half, value + half, color=color, alpha=0.12, linewidth=0)
+            axes.axhline(value, color=color, linewidth=1.2, linestyle=":")
+        axes.set_title(shorten([panel.title], 34)[0], fontsize=10, loc="left", fontweight="bold")
         axes.tick_params(labelsize=8, length=0)
         axes.set_xlim(0, last_step(runs) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -316,10 +400,11 @@ def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, l
         if len(names) > 1:
             axes.legend(keys.values(), keys, fontsize=7.5, handlelength=1.8, framealpha=0.7, edgecolor="none")
     if len(runs) > 1 and panels:
-        lines = [plt.Line2D([], [], color=LIGHT[k % len(LIGHT)], label=run.name) for k, run in enumerate(runs)]
-        figure.legend(handles=lines, loc="upper center", ncols=len(runs), frameon=False, fontsize=10)
-    inches = figure.get_size_inches()[1]
-    gap = 0.75 if len(runs) > 1 else 0.4
+        lines = [plt.Line2D([], [], color=LIGHT[k % len(LIGHT)], label=run.short) for k, run in enumerate(runs)]
+        figure.legend(handles=lines, loc="upper center", ncols=min(4, len(runs)), frameon=False, fontsize=10)
+    gap = 0.55 + 0.2 * -(-len(runs) // 4) if len(runs) > 1 else 0.4  # inches, of which the legend's rows need 0.2 each
+    inches = figure.get_size_inches()[1] + gap - 0.4
+    figure.set_size_inches(14, inches)
     figure.subplots_adjust(0.045, 0.45 / inches, 0.985, 1 - gap / inches, wspace=0.22, hspace=0.42)
     figure.text(0.985, 0.08 / inches, "environment steps", fontsize=9, ha="right", color="#64748b")
     figure.savefig(file, dpi=90)
@@ -369,7 +454,9 @@ class Frame:
 def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str, Any]:
     """A panel for the template: paths, ticks, legend, and the numbers that are read off with the pointer."""
     lines, level = lines_of(names, runs), level_of(panel, runs)
+    starts = starts_of(panel, lines)
     heights = [y for line in lines for y in line.y] + ([] if level is None else [level])
+    heights += [bound for value, half, _ in starts for bound in (value - half, value + half)]
     frame = Frame([0, last_step(runs)], heights)
     paths = []
     for line in lines:
@@ -380,15 +467,29 @@ def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str
         paths.append({"d": frame.path(line.x, line.smooth), "color": color, "dash": line.dash, "dots": dots})
     color_of = lambda line: "var(--soft)" if len(runs) > 1 else f"var(--c{line.color})"
     legend = {line.figure: (line.figure, color_of(line), line.dash) for line in lines} if len(names) > 1 else {}
+    note = panel.note + (f"; dashed: {panel.level}" if level is not None else "")
+    if len(starts) == 1:
+        value, half, _ = starts[0]
+        note += f"; dotted: start {value:.3g}" + (f" \u00b1 {half:.2g}" if half else "")
+    elif starts:
+        note += "; dotted: the starts"
     exact = lambda v: float(f"{v:.5g}")
     read = [[line.label, f"var(--c{line.color})", line.x, list(map(exact, line.y))] for line in lines]
     return {
         "title": panel.title,
-        "note": panel.note + (f"; dashed: {panel.level}" if level is not None else ""),
+        "note": note.removeprefix("; "),
         "frame": frame,
         "paths": paths,
         "legend": list(legend.values()),
         "level": None if level is None else frame.at_y(level),
+        "starts": [
+            {
+                "y": frame.at_y(value),
+                "band": (frame.at_y(value + half), round(frame.at_y(value - half) - frame.at_y(value + half), 1)),
+                "color": f"var(--c{line.color})" if line and len(lines) > 1 else "var(--soft)",
+            }
+            for value, half, line in starts
+        ],
         "read": {"x": frame.x, "y": frame.y, "lines": read},
     }
 
@@ -443,9 +544,9 @@ def replies_of(runs: Sequence[Run]) -> list[Replies]:
             continue
         start = next((s for s in starts if all(s.rows.get(key) == said for key, said in before.items())), None)
         if start is None:
-            start = Replies(f"start of {run.name}" if starts else "supervised", "var(--before)", before)
+            start = Replies(f"start of {run.short}" if starts else "supervised", "var(--before)", before)
             starts.append(start)
-        results.append(Replies(run.name if len(runs) > 1 else "PPO", f"var(--c{k % len(LIGHT)})", after, start))
+        results.append(Replies(run.short if len(runs) > 1 else "PPO", f"var(--c{k % len(LIGHT)})", after, start))
     return starts + results
 
 
@@ -495,26 +596,30 @@ def shown_dialogues(columns: list[Replies]) -> tuple[list[dict[str, Any]], dict[
 # The page
 
 
-def facts(run: Run) -> dict[str, tuple[str, str]]:
-    """The run in a few figures: what it is called, the figure, and a word on it."""
+def facts(run: Run) -> dict[str, tuple[str, str, str]]:
+    """The run in a few figures: what it is called, the figure, a word on it, and its verdict (see eval_metrics)."""
     reward, found = run.evaluation.get("reward") or {}, {}
     if all(number(reward.get(n)) for n in ("policy", "baseline", "difference")):
-        error = f" \u00b1 {reward['standard_error']:.3f}" if number(reward.get("standard_error")) else ""
+        gain, error, word = reward["difference"], reward.get("standard_error"), ""
+        told = f"{gain:+.3f}"
+        if number(error):
+            told += f" \u00b1 {error:.3f} (standard error)"
+            word = verdict(gain - 1.96 * error, gain + 1.96 * error, better=1)
         split = run.evaluation["settings"].get("split", "held-out")
         values = f"{reward['baseline']:.3f} \u2192 {reward['policy']:.3f}"
-        found[f"{split} reward"] = values, f"{reward['difference']:+.3f}{error} (standard error)"
+        found[f"{split} reward"] = values, told + (f": {word}" if word else ""), word
     if not run.metrics:
         return found
     last, of = run.metrics[-1], run.config.get("total_time_steps")
     planned = f", of {of:,} planned" if number(of) and not run.finished else ""
-    found["environment steps"] = f"{last['env_steps']:,}", f"in {last['update']:,} updates{planned}"
+    found["environment steps"] = f"{last['env_steps']:,}", f"in {last['update']:,} updates{planned}", ""
     tokens, seconds = 0, 0.0
     for row, before in zip(run.metrics, [{"env_steps": 0}, *run.metrics]):
         if number(row.get("fps")) and row["fps"] > 0:
             tokens += row["env_steps"] - before["env_steps"]
             seconds += (row["env_steps"] - before["env_steps"]) / row["fps"]
     if seconds:
-        found["training time"] = duration(seconds), f"{tokens / seconds:,.0f} tokens a second"
+        found["training time"] = duration(seconds), f"{tokens / seconds:,.0f} tokens a second", ""
     target, first = run.config.get("kl_target"), run.metrics[0].get("mean_output_length")
     words = {
         "kl_div": ("KL at the end", ".3f", "nats per token" + (f", target {target:g}" if number(target) else "")),
@@ -523,7 +628,7 @@ def facts(run: Run) -> dict[str, tuple[str, str]]:
     }
     for name, (label, form, word) in words.items():
         if number(last.get(name)):
-            found[label] = format(last[name], form), word
+            found[label] = format(last[name], form), word, ""
     return found
 
 
@@ -548,9 +653,10 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             base = evaluation["baseline"][name]
             cell = dict(before=base, after=evaluation["policy"][name], value=difference["value"], low=low, high=high)
             relative = [v / abs(base) for v in (low, difference["value"], high)] if base else None
-            cells.append(cell | {"sure": low > 0 or high < 0, "relative": relative})
+            cells.append(cell | {"verdict": verdict(low, high, BETTER[name]), "relative": relative})
         if any(cells):
-            rows.append({"label": label, "cells": cells})
+            arrow = {1: "\u2191", -1: "\u2193", 0: ""}[BETTER[name]]
+            rows.append({"label": label, "arrow": arrow, "cells": cells})
     bounds = [max(map(abs, c["relative"])) for row in rows for c in row["cells"] if c and c["relative"]]
     # one wide interval must not flatten all others: it is cut off at the edge
     scale = min(max(bounds), 4 * statistics.median(bounds)) if bounds and max(bounds) else 1.0
@@ -560,8 +666,20 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def evaluated_on(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """What the closing comparisons were made on, in words, with the runs."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.evaluation:
+            settings = run.evaluation.get("settings") or {}
+            on = f"{figure(settings.get('samples'))} samples of the {settings.get('split') or 'test'} split"
+            found.setdefault(on, []).append(run)
+    return found
+
+
 def settings_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Settings that differ from their defaults or between the runs, and the others: name, default, a value each run."""
+    """Settings that differ from their defaults or between the runs, and the others: name, default, and each value
+    with the runs that have it (none are named where all have the same)."""
     from ppo_dialog import PPOConfig  # here, as ppo_dialog imports this file
 
     defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(PPOConfig()).items()}
@@ -571,8 +689,11 @@ def settings_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[st
     for name in names:
         values = [run.config.get(name, missing) for run in runs]
         same = all(v == defaults.get(name, missing) for v in values)
-        shown = ["" if v is missing else written(v) for v in values]
-        row = {"name": name, "default": written(defaults[name]) if name in defaults else "", "values": shown}
+        shown: dict[str, list[Run]] = {}
+        for run, value in zip(runs, values):
+            shown.setdefault("" if value is missing else written(value), []).append(run)
+        pairs = [(value, having if len(shown) > 1 else []) for value, having in shown.items()]
+        row = {"name": name, "default": written(defaults[name]) if name in defaults else "", "values": pairs}
         (usual if same else changed).append(row)
     return changed, usual
 
@@ -642,8 +763,9 @@ def make_page(runs: Sequence[Run]) -> str:
         runs=runs,
         several=len(runs) > 1,
         facts=told,
-        labels=dict.fromkeys(label for facts_of_run in told.values() for label in facts_of_run),
+        labels=list(dict.fromkeys(label for facts_of_run in told.values() for label in facts_of_run)),
         table=table_of(runs),
+        evaluated=evaluated_on(runs),
         sections={s: [curve_chart(p, n, runs) for p, n in panels] for s, panels in sections.items()},
         constant=constant,
         histograms=[chart for name in scores_of(columns) if (chart := histogram_chart(name, columns))],

@@ -35,14 +35,14 @@ TUTORIAL = {"rouge1": 0.10, "rougeLsum": 0.12, "meteor": 0.25, "sacrebleu": 0.43
 TUTORIAL["mean_output_length"] = -0.014
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
 CURVES = (
-    "Score less KL penalty",
-    "Intent, METEOR and consensus",
-    "Parts of the reward",
-    "Validation reward",
-    "KL to the reference",
-    "KL coefficient",
-    "Reply length",
-    "Clip fraction",
+    "episode_reward",
+    "intent meteor consensus commonplace",
+    "reward_*",
+    "validation_reward",
+    "kl_div",
+    "alpha",
+    "mean_output_length",
+    "clipfrac",
     "Entropy",
 )
 ABLATIONS = {
@@ -279,7 +279,7 @@ def draw_runs(out: Path, names: list[str], file: Path) -> None:
     """Reward parts, KL with its coefficient, length and clipping over environment steps, as report.py draws them."""
     runs = [load_run(out / name) for name in names]
     panels = [pair for section in panels_of(runs)[0].values() for pair in section]
-    draw_curves(runs, file, [(panel, figures) for panel, figures in panels if panel.title in CURVES])
+    draw_curves(runs, file, [(panel, figures) for panel, figures in panels if panel.names in CURVES])
 
 
 def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:

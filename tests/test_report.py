@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,21 +12,30 @@ import forked
 import pytest
 import yaml
 
+import report
 from builtin_models import builtin_model
 from common import UserError
 from configuration import parse_config
+from eval_metrics import BETTER, LABELS
 from experiment import show_results
 from ppo_dialog import PPOConfig
 from report import (
     HEIGHT,
     LIGHT,
+    NAME_LENGTH,
+    PANELS,
     POINTS,
     WIDTH,
     Frame,
+    curve_chart,
+    draw_curves,
     load_run,
+    make_page,
+    name_apart,
     panels_of,
     points,
     replies_of,
+    shorten,
     shown_dialogues,
     table_of,
     write_report,
@@ -169,7 +179,79 @@ def test_every_figure_is_drawn_once_or_said_in_words(tmp_path):
     assert [names for _, names in sections["Your own figures"]] == [["polite"]]
     assert constant == {"fps": 50.0, "passes": 2}
     page = page_of(run.folder)
-    assert "dashed: kl_target" in page and "Intent, METEOR and consensus" not in page
+    assert "dashed: kl_target" in page and "<b>Parts of the reward</b>" in page
+
+
+def test_every_figure_of_the_trainer_has_a_panel_or_is_a_counter(tmp_path):
+    glossary = (ROOT / "docs" / "figures.md").read_text().split("## metrics.jsonl")[1].split("\n## ")[0]
+    names = set(re.findall(r"^\| `(\w+)` \|", glossary, re.M)) - {"update", "env_steps"}  # test_docs: all, no other
+    assert {"score_std", "validation_reward", "commonplace", "reward_length_price"} <= names
+    run = load_run(made_run(tmp_path / "run", metric_rows(3, **dict.fromkeys(names, float))))
+    sections, _ = panels_of([run])
+    assert "Your own figures" not in sections
+    of_reward = [shown for _, shown in sections["Reward"]]
+    assert of_reward[:2] == [["score"], ["score_std"]]
+    assert len(sum((shown for panels in sections.values() for _, shown in panels), [])) == len(names) - 1  # episodes
+
+
+@pytest.mark.parametrize(
+    "figures, titles",
+    [
+        ("intent meteor", ["Intent and METEOR"]),
+        ("meteor", ["METEOR"]),
+        ("intent meteor consensus commonplace", ["Intent, METEOR, consensus and commonplace"]),
+        ("reward_kl", ["Parts of the reward: kl"]),
+        ("reward_intent reward_kl share_kl", ["Parts of the reward", "Shares of the reward: kl"]),
+        ("critic_lr", ["Learning rates: critic_lr"]),
+        ("lr critic_lr update_s", ["Learning rates", "Seconds of an update: update_s"]),
+        ("score polite", ["Score", "polite"]),
+    ],
+)
+def test_a_title_names_what_is_drawn_and_nothing_else(tmp_path, figures, titles):
+    run = load_run(made_run(tmp_path / "run", metric_rows(3, fps=lambda i: 1, **dict.fromkeys(figures.split(), float))))
+    assert [panel.title for panels in panels_of([run])[0].values() for panel, _ in panels] == titles
+
+
+def charts_of(runs: list) -> dict[str, dict]:
+    return {panel.title: curve_chart(panel, n, runs) for panels in panels_of(runs)[0].values() for panel, n in panels}
+
+
+def test_the_start_is_drawn_where_the_first_rollout_measured_it(tmp_path, monkeypatch):
+    rows = metric_rows(
+        30, score=lambda i: 0.5 + i / 100, polite=float, score_std=lambda i: 0.4, intent=float, reward_kl=float,
+        entropy=float, mine=float,
+    )  # fmt: skip
+    for row in rows:
+        row["episodes"] = 64 * row["update"]
+    run = load_run(made_run(tmp_path / "run", rows, config=dict(samples_per_prompt=4)))
+    charts = charts_of([run])
+    (start,) = charts["Score"]["starts"]
+    frame, half = charts["Score"]["frame"], 1.96 * 0.4 / 16**0.5  # 64 replies to 16 prompts
+    assert start["y"] == frame.at_y(0.5) and start["band"][0] == frame.at_y(0.5 + half)
+    assert sum(start["band"]) == pytest.approx(frame.at_y(0.5 - half), abs=0.11)
+    assert "dotted: start 0.5 \u00b1 0.2" in charts["Score"]["note"]
+    assert [len(charts[title]["starts"]) for title in ("polite", "Intent", "Parts of the reward: kl")] == [1, 1, 1]
+    assert charts["polite"]["starts"][0]["band"][1] == 0  # its deviation is not known
+    for title in ("entropy", "mine"):  # means over the update's steps, and a figure of who knows what
+        assert charts[title.capitalize() if title == "entropy" else title]["starts"] == []
+    assert page_of(run.folder).count('<line class="start"') == 4 and page_of(run.folder).count('class="band"') == 1
+
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    draw_curves([run], tmp_path / "curves.png")
+    drawn = next(axes for axes in figures[0].axes if axes.get_title(loc="left") == "Score")
+    assert [0.5, 0.5] in [list(line.get_ydata()) for line in drawn.lines if line.get_linestyle() == ":"]
+    monkeypatch.undo()
+    report.plt.close(figures[0])
+
+    later = load_run(made_run(tmp_path / "later", rows[1:]))  # whose first rows are lost
+    assert not any(chart["starts"] for chart in charts_of([later]).values())
+    other = load_run(made_run(tmp_path / "other", [row | {"score": row["score"] + 1} for row in rows]))
+    starts = charts_of([run, other])["Score"]["starts"]
+    assert [start["color"] for start in starts] == ["var(--c0)", "var(--c1)"]
+    assert [start["band"][1] for start in starts] == [0, 0]
+    same = load_run(made_run(tmp_path / "same", rows, config=dict(samples_per_prompt=4)))
+    assert [start["color"] for start in charts_of([run, same])["Score"]["starts"]] == ["var(--soft)"]
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
@@ -177,7 +259,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path):
     folder = made_run(tmp_path / "run", rows)
     assert points(load_run(folder), "score") == ([100.0, 600.0], [0.1, 0.6])
     page = page_of(folder)
-    assert ">Score<" in page and "Intent, METEOR and consensus" not in page
+    assert ">Score<" in page and "<b>Intent" not in page
     data = [part.split("</script>")[0] for part in page.split('<script type="application/json">')[1:]]
     assert data and all(json.loads(text, parse_constant=pytest.fail) for text in data)
 
@@ -196,12 +278,34 @@ def test_the_table_marks_what_excludes_zero_and_cuts_off_what_is_far_out(tmp_pat
     run = load_run(made_run(tmp_path / "run", metric_rows(10, score=float), evaluation))
     cells = {row["label"]: row["cells"][0] for row in table_of([run])}
     assert list(cells) == ["ROUGE-1", "METEOR", "SacreBLEU", "intent"]
-    assert [cells[name]["sure"] for name in cells] == [True, False, False, True]
+    assert [cells[name]["verdict"] for name in cells] == ["better", "", "", "worse"]
     assert cells["SacreBLEU"]["place"] == [0, 100, 100]
     low, value, high = cells["ROUGE-1"]["place"]
     assert 50 < low < value < high < 100 and cells["intent"]["place"][2] < 50
     page = page_of(run.folder)
     assert "0.500 → 0.750" in page and "+0.250 ± 0.010" in page and "40 samples of the test split" in page
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_loss_is_marked_otherwise_than_a_gain_in_word_and_color(tmp_path, sign, several):
+    rising = dict.fromkeys([name for name in LABELS if name != "rouge2"], (0.1, 0.2, 0.3))
+    change = {name: tuple(sorted(sign * v for v in values)) for name, values in rising.items()}
+    evaluation = evaluation_of(change | {"rouge2": (-0.1, 0.1, 0.3)})
+    evaluation["reward"]["difference"] *= sign
+    folders = [made_run(tmp_path / name, metric_rows(2), evaluation) for name in "ab"[: 1 + several]]
+    page = page_of(*folders)
+    better, worse = ("better", "worse")[::sign]
+    meant = {1: better, -1: worse, 0: "changed"}
+    rows = page.split('class="result"')[1].split("</table>")[0].split("<tr class=")[1:]
+    rows = [row for row in rows if not row.startswith('"metric"')]
+    shown = {name: rows[k * len(folders)] for k, name in enumerate(n for n in LABELS)}
+    for name, row in shown.items():
+        word = "" if name == "rouge2" else meant[BETTER[name]]
+        assert row.split('"')[1].removesuffix(" run") == word, name  # the class, which has the colour
+        assert f'<b class="verdict">{word}</b>' in row
+    told = page.split('id="result"')[0].split("<main>")[1]
+    assert f'class="{"tile " if not several else ""}{better}"' in told and f"(standard error): {better}" in told
 
 
 def test_dialogues_are_picked_by_a_fixed_seed(tmp_path):
@@ -307,13 +411,26 @@ def test_runs_beside_each_other(tmp_path):
     page = (tmp_path / "a" / "comparison.html").read_text(encoding="utf-8")
     assert "a/run" in page and "b/run" in page and page.count("<figure") >= 2
     settings = page.split('id="settings"')[1]
-    assert '<th scope="row">lr</th><td></td><td>0.5</td>' in settings
-    assert "b/run: There is no eval.json" in page and "a/run: 40 samples of the test split" in page
+    row = re.sub("<[^>]*>", "", settings.split('<th scope="row">lr</th>')[1].split("</tr>")[0])
+    assert row.split() == ["a/run0.5", "b/run0.0002"]  # neither value nor none is lost, and whose each is
+    assert "b/run: There is no eval.json" in page and "a/run</span>: 40 samples of the test split" in page
+    assert "<h1>2 runs compared</h1>" in page and "<title>2 runs compared: report</title>" in page
     columns = replies_of([load_run(one), load_run(two)])
     assert [c.label for c in columns][0] == "supervised" and columns[-1].start is not columns[-2].start
     cards, sorts, total = shown_dialogues(columns)
     assert total == 40 and all(len(card["replies"]) == len(columns) for card in cards)
     assert (tmp_path / "a" / "comparison.png").exists() and len(LIGHT) >= 2
+
+
+def test_long_names_are_cut_in_the_middle_and_told_apart():
+    assert shorten(["ppo", "a" * NAME_LENGTH]) == ["ppo", "a" * NAME_LENGTH]
+    (short,) = shorten(["begin" + "x" * 80 + "end"])
+    assert len(short) == NAME_LENGTH and short.startswith("begin") and short.endswith("end") and "\u2026" in short
+    alike = [f"{'a' * 40}{seed}{'b' * 40}" for seed in range(4)]
+    assert shorten(alike)[2].endswith("\u2026" + "2" + "b" * (NAME_LENGTH // 2 - 2) + "\u2026")
+    mixed = [*alike, *(f"{seed}{'c' * 80}" for seed in range(3)), "c" * 40 + "d" * 40]
+    assert len(set(shorten(mixed))) == 8 and max(map(len, shorten(mixed))) == NAME_LENGTH
+    assert shorten(["same", "same"]) == ["same", "same"] and shorten(["s" * 90] * 2)[0] == shorten(["s" * 90])[0]
 
 
 def test_the_same_start_is_shown_once(tmp_path):
@@ -411,6 +528,100 @@ def test_a_real_run_in_a_browser(real_run, browser):
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert set(requested(browser)) == {page.as_uri()}  # the page alone, no network
+
+
+@pytest.fixture(scope="module")
+def many_runs(tmp_path_factory) -> list[Path]:
+    """Ten runs of long names, with all that a page can show; some names differ only in their middle."""
+    place, folders = tmp_path_factory.mktemp("many"), []
+    for k in range(10):
+        name = f"run_{k}_{'x' * 70}" if k % 2 else f"smollm2_daily_dialog_kl_target_0.0{k}_samples_per_prompt_4_seeds"
+        figures = dict.fromkeys(("score", "intent", "meteor", "reward_kl", "p" * 90), lambda i: i % 5)
+        change = dict.fromkeys(LABELS, (0.1, 0.2, 0.3) if k % 3 else (-0.3, -0.2, -0.1))
+        lines = dict(config=dict(lr=k / 10, data_path="d" * 90), eval_samples=held_out(4, reward=float, meteor=float))
+        warned = [{"update": 1, "text": "w" * 90}]
+        folders.append(
+            made_run(place / name, metric_rows(9, **figures), evaluation_of(change), warnings=warned, **lines)
+        )
+    return folders
+
+
+def test_the_legend_of_the_curves_is_within_the_picture(many_runs, tmp_path, monkeypatch):
+    name_apart(runs := list(map(load_run, many_runs)))
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    draw_curves(runs, tmp_path / "curves.png", [(PANELS["Reward"][0], ["score"])])
+    (legend,) = figures[0].legends
+    box, whole = legend.get_window_extent(), figures[0].bbox
+    assert len(legend.texts) == 10 and whole.x0 <= box.x0 < box.x1 <= whole.x1 and box.y1 <= whole.y1
+    assert box.y0 > figures[0].axes[0].get_window_extent().y1  # above the curves
+    monkeypatch.undo()
+    report.plt.close(figures[0])
+
+
+@pytest.fixture(scope="module")
+def many_pages(many_runs) -> dict[int, Path]:
+    """The pages of the first, the first four, and all of them."""
+    pages = {count: many_runs[0].parent / f"{count}.html" for count in (1, 4, 10)}
+    for count, page in pages.items():
+        name_apart(runs := list(map(load_run, many_runs[:count])))
+        page.write_text(make_page(runs), encoding="utf-8")
+    return pages
+
+
+def test_nothing_of_a_comparison_is_cut_off_at_the_right(many_runs, many_pages, browser):
+    script = """
+        const room = document.scrollingElement.clientWidth;
+        const boxed = e => e.closest(".wide, pre, nav") && !["HTML", "BODY"].includes(e.tagName);
+        const out = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !boxed(e)
+          && e.getBoundingClientRect().right > room + 1).map(e => e.tagName + "." + e.getAttribute("class"));
+        const boxes = [...document.querySelectorAll(".wide")].filter(e => e.checkVisibility());
+        return [document.scrollingElement.scrollWidth - room, out,
+                boxes.map(e => e.scrollWidth - e.clientWidth), boxes.map(e => getComputedStyle(e).overflowX)]"""
+    for count, page in many_pages.items():
+        for width in (1280, 800, 390):
+            opened(browser, page, width=width, mobile=width < 500)
+            over, outside, boxes, scroll = browser.execute_script(script)
+            assert (over, outside) == (0, []), (width, outside)
+            assert set(scroll) == {"auto"} and (width < 1280 or not any(boxes)), (width, boxes)
+            if over := max(boxes):  # the first column stays where it is
+                moved = """
+                    const box = [...document.querySelectorAll(".wide")].find(e => e.scrollWidth > e.clientWidth);
+                    box.scrollLeft = 40;
+                    const left = e => e.getBoundingClientRect().left;
+                    return left(box.querySelector("tbody th")) - left(box)"""
+                assert browser.execute_script(moved) < 2, (width, over)
+        if count > 1:
+            names = browser.execute_script("return [...document.querySelectorAll('.facts [title]')].map(e => e.title)")
+            assert names == [folder.name for folder in many_runs[:count]]
+            heading = browser.execute_script("return document.querySelector('header').innerText")
+            assert all(name in heading for name in names)
+        opened(browser, page, width=718)  # of a sheet
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(media="print"))
+        over, outside, boxes, _ = browser.execute_script(script)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(media=""))
+        assert (over, outside) == (0, []) and not any(boxes), boxes
+
+
+def test_gain_and_loss_can_be_read_on_light_and_dark(many_pages, browser):
+
+    def luminance(color: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for scheme in ("light", "dark"):
+        opened(browser, many_pages[1], scheme)
+        script = """
+            const of = (e, what) => getComputedStyle(e)[what];
+            document.body.insertAdjacentHTML("beforeend", "<table class=result><tr class=better><td><b>b</b></table>");
+            const shown = [...document.querySelectorAll(".better td b, .worse td b")].map(e => of(e, "color"));
+            return [of(document.querySelector(".wide"), "backgroundColor"), [...new Set(shown)]]"""
+        ground, colors = browser.execute_script(script)
+        assert len(colors) == 2
+        for color in colors:  # WCAG 2, for text
+            low, high = sorted((luminance(ground), luminance(color)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, color)
 
 
 def test_text_of_a_run_is_only_text(tmp_path, browser):
