@@ -1,0 +1,179 @@
+"""Make README's pictures, and the output that it quotes, from one run.
+
+    accelerate launch ppo_dialog.py | tee run.log
+    python docs/pictures.py runs/ppo_dialog run.log
+
+`images/live.svg` is the live display. The monitor draws it again from the run's files, as it stood when it showed the
+sample dialogue with the largest gain in score. README says so, and how many of the sample dialogues gained and lost.
+`images/report.png` is the top of the run's page in Chromium. The quoted output comes from run.log, without the rows
+of LEFT_OUT. `images/run.json` keeps what README quotes, and the checksums of the pictures. tests/test_pictures.py
+compares them, so that text and pictures stay those of one run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import tyro
+from PIL import Image
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import monitor  # noqa: E402
+from common import UserError, run_script, write_json  # noqa: E402
+from configuration import command_line  # noqa: E402
+from envs import DialogueFormat  # noqa: E402
+from eval_metrics import format_table  # noqa: E402
+from report import Run, load_run, write_report  # noqa: E402
+
+LEFT_OUT = ("ROUGE-2", "ROUGE-L")  # rows of the table that README leaves out
+COLUMNS = 104  # of the terminal in the picture
+PAGE_WIDTH, CHARTS, SCALE = 1120, 6, 1.5  # of the page's picture: pixels, charts to be seen, pixels of the file for one
+
+
+def gain(sample: dict) -> float:
+    """By how much the reply scores higher than the start's."""
+    return sample["scores"]["now"]["score"] - sample["scores"]["before"]["score"]
+
+
+def shown_dialogue(run: Run) -> tuple[dict, int, str]:
+    """The sample dialogue with the largest gain, the last update that showed it, and the sentence about it."""
+    if not run.samples:
+        raise UserError(f"'{run.folder}' has no samples.jsonl; a run with --sample-interval 0 has no dialogue to show.")
+    best = max(run.samples, key=gain)
+    later = [sample["update"] for sample in run.samples if sample["update"] > best["update"]]
+    update = min(later) - 1 if later else run.metrics[-1]["update"]
+    higher, lower = (sum(sign * gain(sample) > 0 for sample in run.samples) for sign in (1, -1))
+    total = len(run.samples)
+    sentence = (
+        f"The display is that after update {update} of {run.metrics[-1]['update']}. Of the run's {total} sample "
+        f"dialogues it shows the one with the largest gain in score: {higher} scored higher than before training, "
+        f"{lower} lower, {total - higher - lower} the same."
+    )
+    return best, update, sentence
+
+
+def live_picture(run: Run) -> str:
+    """SVG of the live display as it stood at the update of `shown_dialogue`."""
+    dialogue, update, _ = shown_dialogue(run)
+    rows = [row for row in run.metrics if row["update"] <= update]
+    steps = [0, *(row["env_steps"] for row in rows)]
+    seconds = sum((after - before) / row["fps"] for before, after, row in zip(steps, steps[1:], rows))
+    watching = monitor.Monitor(SimpleNamespace(**run.config))
+    watching.begin(run.folder, 0, DialogueFormat.load(run.folder / "policy").max_new_tokens, {})
+    watching.recent.extend(rows)
+    watching.dialogues.append(dialogue)
+    watching.stage("collecting replies")
+    watching.started = time.monotonic() - seconds
+    colors = dict(force_terminal=True, color_system="standard", legacy_windows=False)
+    console = Console(file=io.StringIO(), width=COLUMNS, record=True, highlight=False, **colors)
+    kept, monitor.console = monitor.console, lambda: console
+    try:
+        console.print(watching._draw())
+    finally:
+        monitor.console = kept
+    svg = console.export_svg(title="accelerate launch ppo_dialog.py", unique_id="live")
+    return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # a picture loads nothing: its font is the reader's monospace
+
+
+def page_picture(run: Run, file: Path) -> None:
+    """Write the top of the run's page, down to its first CHARTS charts, as a PNG. Raises UserError without Chromium."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not (chromium and shutil.which("chromedriver")):
+        raise UserError(
+            "there is no chromium with chromedriver here; on Debian, apt-get install chromium chromium-driver."
+        )
+    from selenium import webdriver
+
+    with tempfile.TemporaryDirectory() as place:
+        page = write_report([run.folder], Path(place) / "report.html")
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for flag in ("headless=new", "no-sandbox", "disable-gpu", f"user-data-dir={place}/browser"):
+            options.add_argument(f"--{flag}")
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        try:
+            size = dict(width=PAGE_WIDTH, height=900, deviceScaleFactor=SCALE, mobile=False)
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            light = [dict(name="prefers-color-scheme", value="light")]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=light))
+            browser.get(page.as_uri())
+            bottom = "return document.querySelectorAll('.chart')[arguments[0]].getBoundingClientRect().bottom"
+            clip = dict(
+                x=0, y=0, width=PAGE_WIDTH, height=round(browser.execute_script(bottom, CHARTS - 1)) + 16, scale=1
+            )
+            shot = browser.execute_cdp_cmd("Page.captureScreenshot", dict(clip=clip, captureBeyondViewport=True))
+        finally:
+            browser.quit()
+    picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
+def quoted_output(run: Run, log: str) -> list[str]:
+    """The closing lines of what the run printed, as README quotes them. Raises UserError for the log of another run."""
+    table, steps = format_table(run.evaluation, headings=("supervised", "PPO")), run.metrics[-1]["env_steps"]
+    begin, end = log.find(table), re.search(rf"^{steps:,} environment steps in .*$", log, flags=re.MULTILINE)
+    if begin < 0 or not end:
+        raise UserError(f"the log is not of the run '{run.folder}': its table or its number of steps is another one.")
+    lines = log[begin : end.end()].splitlines()
+    place = str(Path(run.config["run_dir"]) / run.config["experiment_name"])
+    return [
+        line.replace(place, f"runs/{run.name}") for line in lines if line.split()[:1] not in [[n] for n in LEFT_OUT]
+    ]
+
+
+def texts_of(record: dict) -> list[str]:
+    """What README has of `run.json`: the block of output, and the sentence about the dialogue."""
+    return [textwrap.indent("\n".join(record["output"]), "    "), textwrap.fill(record["dialogue"], 120)]
+
+
+@dataclass
+class PicturesConfig:
+    """Make README's pictures and the output that it quotes."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a finished run, such as runs/ppo_dialog."""
+    log: tyro.conf.Positional[str]
+    """File with what that run printed in plain lines."""
+
+
+def main() -> None:
+    config = command_line(PicturesConfig, __doc__)
+    run, images, readme = load_run(Path(config.run)), ROOT / "docs" / "images", ROOT / "README.md"
+    if not Path(config.log).is_file():
+        raise UserError(f"there is no file '{config.log}'; give the file with what the run printed.")
+    if not run.evaluation:
+        raise UserError(f"'{config.run}' has no eval.json; give a run that went to its end.")
+    record = {"output": quoted_output(run, Path(config.log).read_text(encoding="utf-8"))}
+    record["dialogue"] = shown_dialogue(run)[2]
+    (images / "live.svg").write_text(live_picture(run), encoding="utf-8")
+    page_picture(run, images / "report.png")
+    sums = {name: hashlib.sha256((images / name).read_bytes()).hexdigest() for name in ("live.svg", "report.png")}
+    old = json.loads((images / "run.json").read_text()) if (images / "run.json").exists() else None
+    write_json(images / "run.json", record | {"sha256": sums})
+    text = readme.read_text(encoding="utf-8")
+    for before, after in zip(texts_of(old) if old else [], texts_of(record)):
+        if before not in text:
+            print(f"README.md has not what it quoted before; put this in by hand:\n\n{after}\n")
+        text = text.replace(before, after)
+    readme.write_text(text, encoding="utf-8")
+    print("\n\n".join(texts_of(record)))
+    print("\nwritten to README.md, docs/images/live.svg, report.png and run.json")
+
+
+if __name__ == "__main__":
+    run_script(main)

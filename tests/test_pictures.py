@@ -1,0 +1,56 @@
+"""README's pictures and the output that it quotes: made of one run, and still those of that run."""
+
+import hashlib
+import json
+import sys
+
+import pytest
+from test_report import ROOT, evaluation_of, made_run, metric_rows
+
+from common import UserError
+from eval_metrics import format_table
+from report import load_run
+
+sys.path.insert(0, str(ROOT / "docs"))
+import pictures  # noqa: E402
+
+
+def test_readme_quotes_the_run_of_its_pictures():
+    images, readme = ROOT / "docs" / "images", (ROOT / "README.md").read_text(encoding="utf-8")
+    record = json.loads((images / "run.json").read_text(encoding="utf-8"))
+    for text in pictures.texts_of(record):
+        assert f"\n{text}\n" in readme, f"README.md has not this of docs/images/run.json:\n{text}"
+    for name, checksum in record["sha256"].items():
+        assert hashlib.sha256((images / name).read_bytes()).hexdigest() == checksum, f"{name} is of another run"
+        assert f"docs/images/{name}" in readme
+
+
+def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures.DialogueFormat, "load", lambda folder: pictures.DialogueFormat())
+    rows = [
+        {"update": u, "env_steps": 100 * u, "context": ["Hello?"], "before": "old", "human": "Hi.", "now": text,
+         "scores": {"before": {"score": 0.5}, "now": {"score": score}}}
+        for u, text, score in ((1, "harm", 0.1), (4, "the best", 0.9), (8, "the same", 0.5), (12, "better", 0.6))
+    ]  # fmt: skip
+    evaluation = evaluation_of({name: (0.01, 0.02, 0.03) for name in ("rouge1", "rouge2", "meteor")})
+    config = dict(log_interval=1, progress="plain", run_dir="/a/place")
+    figures = dict(score=lambda i: 0.5, kl_div=lambda i: 0.01, alpha=lambda i: 0.2)
+    run = load_run(made_run(tmp_path / "mine", metric_rows(12, **figures), evaluation, samples=rows, config=config))
+    best, update, sentence = pictures.shown_dialogue(run)
+    assert (
+        best["now"] == "the best" and update == 7 and "2 scored higher than before training, 1 lower, 1 the" in sentence
+    )
+    svg = pictures.live_picture(run).replace("&#160;", " ")
+    for words in ("the best", "update 7", "700 of 1,000 steps", "0:14 gone, 0:06 left"):
+        assert words in svg, words
+    assert "harm" not in svg and "url(" not in svg.replace("url(#", "")  # it loads nothing
+
+    table = format_table(run.evaluation, headings=("supervised", "PPO"))
+    end = "1,200 environment steps in 24 s: 50 tokens/s; results in /a/place/mine"
+    log = f"update 12 ...\n{table}\ntest reward: 0.5\nreport: /a/place/mine/report.html\n{end}\ntalk to it: ...\n"
+    quoted = pictures.quoted_output(run, log)
+    assert quoted[-1] == end.replace("/a/place", "runs") and quoted[-2] == "report: runs/mine/report.html"
+    assert [line.split()[0] for line in quoted[1:4]] == ["ROUGE-1", "METEOR", "40"]
+    for other in (log.replace("+0.0200", "+0.0300"), log.replace("1,200 env", "1,201 env")):
+        with pytest.raises(UserError, match="the log is not of the run"):
+            pictures.quoted_output(run, other)
