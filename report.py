@@ -612,7 +612,11 @@ def facts(run: Run) -> dict[str, tuple[str, str, str]]:
         return found
     last, of = run.metrics[-1], run.config.get("total_time_steps")
     planned = f", of {of:,} planned" if number(of) and not run.finished else ""
-    found["environment steps"] = f"{last['env_steps']:,}", f"in {last['update']:,} updates{planned}", ""
+    found["environment steps"] = (
+        f"{last['env_steps']:,}",
+        f"in {last['update']:,} update{'s' if last['update'] > 1 else ''}{planned}",
+        "",
+    )
     tokens, seconds = 0, 0.0
     for row, before in zip(run.metrics, [{"env_steps": 0}, *run.metrics]):
         if number(row.get("fps")) and row["fps"] > 0:
