@@ -34,7 +34,7 @@ MARKS = "<!-- made by results.py: begin -->", "<!-- made by results.py: end -->"
 TUTORIAL = {"rouge1": 0.10, "rougeLsum": 0.12, "meteor": 0.25, "sacrebleu": 0.43, "intent": 0.019}
 TUTORIAL["mean_output_length"] = -0.014
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
-CURVES = (
+CURVES = (  # panels of report.py, by their figures
     "episode_reward",
     "intent meteor consensus commonplace",
     "reward_*",
@@ -43,7 +43,7 @@ CURVES = (
     "alpha",
     "mean_output_length",
     "clipfrac",
-    "Entropy",
+    "entropy",
 )
 ABLATIONS = {
     "no-kl": "without KL (`--kl-coef 0`)",

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import report
+import results
 from builtin_models import builtin_model
 from common import UserError
 from configuration import parse_config
@@ -210,6 +211,10 @@ def test_every_figure_of_the_trainer_has_a_panel_or_is_a_counter(tmp_path):
 def test_a_title_names_what_is_drawn_and_nothing_else(tmp_path, figures, titles):
     run = load_run(made_run(tmp_path / "run", metric_rows(3, fps=lambda i: 1, **dict.fromkeys(figures.split(), float))))
     assert [panel.title for panels in panels_of([run])[0].values() for panel, _ in panels] == titles
+
+
+def test_the_curves_of_the_results_are_panels():
+    assert set(results.CURVES) <= {panel.names for panels in PANELS.values() for panel in panels}
 
 
 def charts_of(runs: list) -> dict[str, dict]:
