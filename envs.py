@@ -14,6 +14,7 @@ fine-tuned for them works unchanged; every number in it is an option.
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ import io
 import itertools
 import json
 import random
+import re
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +39,7 @@ from gymnasium.vector.utils import batch_space
 
 import builtin_corpus
 from common import UserError, first_line, nearest
+from dataset_checks import check_content, check_json_lines, form_of, line_hint, same_words
 
 ACTS = ("inform", "question", "directive", "commissive")  # dialogue act k of DailyDialog is ACTS[k - 1]
 SPLITS = ("train", "validation", "test")
@@ -59,14 +62,19 @@ class Dialogue:
 
 
 class Dialogues(list):
-    """A split: a list of `Dialogue`; `skipped` holds a sentence for each row that was left out."""
+    """A split: a list of `Dialogue`.
 
-    def __init__(self, dialogues: Sequence[Dialogue], skipped: Sequence[str] = ()):
+    `places` says where each of them stands ("chats.csv, line 3"); `skipped` holds a sentence for each row that was
+    left out.
+    """
+
+    def __init__(self, dialogues: Sequence[Dialogue], places: Sequence[str] = (), skipped: Sequence[str] = ()):
         super().__init__(dialogues)
-        self.skipped = list(skipped)
+        self.places, self.skipped = list(places), list(skipped)
 
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("chats.csv, line 3"), and its columns
+Checked = tuple[str, Dialogue | str]  # where it stands, and the dialogue, or what is wrong with the row
 
 
 def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> Dialogues:
@@ -78,24 +86,86 @@ def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> D
     DailyDialog release, zipped or not.
 
     Raises UserError naming file and line of the first bad row: unequal lengths, an empty utterance, a label out of
-    range, text that is not UTF-8. With `skip_bad_rows` those rows are left out and listed in `.skipped`.
+    range, text that is not UTF-8. With `skip_bad_rows` those rows are left out and listed in `.skipped`. A file whose
+    rows are all bad is refused in either case, with what it looks like.
     """
-    if split not in SPLITS:
-        raise UserError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    good, bad = [], []
-    for where, row in _rows(str(data_path), split):
+    return load_splits(data_path, [split], skip_bad_rows)[split]
+
+
+def load_splits(data_path: str, splits: Sequence[str], skip_bad_rows: bool = False) -> dict[str, Dialogues]:
+    """Several splits at once, as load_dialogues gives each of them. A file that is cut into splits is read once."""
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+    uncut = _uncut_rows(str(data_path))
+    if uncut is not None:
+        checked = _check_rows(uncut, skip_bad_rows)
+        parts = _cut(checked)
+    loaded = {}
+    for split in splits:
+        if uncut is None:
+            part = _check_rows(_rows(str(data_path), split), skip_bad_rows)
+        else:
+            part = parts[split]
+        good = [(where, d) for where, d in part if isinstance(d, Dialogue)]
+        if not good:
+            why = "."
+            if uncut is not None and checked:
+                why = (
+                    f": of {len(checked)} rows, {_different(checked)} are different dialogues. A single file is cut "
+                    "90/5/5, with all copies of a dialogue in one split, so give at least 20 different dialogues, or a "
+                    "folder with a file for each split."
+                )
+                if faults := [f"{where}: {fault}" for where, fault in checked if isinstance(fault, str)]:
+                    why += f" {len(faults)} rows are malformed ({faults[0]})."
+            elif Path(data_path).is_file():
+                why = ": the file is empty."
+            raise UserError(f"the {split} split of '{data_path}' holds no dialogue{why}")
+        loaded[split] = Dialogues(
+            [d for _, d in good],
+            [where for where, _ in good],
+            [f"{where}: {fault}" for where, fault in part if isinstance(fault, str)],
+        )
+    return loaded
+
+
+def _check_rows(rows: Iterator[Row], skip_bad_rows: bool) -> list[Checked]:
+    """All rows, each with its dialogue or its fault.
+
+    Raises UserError about the first bad row; with `skip_bad_rows` only where no row is good.
+    """
+    checked, bad, first = [], 0, None
+    for where, row in rows:
         try:
-            good.append(_checked(row))
+            checked.append((where, _checked(row)))
         except ValueError as error:
-            bad.append(f"{where}: {error}")
-            if not skip_bad_rows:
-                raise UserError(f"{bad[0]}. Mend the row, or leave out all such rows with --skip-bad-rows.") from None
-    if not good:
-        why = f" ({bad[0]})" if bad else ""
-        if Path(data_path).is_file() and not bad:
-            why = ": a single file is cut 90/5/5, so give at least 20 dialogues, or a folder with a file for each split"
-        raise UserError(f"the {split} split of '{data_path}' holds no dialogue{why}.")
-    return Dialogues(good, bad)
+            checked.append((where, str(error)))
+            bad, first = bad + 1, first or (f"{where}: {error}", row)
+    if bad and (bad == len(checked) or not skip_bad_rows):
+        raise UserError(f"{first[0]}. {_advice(*first, bad, len(checked))}")
+    return checked
+
+
+def _advice(fault: str, row: dict[str, Any], bad: int, rows: int) -> str:
+    """What to do about bad rows: mend or skip them where they are few, mend the source where nearly all are bad."""
+    recode = ""
+    if fault.endswith("is not valid UTF-8"):
+        recode = " Text in Latin-1 or Windows-1252 becomes UTF-8 with 'iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW'."
+    if bad >= 0.9 * rows:
+        hint = row.get("_hint") or form_of({k: _parsed(v) for k, v in row.items() if not str(k).startswith("_")})
+        also = f"{bad} of {rows} rows are malformed." + recode
+        return f"{also} {hint}." if hint else also if recode else f"{also} Correct the file as a whole."
+    if bad == 1:
+        return f"Mend the row, or leave out all such rows with --skip-bad-rows.{recode}"
+    return f"{bad} of {rows} rows are malformed: mend them, or leave them out with --skip-bad-rows.{recode}"
+
+
+def _parsed(value: Any) -> Any:
+    """A cell that holds a list as that list, for a message about its row."""
+    try:
+        return _as_list(value, "dialog")
+    except ValueError:
+        return value
 
 
 def _checked(row: dict[str, Any]) -> Dialogue:
@@ -107,33 +177,57 @@ def _checked(row: dict[str, Any]) -> Dialogue:
     utterances = _as_list(row["dialog"], "dialog")
     if not utterances:
         raise ValueError("the dialogue has no utterance")
-    labels = []
-    for column, low, high in (("act", 1, 4), ("emotion", 0, 6)):
-        if row.get(column) is None:  # a user's own chats need not be labelled: 0 stands for "no label"
-            labels.append((0,) * len(utterances))
-            continue
-        values = _as_list(row[column], column)
-        if len(values) != len(utterances):
-            raise ValueError(f"{len(utterances)} utterances but {len(values)} values in '{column}'")
-        try:
-            numbers = tuple(int(v) for v in values)
-            if any(not isinstance(v, str) and n != v for n, v in zip(numbers, values)):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"'{column}' should hold whole numbers, found {values!r:.60}") from None
-        for value in numbers:
-            if not low <= value <= high:
-                raise ValueError(f"{column} {value} is out of range; expected {low} to {high}")
-        labels.append(numbers)
+    labels = [
+        _labels(row.get(column), column, low, high, len(utterances))
+        for column, low, high in (("act", 1, 4), ("emotion", 0, 6))
+    ]
     for i, utterance in enumerate(utterances):
         if not isinstance(utterance, str):
             raise ValueError(f"utterance {i + 1} is not text but {utterance!r:.40}")
         if not utterance.strip():
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is empty")
-        # U+FFFD is what undecodable bytes become when a file is read; JSON can hold half of a surrogate pair
-        if "\ufffd" in utterance or any("\ud800" <= c <= "\udfff" for c in utterance):
+        if not utterance.isascii() and UNDECODABLE.search(utterance):
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is not valid UTF-8")
     return Dialogue(tuple(utterances), *labels)
+
+
+# U+FFFD is what undecodable bytes become when a file is read; JSON can hold half of a surrogate pair
+UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
+MISSING = {"", "[]", "null", "none", "nan", "na", "n/a", "<na>"}  # text for "no label", in any case
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a cell, or a value in a list of labels, stands for "no label"."""
+    if isinstance(value, str):
+        return value.strip().casefold() in MISSING
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _labels(cell: Any, column: str, low: int, high: int, n: int) -> tuple[int, ...]:
+    """The labels of n utterances, 0 for each that has none: one of a list, or all of them (a missing or empty cell)."""
+    values = [] if _is_missing(cell) else _as_list(cell, column)
+    if not values:
+        return (0,) * n
+    if len(values) != n:
+        raise ValueError(f"{n} utterances but {len(values)} values in '{column}'")
+    with contextlib.suppress(TypeError):  # a value that is a list
+        if set(values) <= set(range(low, high + 1)):
+            return tuple(map(int, values))
+    numbers = []
+    for value in values:
+        if _is_missing(value):
+            numbers.append(0)
+            continue
+        try:
+            number = int(as_float := float(value))
+            if number != as_float:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"'{column}' should hold whole numbers, found {values!r:.60}") from None
+        if not low <= number <= high:
+            raise ValueError(f"{column} {number} is out of range; expected {low} to {high}")
+        numbers.append(number)
+    return tuple(numbers)
 
 
 def _as_list(value: Any, column: str) -> list[Any]:
@@ -145,7 +239,7 @@ def _as_list(value: Any, column: str) -> list[Any]:
     if isinstance(value, str):
         text = value.strip()
         if column != "dialog" and text and not text.startswith("["):
-            return text.replace(",", " ").split()
+            return _label_words(text)
         for parse in (json.loads, ast.literal_eval):
             try:
                 parsed = parse(text)
@@ -153,7 +247,14 @@ def _as_list(value: Any, column: str) -> list[Any]:
                 continue
             if isinstance(parsed, (list, tuple)) and not (parse is ast.literal_eval and _lacks_commas(text)):
                 return list(parsed)
+        if column != "dialog" and re.fullmatch(r"\[[^\[\]]*\]", text):  # `[1.0, nan]` of pandas, `[1 2]` of numpy
+            return _label_words(re.sub(r"[\[\]'\"]", " ", text))
     raise ValueError(f"'{column}' should be a list, found {value!r:.60}")
+
+
+def _label_words(text: str) -> list[str]:
+    """`1 2 1`, `1, 2, 1`; between two commas a label is missing."""
+    return re.split(r"\s*,\s*|\s+", text.strip().removesuffix(",").strip())
 
 
 def _lacks_commas(text: str) -> bool:
@@ -166,13 +267,23 @@ def _lacks_commas(text: str) -> bool:
 _corpus = functools.cache(builtin_corpus.generate_corpus)  # once for all its splits
 
 
+def _uncut_rows(data_path: str) -> Iterator[Row] | None:
+    """Every row of a source that has no splits of its own, a file or one stored Dataset; None for another source."""
+    path = Path(data_path).expanduser()
+    if data_path == "builtin":
+        return None
+    if path.is_file():
+        return _file_rows(path)
+    if (path / "state.json").is_file():
+        return _dataset_rows(_stored(path), str(path))
+    return None
+
+
 def _rows(data_path: str, split: str) -> Iterator[Row]:
-    """Every row of a split with the place where it stands, whatever the form of the source."""
+    """Every row of a split of a source that has splits, and the place where each stands."""
     path = Path(data_path).expanduser()
     if data_path == "builtin":
         yield from ((f"built-in {split} row {i}", row) for i, row in enumerate(_corpus()[split]))
-    elif path.is_file():
-        yield from _split_rows(_file_rows(path), split)
     elif path.is_dir():
         yield from _folder_rows(path, split)
     elif path.is_absolute() or data_path.startswith((".", "~")) or data_path.count("/") > 1:
@@ -181,18 +292,46 @@ def _rows(data_path: str, split: str) -> Iterator[Row]:
         yield from _hub_rows(data_path, split)
 
 
-def _split_rows(rows: Iterator[Row], split: str) -> Iterator[Row]:
-    """90/5/5 of a file that holds all dialogues, by a fixed shuffle: the same rows in the same split in every run."""
+def _cut(rows: list[Checked]) -> dict[str, list[Checked]]:
+    """90/5/5 of the different dialogues by a fixed shuffle: the same rows in the same split in every run.
+
+    All copies of a dialogue, whatever their blanks and labels, go to one split.
+    """
     rows = list(rows)
     random.Random(0).shuffle(rows)
-    cuts = [0, int(len(rows) * 0.9), int(len(rows) * 0.95), len(rows)]
-    index = SPLITS.index(split)
-    yield from rows[cuts[index] : cuts[index + 1]]
+    numbers: dict[Any, int] = {}  # of the different dialogues; a bad row counts as one
+    number = [numbers.setdefault(_same_dialogue(row), len(numbers)) for row in rows]
+    n = len(numbers)
+    ends = [int(n * 0.9), int(n * 0.95)]
+    if 3 <= n < len(rows):  # a few dialogues with many copies: one for each split
+        ends[0] = min(ends[0], ends[1] - 1)
+    parts: dict[str, list[Checked]] = {split: [] for split in SPLITS}
+    for row, k in zip(rows, number):
+        parts[SPLITS[(k >= ends[0]) + (k >= ends[1])]].append(row)
+    return parts
+
+
+def _same_dialogue(row: Checked) -> str:
+    """The same for all copies of a dialogue; a bad row has no copies."""
+    where, dialogue = row
+    return same_words(dialogue.utterances) if isinstance(dialogue, Dialogue) else f"\0\0{where}"
+
+
+def _different(rows: list[Checked]) -> int:
+    return len({_same_dialogue(row) for row in rows if isinstance(row[1], Dialogue)})
+
+
+def _stored(folder: Path) -> Any:
+    """What save_to_disk wrote: a Dataset or a DatasetDict."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and datasets raise many kinds for a torn folder
+        raise UserError(f"'{folder}' was not written whole by save_to_disk: {error}") from error
 
 
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
-    import datasets
-
     for candidate in (folder / split, folder):
         if (candidate / f"dialogues_{split}.txt").is_file():
             texts = {n: (str(candidate / n), (candidate / n).read_bytes()) for n in _release_names(split, candidate)}
@@ -210,24 +349,20 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
         if f"dialogues_{split}.txt" not in texts:
             raise UserError(f"'{folder / f'{split}.zip'}' holds no dialogues_{split}.txt, as the release does.")
         return (yield from _release_rows(texts, split))
-    for candidate in (folder / split, folder):  # save_to_disk of one split each, or of a DatasetDict
-        if (candidate / "state.json").is_file() or (candidate / "dataset_dict.json").is_file():
-            try:
-                stored = datasets.load_from_disk(str(candidate))
-            except Exception as error:  # pyarrow and datasets raise many kinds for a torn folder
-                raise UserError(f"'{candidate}' was not written whole by save_to_disk: {error}") from error
-            if isinstance(stored, datasets.DatasetDict):
+    for candidate, mark in ((folder / split, "state.json"), (folder, "dataset_dict.json")):  # of save_to_disk
+        if (candidate / mark).is_file():
+            stored = _stored(candidate)
+            if isinstance(stored, dict):  # a DatasetDict
                 stored = _pick_split(stored, split, str(folder))
-            elif candidate == folder:
-                return (yield from _split_rows(_dataset_rows(stored, str(candidate)), split))
             return (yield from _dataset_rows(stored, str(candidate)))
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and p.is_file())
     matching = [p for p in files if _split_of(p, folder) == split]
     if not matching:
         found = ", ".join(sorted({str(p.relative_to(folder)) for p in files})[:8]) or "no dataset file"
+        alone = f" Give '{files[0]}' itself to have it cut into splits." if len(files) == 1 else ""
         raise UserError(
             f"'{folder}' has no {split} split: found {found}; expected a file such as {split}.csv, {split}.jsonl or "
-            f"{split}.parquet, a folder written by save_to_disk, or the DailyDialog release."
+            f"{split}.parquet, a folder written by save_to_disk, or the DailyDialog release.{alone}"
         )
     for file in matching:
         yield from _file_rows(file)
@@ -301,6 +436,8 @@ def _release_rows(texts: dict[str, tuple[str, bytes]], split: str) -> Iterator[R
 def _file_rows(file: Path) -> Iterator[Row]:
     reader = READERS.get(file.suffix.lower())
     if reader is None:
+        with file.open("rb") as start:
+            check_content(file, start.read(4096))
         raise UserError(f"'{file}' is none of the forms that can be read: {', '.join(READERS)}.")
     yield from reader(file)
 
@@ -311,13 +448,17 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(file)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        with file.open("rb") as start:
+            check_content(file, start.read(4096), text=False)
         raise UserError(f"'{file}' is not a parquet file that can be read: {first_line(error)}.") from error
     yield from _dataset_rows(table.to_pylist(), str(file))
 
 
 def _text(file: Path) -> str:
     # Bytes that are not UTF-8 become U+FFFD, which the row check names with its line; a BOM (Excel) is dropped.
-    return file.read_bytes().decode("utf-8-sig", errors="replace")
+    content = file.read_bytes()
+    check_content(file, content)
+    return content.decode("utf-8-sig", errors="replace")
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
@@ -326,22 +467,26 @@ def _json_rows(file: Path) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         try:
             yield from _dataset_rows(_objects(json.loads(text)), str(file))
+            return
         except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+            if error.msg != "Extra data":  # else each line is a list
+                raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
             raise UserError(f"{file}: not valid JSON of dialogues ({error}).") from error
-        return
+    check_json_lines(file, text)
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield f"{file}, line {number}", _objects([json.loads(line)])[0]
         except (ValueError, RecursionError) as error:
-            yield f"{file}, line {number}", {"_error": f"not valid JSON ({error})"}
+            yield f"{file}, line {number}", {"_error": f"not valid JSON ({error})", "_hint": line_hint(line)}
 
 
 def _objects(values: list[Any]) -> list[dict[str, Any]]:
-    return [v if isinstance(v, dict) else {"_error": f"expected an object, found {v!r:.40}"} for v in values]
+    hint = 'Write each dialogue as {"dialog": [...]}'
+    found = lambda value: {"_error": f"expected an object, found {value!r:.40}", "_hint": hint}
+    return [v if isinstance(v, dict) else found(v) for v in values]
 
 
 def _csv_rows(file: Path) -> Iterator[Row]:

@@ -31,7 +31,8 @@ from common import (
     write_json,
 )
 from configuration import command_line
-from envs import ACTS, Dialogue, load_dialogues
+from dataset_checks import overlap_note
+from envs import ACTS, Dialogue, load_splits
 from monitor import drawable, waiting
 from supervised import FitConfig, fit, forget, state_folder
 
@@ -151,7 +152,9 @@ def train_intent(config: IntentConfig) -> Path:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
     with waiting("reading the dialogues", drawable(config.progress, PartialState().is_main_process)):
-        splits = {s: list(load_dialogues(config.data_path, s, config.skip_bad_rows)) for s in ("train", "validation")}
+        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
+    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
+        print(f"note: {note}")
     if config.half != "all":
         splits["train"] = splits["train"][config.half == "odd" :: 2]
     pairs = {split: pairs_of(dialogues) for split, dialogues in splits.items()}

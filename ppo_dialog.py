@@ -57,8 +57,9 @@ from common import (
     use_all_cores,
 )
 from configuration import HIDDEN, NamedValues, parse_config, save_yaml
+from dataset_checks import overlap_note
 from engines import Placement, at_hand, largest, make_accelerator, place, placement_of, prepare, ready, whole_state
-from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_dialogues, make_samples
+from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_splits, make_samples
 from experiment import (
     SHOWN,
     Log,
@@ -943,7 +944,9 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     monitor.stage("reading the dialogues")
-    dialogues = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in needed}
+    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows)
+    if main and (note := overlap_note(config.data_path, dialogues)):
+        say(f"note: {note}")
     samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
     for split in needed:
         skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""

@@ -34,7 +34,8 @@ from common import (
     write_json,
 )
 from configuration import command_line
-from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_dialogues, make_samples
+from dataset_checks import overlap_note
+from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_splits, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from monitor import drawable, waiting
 from packing import allow_packing, logits_at
@@ -75,7 +76,9 @@ def train_sft(config: SFTConfig) -> Path:
     codec = DialogueCodec(tokenizer, fmt)
     draw = drawable(config.progress, PartialState().is_main_process)
     with waiting("reading the dialogues", draw):
-        splits = {s: load_dialogues(config.data_path, s, config.skip_bad_rows) for s in ("train", "validation")}
+        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
+    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
+        print(f"note: {note}")
     samples = {s: make_samples(d, fmt) for s, d in splits.items()}
     for split, dialogues in splits.items():
         counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"

@@ -73,12 +73,14 @@ def world(tmp_path_factory) -> Path:
     write = lambda name, text: (root / name).write_text(text, encoding="utf-8", errors="surrogatepass")
 
     # dialogues
+    rows = lambda n, row=GOOD: [json.dumps(row | {"dialog": [f"Hi {i} .", *row["dialog"][1:]]}) for i in range(n)]
     good = json.dumps(GOOD)
-    write("good.jsonl", "\n".join([good] * 60))
+    write("good.jsonl", "\n".join(rows(60)))
+    write("copies.jsonl", "\n".join([good] * 60))
     for name, row in ROWS.items():
-        write(f"{name}.jsonl", "\n".join([good] * 30 + [json.dumps(row)] * 30))
-    write("unlabelled.jsonl", "\n".join([json.dumps({"dialog": GOOD["dialog"]})] * 60))
-    write("short.jsonl", "\n".join([json.dumps({"dialog": ["Hi .", "Hello ."], "act": [1, 1]})] * 60))
+        write(f"{name}.jsonl", "\n".join(rows(30) + [json.dumps(row)] * 30))
+    write("unlabelled.jsonl", "\n".join(rows(60, {"dialog": GOOD["dialog"]})))
+    write("short.jsonl", "\n".join(rows(60, {"dialog": ["Hi .", "Hello ."], "act": [1, 1]})))
     write("few.jsonl", good)
     write("empty.jsonl", "")
     write("broken.jsonl", good + "\n{'dialog': [}")
@@ -90,6 +92,10 @@ def world(tmp_path_factory) -> Path:
     write("archive.parquet", "not parquet")
     latin = json.dumps({"dialog": ["café", "oui"]}, ensure_ascii=False) + "\n"
     (root / "latin1.jsonl").write_bytes(60 * latin.encode("latin-1"))
+    write("messages.jsonl", "\n".join([json.dumps({"messages": [{"role": "user", "content": "Hi ."}]})] * 60))
+    write("pretty.json", "\n".join(json.dumps(json.loads(row), indent=1) for row in rows(60)))
+    write("semicolons.csv", "dialog;act\n" + '"[""Hi .""]";1\n' * 60)
+    (root / "utf16.jsonl").write_text("\n".join(rows(60)), encoding="utf-16")
     (root / "nothing").mkdir()
     (root / "no_validation").mkdir()
     (root / "no_validation" / "train.jsonl").write_text("\n".join([good] * 5))
@@ -200,6 +206,11 @@ CASES = [
     ([*DATA, "@lacks_acts"], "lacks_acts"),
     ([*DATA, "@short.jsonl"], "more than 5 utterances"),
     ([*DATA, "@few.jsonl"], "holds no dialogue"),
+    ([*DATA, "@copies.jsonl"], "of 60 rows, 1 are different dialogues"),
+    ([*DATA, "@messages.jsonl"], '[m["content"] for m in row["messages"] if m["role"] != "system"]'),
+    ([*DATA, "@pretty.json"], "spread over several lines"),
+    ([*DATA, "@semicolons.csv"], "separated by ';'"),
+    ([*DATA, "@utf16.jsonl"], "is UTF-16 text"),
     *[([*DATA, f"@{name}.jsonl"], fault) for name, fault in {
         "no_dialog": "no column 'dialog'",
         "no_utterance": "has no utterance",

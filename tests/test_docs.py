@@ -213,6 +213,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
+    (tmp_path / "messages.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello."}]}\n')
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     pages = [ROOT / "README.md", ROOT / "docs" / "reward.md"]
     own = [

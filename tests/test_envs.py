@@ -2,7 +2,10 @@
 
 import ast
 import csv
+import gzip
 import json
+import random
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -18,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError, load_tokenizer
+from dataset_checks import form_of, overlap_note
 from envs import (
     Dialogue,
     DialogueCodec,
@@ -25,6 +29,7 @@ from envs import (
     DialogueVectorEnv,
     FormatOptions,
     load_dialogues,
+    load_splits,
     make_samples,
     without_torn,
 )
@@ -151,12 +156,139 @@ def test_a_lone_dataset_folder_and_a_lone_file_are_cut_alike(tmp_path):
         assert load_dialogues(str(tmp_path / "stored"), split) == parts[split]
 
 
-def test_unlabelled_chats_have_act_and_emotion_0(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"dialog": ["Hi .", "Bye ."]}\n\n{"dialog": ["Oh !"], "act": null}\n')
+NO_LABELS = [None, "", " ", "[]", "null", "None", "nan", "NaN", "NA", "<NA>", "[null, null, null]", "None None None"]
+SOME_LABELS = ["[1, null, 2]", "[1, None, 2]", "[1.0, nan, 2.0]", "[ 1. nan  2.]", "1 null 2", "1,,2", "1, nan, 2,"]
+THREE = ["Hi .", "Oh !", "Bye ."]
+UNLABELLED, PARTLY = Dialogue(tuple(THREE), (0,) * 3, (0,) * 3), Dialogue(tuple(THREE), (1, 0, 2), (1, 0, 2))
+
+
+def test_labels_that_are_missing_in_a_csv_are_0(tmp_path):
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dialog", "act", "emotion"])
+        writer.writerows([json.dumps(THREE), cell, cell] for cell in [*NO_LABELS, *SOME_LABELS])
+        writer.writerow([json.dumps(THREE)])  # a row that ends early
+    expected = [UNLABELLED] * len(NO_LABELS) + [PARTLY] * len(SOME_LABELS) + [UNLABELLED]
+    assert load_dialogues(str(tmp_path), "train") == expected
+
+
+@pytest.mark.parametrize("form", ["train.jsonl", "train.json", "train.parquet", "train"])
+def test_labels_that_are_missing_are_0_in_every_form(form, tmp_path):
+    labels = [[], None, [None, None, None], [1, None, 2], [1.0, float("nan"), 2.0]]
+    rows = [{"dialog": THREE, "act": values, "emotion": values} for values in labels]
+    if form.endswith((".json", ".jsonl")):
+        rows += [{"dialog": THREE}, *({"dialog": THREE, "act": c, "emotion": c} for c in (*NO_LABELS, float("nan")))]
+        text = json_lines(rows) if form.endswith("l") else json.dumps(rows)
+        (tmp_path / form).write_text(text)
+    elif form.endswith(".parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / form))
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / form))
+    expected = [UNLABELLED] * 3 + [PARTLY] * 2
+    assert load_dialogues(str(tmp_path), "train") == expected + [UNLABELLED] * (len(rows) - 5)
+
+
+def test_labels_that_are_missing_in_the_release_are_0(tmp_path):
+    (tmp_path / "dialogues_train.txt").write_text("".join("__eou__".join([*THREE, "\n"]) for _ in range(2)))
+    (tmp_path / "dialogues_act_train.txt").write_text("\n1 null 2\n")
     assert load_dialogues(str(tmp_path), "train") == [
-        Dialogue(("Hi .", "Bye ."), (0, 0), (0, 0)),
-        Dialogue(("Oh !",), (0,), (0,)),
+        UNLABELLED,
+        Dialogue(tuple(THREE), (1, 0, 2), (0, 0, 0)),
     ]
+
+
+@pytest.mark.parametrize("cell", ["[1, 2]", "1 2", "[1, 0, 2]", "[1, x, 2]", "[1, 2", "7"])
+def test_labels_that_are_wrong_are_no_missing_ones(cell, tmp_path):
+    (tmp_path / "train.csv").write_text(f'dialog,act\n"{str(THREE)}","{cell}"\n')
+    with pytest.raises(UserError, match=r"train\.csv, line 2: .*act"):
+        load_dialogues(str(tmp_path), "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+def numbered(n, copies=1):
+    """Rows with n different dialogues, each `copies` times with other blanks and labels."""
+    return [
+        {"dialog": [f"Number {i} .", f"{' ' * copy}Yes ,  it is {i} .", "Good ."], "act": [1 + copy % 4] * 3}
+        for copy in range(copies)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("different, sizes", [(40, [36, 2, 2]), (10, [8, 1, 1]), (3, [1, 1, 1])])
+def test_all_copies_of_a_dialogue_are_in_one_split(different, sizes, stored, tmp_path):
+    rows = numbered(different, 5)
+    path = tmp_path / ("stored" if stored else "chats.jsonl")
+    datasets.Dataset.from_list(rows).save_to_disk(str(path)) if stored else path.write_text(json_lines(rows))
+    splits = load_splits(str(path), SPLITS)
+    assert [len(splits[s]) for s in SPLITS] == [5 * size for size in sizes]
+    numbers = [{d.utterances[0] for d in splits[s]} for s in SPLITS]
+    assert [len(n) for n in numbers] == sizes and len(set.union(*numbers)) == different
+    assert overlap_note(str(path), splits) == ""
+    assert all(load_dialogues(str(path), s) == splits[s] for s in SPLITS)
+
+
+def test_a_file_without_copies_is_cut_as_ever(tmp_path):
+    for n in (*range(11, 60), 200):
+        rows = numbered(n)
+        (tmp_path / "chats.jsonl").write_text(json_lines(rows))
+        splits = load_splits(str(tmp_path / "chats.jsonl"), SPLITS)
+        random.Random(0).shuffle(rows)
+        cuts = [0, int(n * 0.9), int(n * 0.95), n]
+        for split, first, end in zip(SPLITS, cuts, cuts[1:]):
+            assert [list(d.utterances) for d in splits[split]] == [r["dialog"] for r in rows[first:end]]
+
+
+def test_a_file_of_too_few_different_dialogues_is_refused(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json_lines(numbered(2, 50)))
+    with pytest.raises(UserError, match="validation split.*of 100 rows, 2 are different dialogues.*at least 20"):
+        load_splits(str(tmp_path / "chats.jsonl"), SPLITS)
+
+
+def test_bad_rows_of_a_file_are_left_out_and_no_copy_crosses_the_splits(tmp_path):
+    rows = numbered(40, 2)
+    rows[3]["act"] = [9] * 3  # its copy is a good row
+    (tmp_path / "chats.jsonl").write_text(json_lines(rows))
+    splits = load_splits(str(tmp_path / "chats.jsonl"), SPLITS, skip_bad_rows=True)
+    assert sum(map(len, splits.values())) == 79
+    assert [s for split in splits.values() for s in split.skipped] == [
+        f"{tmp_path / 'chats.jsonl'}, line 4: act 9 is out of range; expected 1 to 4"
+    ]
+    assert overlap_note("chats", splits) == ""
+
+
+TALK = ["Is the shop open ?", "Yes , until six .", "Do you sell bread ?", "We do , it is fresh .", "Two , please ."]
+COPIES = {  # of TALK, which is in the training split: what is said of it
+    "the same": (TALK, "1 are also in train"),
+    "other blanks": ([f" {u}  " for u in TALK], "1 are also in train"),
+    "other case and punctuation": ([u.upper().replace(" .", "!") for u in TALK], "1 are near-copies"),
+    "other apostrophes": ([*TALK[:4], "Two\u2009, please\u2026"], "1 are near-copies"),
+    "one turn more": ([*TALK, "Here you are ."], "1 are near-copies"),
+    "one turn less": (TALK[:-1], "1 are near-copies"),
+    "another reply": ([*TALK[:2], "And cake ?", *TALK[3:]], "1 are near-copies"),
+    "half of it": ([*TALK[:2], "Thanks .", "Bye .", "See you ."], ""),
+    "the same words in another order": ([TALK[i] for i in (4, 2, 0, 3, 1)], ""),
+    "another dialogue": (["Who is it ?", "It is me .", "Come in ."], ""),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_and_near_copies_across_splits_are_said_with_their_places(name, tmp_path):
+    dialog, said = COPIES[name]
+    for split, dialogs in {"train": [["Hm .", "So ."], TALK], "validation": [["Ah ?", "Oh !"], dialog]}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json_lines([{"dialog": d} for d in dialogs]))
+    note = overlap_note(str(tmp_path), load_splits(str(tmp_path), ["train", "validation"]))
+    assert note.count("\n") == 0 and bool(note) == bool(said)
+    if said:
+        assert f"of 2 validation dialogues {said}" in note
+        assert f"({tmp_path / 'validation.jsonl'}, line 2 is like {tmp_path / 'train.jsonl'}, line 2)" in note
+
+
+def test_builtin_needs_no_check_of_copies():
+    assert overlap_note("builtin", load_splits("builtin", ["train", "validation"])) == ""
 
 
 def test_builtin_needs_no_file():
@@ -392,7 +524,140 @@ def test_an_array_nested_too_deep(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files that are wrong as a whole
+
+SAID = [{"role": "system", "content": "Be kind ."}, {"role": "user", "content": "Hi ."}]
+SAID += [{"role": "assistant", "content": "Hello ."}]
+SHAREGPT = [{"from": "human", "value": "Hi ."}, {"from": "gpt", "value": "Hello ."}]
+ROW_FORMS = {  # a row of another form, and what it becomes by the expression that the error gives
+    "messages": ({"messages": SAID}, ["Hi .", "Hello ."]),
+    "ShareGPT": ({"id": "7", "conversations": SHAREGPT}, ["Hi .", "Hello ."]),
+    "messages as dialog": ({"dialog": SAID}, ["Hi .", "Hello ."]),
+    "turns": ({"turns": [{"speaker": "A", "utterance": "Hi ."}]}, ["Hi ."]),
+    "prompt and completion": ({"prompt": "Hi .", "completion": "Hello ."}, ["Hi .", "Hello ."]),
+    "prompt and completion of messages": ({"prompt": SAID[:2], "completion": SAID[2:]}, ["Hi .", "Hello ."]),
+    "preferences": ({"prompt": "Hi .", "chosen": "Hello .", "rejected": "No ."}, ["Hi .", "Hello ."]),
+    "preferences of messages": ({"chosen": SAID, "rejected": SAID}, ["Hi .", "Hello ."]),
+    "Alpaca": ({"instruction": "Hi .", "input": "", "output": "Hello ."}, ["Hi .", "Hello ."]),
+    "history and response": ({"history": ["Hi ."], "response": "Hello ."}, ["Hi .", "Hello ."]),
+    "Persona-Chat": ({"utterances": [{"history": ["Hi ."], "candidates": ["No .", "Hello ."]}]}, ["Hi .", "Hello ."]),
+    "lines": ({"text": "Hi .\nHello ."}, ["Hi .", "Hello ."]),
+    "marks": ({"text": "Hi .__eou__Hello .__eou__"}, ["Hi .", "Hello ."]),
+}
+
+
+@pytest.mark.parametrize("form", ROW_FORMS)
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_of_another_form_are_answered_with_what_makes_dialogues_of_them(form, skip, tmp_path):
+    row, dialog = ROW_FORMS[form]
+    (tmp_path / "chats.jsonl").write_text(json_lines([row] * 200))
+    with pytest.raises(UserError) as refused:
+        load_dialogues(str(tmp_path / "chats.jsonl"), "validation", skip_bad_rows=skip)
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path / 'chats.jsonl'}, line 1: ") and "200 of 200 rows" in said
+    assert "--skip-bad-rows" not in said
+    assert eval(re.search("write `(.*)` as 'dialog'", said)[1], {"row": row}) == dialog
+
+
+def test_the_page_converts_other_forms_as_the_errors_say(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    said = {re.search("write `(.*)` as 'dialog'", form_of(row))[1] for row, _ in ROW_FORMS.values()}
+    table = re.findall(r"^\| `.*\| `(.*)` \|$", page[page.index("## Other forms") :], re.MULTILINE)
+    assert len(table) >= 7 and set(table) <= said
+    monkeypatch.chdir(tmp_path)
+    Path("messages.jsonl").write_text(json_lines([{"messages": SAID}] * 3))
+    exec(re.search("```python\n(.*?)```", page[page.index("## Other forms") :], re.DOTALL)[1], {})
+    Path("dialogues.jsonl").rename("train.jsonl")
+    assert [d.utterances for d in load_dialogues(str(tmp_path), "train")] == [("Hi .", "Hello .")] * 3
+
+
+PRETTY = "\n".join(json.dumps(row, indent=1) for row in ROWS)
+HTML = "<!DOCTYPE html>\n<html></html>"
+COLUMNS = {column: {str(i): row[column] for i, row in enumerate(ROWS)} for column in ROWS[0]}
+LISTED = '"[""Hi .""]"'
+WHOLE_FILES = [  # name, content, phrases of the answer
+    ("a.json", PRETTY, ["line 1: ", "spread over several lines", "on one line"]),
+    ("a.json", json.dumps(ROWS[0], indent=1), ["spread over several lines"]),
+    ("a.json", PRETTY.replace("\n}\n", "\n},\n"), ["spread over several lines", "without a comma"]),
+    ("a.json", json.dumps({"data": ROWS}), ["list 'data'"]),
+    ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1), ["list 'data'"]),
+    ("a.json", json.dumps({"data": [{"messages": SAID}]}), ["list 'data'", "chat messages"]),
+    ("a.json", json.dumps({"train": ROWS, "test": ROWS}), ["several lists (train, test)", "a file for each"]),
+    ("a.json", json.dumps(COLUMNS), ["object of columns", 'orient="records"']),
+    ("a.json", json.dumps({c: list(v.values()) for c, v in COLUMNS.items()}), ["object of columns", "from_dict"]),
+    ("a.json", json.dumps({str(i): row for i, row in enumerate(ROWS)}), ["a dialogue under each name"]),
+    ("a.jsonl", "\n".join(json.dumps(row["dialog"]) for row in ROWS), ["line 1: ", '{"dialog": [...]}']),
+    ("a.jsonl", "\n".join(map(repr, ROWS)), ["line 1: ", "Python, not JSON"]),
+    ("a.jsonl", "".join(json.dumps(row) + ",\n" for row in ROWS), ["line 1: ", "end with a comma"]),
+    ("a.jsonl", json_lines([{"Dialogue": ["Hi ."]}] * 9), ["line 1: ", "rename it to 'dialog'"]),
+    ("a.jsonl", json_lines([{"chat_id": 1, "text": "Hi ."}] * 9), ["one message in each row", "own_dataset.py"]),
+    ("a.csv", "conversation_id,speaker,text\n" + "1,a,Hi\n" * 9, ["line 2: ", "examples/own_dataset.py"]),
+    ("a.csv", "dialog;act\n" + f"{LISTED};1\n" * 9, ["separated by ';'", "sep=';'"]),
+    ("a.csv", "dialog\tact\n" + f"{LISTED}\t1\n" * 9, ["separated by tabs", r"sep='\t'"]),
+    ("a.csv", f"{LISTED},1\n" * 9, ["no header"]),
+    ("a.csv", "dialog\n" + "\"['Hi .' 'Bye .']\"\n" * 9, ["as numpy prints them"]),
+    ("a.jsonl", json_lines(ROWS).encode("utf-16"), ["is UTF-16 text", "iconv -f UTF-16 "]),
+    ("a.csv", f"dialog\n{LISTED}\n".encode("utf-16-le"), ["is UTF-16 text", "iconv -f UTF-16LE "]),
+    ("a.jsonl", json_lines(ROWS).encode("utf-16-be"), ["is UTF-16 text", "iconv -f UTF-16BE "]),
+    ("a.jsonl", json_lines(ROWS).encode("utf-32"), ["is UTF-32 text"]),
+    ("a.jsonl", '{"dialog": ["Où ?"]}\n'.encode("latin-1") * 9, ["line 1: ", "iconv -f WINDOWS-1252"]),
+    ("a.jsonl", gzip.compress(b"{}"), ["packed by gzip", "npack it"]),
+    ("a.jsonl.gz", gzip.compress(b"{}"), ["packed by gzip", "npack it"]),
+    ("a.csv", b"PK\x03\x04" + b"\0" * 9 + b"xl/workbook.xml", ["Excel workbook", "CSV UTF-8"]),
+    ("a.json", b"PAR1\0\0", ["is a parquet file", ".parquet"]),
+    ("a.parquet", json_lines(ROWS), ["holds text", ".jsonl"]),
+    ("a.parquet", HTML, ["a web page"]),
+    ("a.json", HTML, ["a web page"]),
+    ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),
+    ("a.jsonl", "", ["the file is empty"]),
+]
+
+
+@pytest.mark.parametrize("name, content, phrases", WHOLE_FILES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_file_that_is_wrong_as_a_whole_is_answered_as_a_whole(name, content, phrases, skip, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if skip and "end with a comma" in phrases:
+        phrases = ["line 1: ", "rows are malformed"]  # the last row is good
+    with pytest.raises(UserError) as refused:
+        load_splits(str(file), SPLITS, skip_bad_rows=skip)
+    said = str(refused.value)
+    assert name in said and "--skip-bad-rows" not in said and all(phrase in said for phrase in phrases), said
+
+
+def test_a_stored_dataset_of_another_form_is_answered_alike(tmp_path):
+    datasets.Dataset.from_list([{"messages": SAID}] * 9).save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=datasets.Dataset.from_list([{"messages": SAID}] * 9)).save_to_disk(str(tmp_path / "two"))
+    for name in ("one", "two"):
+        with pytest.raises(UserError, match="row 1: .*9 of 9 rows.*chat messages"):
+            load_dialogues(str(tmp_path / name), "train")
+
+
+def test_the_first_bad_row_is_that_of_the_file_and_all_are_counted(tmp_path):
+    rows = numbered(200)
+    for i in (150, 17, 5):
+        rows[i]["act"] = [9] * 3
+    (tmp_path / "chats.jsonl").write_text(json_lines(rows))
+    for split in SPLITS:
+        with pytest.raises(UserError, match=r"chats\.jsonl, line 6: act 9 .*3 of 200 rows.*--skip-bad-rows"):
+            load_dialogues(str(tmp_path / "chats.jsonl"), split)
+
+
+def test_a_lone_file_in_a_folder_can_be_given_itself(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(GOOD_LINE)
+    with pytest.raises(UserError, match=r"Give '.*chats\.jsonl' itself"):
+        load_dialogues(str(tmp_path), "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # DailyDialog itself
+
+
+def test_daily_dialogs_validation_has_copies_of_its_train(shared):
+    folder = str(shared / "data" / "dailydialog")
+    note = overlap_note(folder, load_splits(folder, ["train", "validation"], skip_bad_rows=True))
+    assert note.startswith("of 1,000 validation dialogues 89 are also in train and 92 are near-copies")
 
 
 def test_daily_dialog_train_has_one_bad_row(shared):
