@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from builtin_models import builtin_model
 from common import UserError, import_path
-from configuration import load_yaml
+from configuration import load_yaml, parse_config
 from ppo_dialog import PPOConfig
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,48 @@ def test_from_a_csv_of_chats_to_a_reply(tmp_path):
     looks = json.loads(next(tmp_path.glob("sft-*/sft.json")).read_text())["history"]
     assert min(look["perplexity"] for look in looks) < 3 < looks[0]["perplexity"]  # it learned them
     assert len(lines(tmp_path / "ppo")) >= 1 and (tmp_path / "ppo" / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, folder",
+    [
+        ([], "{out}/ppo"),
+        (["--experiment-name", "own"], "{out}/own"),
+        (["--experiment_name=own"], "{out}/own"),
+        (["--run-dir", "elsewhere", "--experiment-name", "own", "--lr", "1e-5"], "elsewhere/own"),
+        (["--run_dir=elsewhere"], "elsewhere/ppo"),
+        (["--config", "other.yaml"], "{out}/ppo"),  # whatever name and folder the file gives
+    ],
+)
+def test_the_chat_is_with_the_run_that_was_made(options, folder, tmp_path, monkeypatch):
+    made, status = [], {}
+
+    def called(command, **_):
+        made.append(command[1:])
+        return subprocess.CompletedProcess(command, status.get(command[1], 0))
+
+    monkeypatch.setattr(subprocess, "run", called)
+    argv = ["examples/own_dataset.py", str(EXAMPLES / "chats.csv"), "--output", str(tmp_path / "out"), *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(EXAMPLES / "own_dataset.py"), run_name="__main__")
+    sft, ppo, chat = made
+    config, _ = parse_config(PPOConfig, [o for o in ppo[1:] if o not in ("--config", "other.yaml")], "")
+    expected = Path(folder.format(out=tmp_path / "out"))
+    assert chat[:2] == ["chat.py", str(expected)] and config.run_folder == expected
+    made.clear()
+    status["ppo_dialog.py"] = 2  # a training that fails
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "own_dataset.py"), run_name="__main__")
+    assert ended.value.code == 2 and [command[0] for command in made] == ["sft_dialog.py", "ppo_dialog.py"]
+
+
+def test_a_chat_that_occurs_twice_is_in_one_split(tmp_path):
+    rows = [f"{i},{speaker},{text} {i % 20}\n" for i in range(60) for speaker, text in (("a", "Hi"), ("b", "Hello"))]
+    (tmp_path / "mine.csv").write_text("conversation_id,speaker,text\n" + "".join(rows))
+    convert = runpy.run_path(str(EXAMPLES / "own_dataset.py"))["convert"]
+    convert(str(tmp_path / "mine.csv"), tmp_path / "data")
+    splits = [(tmp_path / "data" / f"{s}.jsonl").read_text().splitlines() for s in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [16, 2, 2] and len(set(sum(splits, []))) == 20
 
 
 def test_a_csv_without_the_columns_is_refused_in_a_sentence(tmp_path):
