@@ -37,7 +37,7 @@ from typing import Any
 from builtin_models import resolve_model
 from common import UserError, count_parameters, nearest, run_script, use_all_cores
 from configuration import command_line
-from dialogue_agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of
+from dialogue_agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of, views_note
 from intent_classifier import IntentJudge
 
 COMMANDS = {  # name: what follows it, what it does
@@ -321,6 +321,8 @@ def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
         how = "its chat template" if agent.uses_template else "the dialogue format"
         who = f"{name}: " if len(agents) > 1 else ""
         conversation.note(f"{who}{agent.path}: {count_parameters(agent.model):,} parameters, through {how}")
+    if note := views_note(agents):
+        conversation.note(note)
     conversation.note("/help lists the commands, reset begins anew, quit leaves")
     interrupted = False
     while True:
@@ -389,10 +391,13 @@ def main() -> None:
         check_page(config.preferences, config.port)
         return serve(open_agents(config), config.preferences, config.port)
     agents = open_agents(config)
+    at_terminal = config.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if not at_terminal and (note := views_note(agents)):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     try:
         if config.prompt is not None:
             say_replies(agents, config.prompt)
-        elif sys.stdin.isatty() and sys.stdout.isatty():
+        elif at_terminal:
             converse(agents, config.intent_model)
         else:
             answer_lines(agents, sys.stdin)

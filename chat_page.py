@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import html
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from typing import Any
 import gradio as gr
 
 from common import UserError, count_parameters, first_line
-from dialogue_agent import Agent, messages_of
+from dialogue_agent import Agent, messages_of, views_note
 
 HOST = "127.0.0.1"
 CSS = """
@@ -272,7 +273,8 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
 
     with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as page:
         past, waiting, chosen, attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
-        gr.Markdown("<br>".join(heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)))
+        headings = [heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)]
+        gr.Markdown("<br>".join([*headings, *filter(None, [html.escape(views_note(agents))])]), elem_id="heading")
         chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",

@@ -219,6 +219,18 @@ class Agent:
             ids = self._encode(history)
         return history, ids
 
+    def view(self) -> str:
+        """What the model is shown of a conversation, and how long its replies may be, in words."""
+        if self.codec:
+            fmt = self.codec.format
+            view = f"the last {fmt.context_utterances} utterances, joined by '{fmt.eou_marker}'"
+            view += ", with a blank at both ends of each" if self.spaced else ""
+        else:
+            view = "all utterances, in its chat template"
+            view += f", after the system message '{self.system}'" if self.system else ""
+        room = f" of at most {self.room:,} tokens" if self.room < sys.maxsize // 2 else ""
+        return f"a prompt{room} ({view}), replies of at most {self.generation_config.max_new_tokens} tokens"
+
     def _spaced(self, utterance: str) -> str:
         return f" {utterance} " if self.spaced else utterance
 
@@ -297,6 +309,17 @@ class Agent:
                 running.result()  # raises what generate raised
             finally:
                 stop.set()
+
+
+def views_note(agents: Sequence[Agent]) -> str:
+    """A sentence on what each of two agents is shown of a conversation, where that differs; else ""."""
+    views = [agent.view() for agent in agents]
+    templates = {agent.tokenizer.chat_template if agent.uses_template else None for agent in agents}
+    if len(set(views)) == len(templates) == 1:
+        return ""
+    if len(set(views)) == 1:
+        return "A and B read the same words in different chat templates."
+    return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
 
 
 def messages_of(history: Sequence[str]) -> Messages:

@@ -1,5 +1,6 @@
 """The chat: what the model is shown of a conversation, what a person is shown of the model, and the terminal itself."""
 
+import copy
 import fcntl
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -30,7 +32,7 @@ from transformers import (
 import chat
 from chat import ChatConfig, Conversation, open_agents
 from common import UserError
-from dialogue_agent import Agent, judge_name, load_conversation, presentable, save_conversation
+from dialogue_agent import Agent, judge_name, load_conversation, presentable, save_conversation, views_note
 from envs import ACTS, DialogueFormat, Sample
 from generation import reply_log_likelihoods
 from intent_classifier import IntentJudge
@@ -465,7 +467,7 @@ def start(request, tmp_path):
         terminal = Terminal(tmp_path / "state", *arguments, term=term)
         request.addfinalizer(terminal.kill)
         fcntl.ioctl(terminal.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        terminal.until(terminal.prompt)
+        terminal.greeting = terminal.until(terminal.prompt)
         return terminal
 
     return start
@@ -779,6 +781,42 @@ def test_settings_of_one_format_go_to_the_agent_they_fit(folder, template_folder
     assert (a.system, a.spaced, b.system, b.spaced) == ("", True, "be kind", False)
     with pytest.raises(UserError, match="--system"):
         open_agents(ChatConfig(folder, versus=rival, system="be kind"))
+
+
+def test_two_agents_that_are_asked_in_different_ways_are_told_apart(folder, template_folder, monkeypatch, capsys):
+    options = ["--versus", template_folder, "--system", "be kind", "--seed", 1]
+    for more, stdin in ((["--prompt", "hello"], None), ([], "hello\n")):
+        status, out, err = run_main(monkeypatch, capsys, folder, *options, *more, stdin=stdin)
+        assert status == 0 and out.count("\n") == 1 and err.count("\n") == 1
+        assert err.startswith("note: A and B are not asked in the same way. A: ")
+        own, other = err.split(" B: ")
+        assert "joined by '<EOU>'" in own and "chat template, after the system message 'be kind'" in other
+
+
+def test_what_two_agents_are_shown_is_compared(folder, rival, template_folder, tmp_path):
+    plain = Agent(folder)
+    assert views_note([plain]) == views_note([plain, plain.twin()]) == views_note([plain, Agent(rival)]) == ""
+    assert "last 2 utterances" in views_note([plain, Agent(other_format(folder, tmp_path / "two", 2))])
+    assert "replies of at most 7 tokens" in views_note([plain, Agent(folder, max_new_tokens=7)])
+    template = Agent(template_folder)
+    assert views_note([template, template.twin()]) == "" and "be kind" in views_note(
+        [template, Agent(template_folder, system="be kind")]
+    )
+    other = template.twin()
+    other.tokenizer = copy.copy(other.tokenizer)
+    other.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    assert "different chat templates" in views_note([template, other])
+
+
+def other_format(folder, copied, context_utterances):
+    shutil.copytree(folder, copied)
+    DialogueFormat(context_utterances=context_utterances).save(copied)
+    return str(copied)
+
+
+def test_the_terminal_says_at_its_start_what_two_agents_are_shown(folder, template_folder, start):
+    greeting = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", start(folder, "--versus", template_folder).greeting)
+    assert "A and B are not asked in the same way" in " ".join(greeting.split())
 
 
 def test_two_agents_stay_in_step_where_one_is_stopped(folder, rival, monkeypatch, capsys):
