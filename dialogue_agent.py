@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from builtin_models import resolve_model
 from common import UserError, check_vocabulary, first_line, load_pretrained, load_tokenizer
-from envs import ACTS, FORMAT_FILE, DialogueCodec, DialogueFormat
+from envs import ACTS, FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
 from generation import Sampling, log_probs_of
 from intent_classifier import IntentJudge
 
@@ -125,10 +125,15 @@ class Agent:
 
         # These settings and no others: what the model's folder says of sampling, penalties and lengths is set aside.
         # Only its end tokens are kept, because chat models have several.
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        named = [self.model.generation_config.eos_token_id, getattr(config.get_text_config(), "eos_token_id", None)]
+        ends = {id for ids in named for id in (ids if isinstance(ids, list) else [ids])} | {self.tokenizer.eos_token_id}
+        self.text = self.codec.text if self.codec else PlainText(self.tokenizer)
         if self.codec:
-            ends.add(self.codec.marker_token_id)
+            turn_end, self.stop = self.codec.marker_token_id, self.codec.format.eou_marker.strip()
+        else:
+            turn_end, self.stop = turn_end_of(self.tokenizer)
+        self.end_token_id = self.tokenizer.eos_token_id if turn_end is None else turn_end
+        ends.add(turn_end)
         self.model.generation_config = GenerationConfig()
         draws = {} if s.greedy else dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.generation_config = GenerationConfig(
@@ -178,8 +183,11 @@ class Agent:
         return text
 
     def heard(self, text: str) -> str:
-        """What a user's text becomes: an utterance of the dialogue format is one line."""
-        return re.sub(r"\s*\n\s*", " ", text.strip()) if self.codec else text.strip()
+        """What a user's text becomes: an utterance of the dialogue format is one line, and does not hold the marker,
+        which would end it."""
+        if not self.codec:
+            return text.strip()
+        return re.sub(r"\s*\n\s*", " ", text.replace(self.stop, " ").strip())
 
     def respond(self, history: Sequence[str], text: str, attempt: int = 0) -> Iterator[str]:
         """The reply to `text` after `history` (user and agent in turn), in pieces; see `stream`."""
@@ -188,8 +196,7 @@ class Agent:
         torch.manual_seed(torch.seed() if self.seed is None else self.seed + 1000 * attempt)
         # closed at once when this iterator is, so that generation has ended before the next reply begins
         with contextlib.closing(self._generate(prompt)) as pieces:
-            marker = self.codec.format.eou_marker.strip() if self.codec else ""
-            yield from presentable(pieces, marker, one_line=self.codec is not None)
+            yield from presentable(pieces, self.stop, one_line=self.codec is not None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the model is shown
@@ -204,7 +211,7 @@ class Agent:
         history = history[starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)] :]
 
         ids = self._encode(history)
-        words = self.tokenizer(history[-1], add_special_tokens=False).input_ids
+        words = self.text.encode([history[-1]])[0]
         if len(ids) > self.room and not self.has_cut:
             print(f"(more than the model's {self.room} tokens: the beginning is left out)", file=sys.stderr, flush=True)
             self.has_cut = True
@@ -244,9 +251,9 @@ class Agent:
         """Prompt tokens of a conversation, uncut."""
         prompt = self._prompt(history)
         if self.codec:
-            return self.tokenizer(prompt).input_ids
+            return self.codec.prompt_ids([prompt], most=sys.maxsize)[0]
         try:
-            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+            return template_ids(self.text, prompt)
         except TemplateError as error:
             raise UserError(f"the chat template of '{self.name}' refuses the conversation: {error}") from error
 
@@ -274,7 +281,7 @@ class Agent:
         if self.codec:
             target = self.codec.encode_target(self._spaced(self.heard(reply)))
         else:
-            target = [*self.tokenizer(reply, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+            target = [*self.text.encode([reply])[0], self.end_token_id]
         target = target[: min(most or len(target), self.positions - len(prompt))]
         ids = torch.tensor([prompt + target], device=self.model.device)
         logits = self.model(ids[:, :-1]).logits[0, len(prompt) - 1 :]  # (T, V)
@@ -285,7 +292,11 @@ class Agent:
         stop = threading.Event()
 
         def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            marked = self.codec is not None and self.codec.ended(ids[0, len(prompt) :].tolist())
+            said = ids[0, len(prompt) :].tolist()
+            if self.codec:
+                marked = self.codec.ended(said)
+            else:
+                marked = bool(self.stop) and self.stop in self.tokenizer.decode(said)
             return torch.tensor([stop.is_set() or marked], device=ids.device)
 
         def generate() -> None:
@@ -322,13 +333,65 @@ def views_note(agents: Sequence[Agent]) -> str:
     return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
 
 
+HIDDEN = 0xF0000  # the first of Unicode's private characters, which stand for text that spells a special token
+
+
+def template_ids(text: PlainText, messages: Messages) -> list[int]:
+    """Prompt tokens of a conversation through the tokenizer's chat template, uncut.
+
+    Special tokens are the template's own: what spells one in a message is hidden from it, and encoded as text.
+    """
+    tokenizer, hidden, shown = text.tokenizer, [], []
+    for message in messages:
+        parts = text.split(message["content"])
+        for k in range(1, len(parts), 2):
+            hidden.append(parts[k])
+            parts[k] = chr(HIDDEN + len(hidden) - 1)
+        shown.append(message | {"content": "".join(parts)})
+    if not hidden:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+    rendered = tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = []
+    for part in re.split(f"([{chr(HIDDEN)}-{chr(HIDDEN + len(hidden) - 1)}])", rendered):
+        if len(part) == 1 and ord(part) >= HIDDEN:
+            ids += text.encode([hidden[ord(part) - HIDDEN]])[0]
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+    return ids
+
+
+def turn_end_of(tokenizer: Any) -> tuple[int | None, str]:
+    """What ends the model's turn by its chat template: a special token's id, or a text, "" where it is not known.
+
+    It is what the template writes after an assistant's message; where that is blank, what it writes before the next.
+    """
+    said = [{"role": role, "content": f"~{role}~{i}~"} for i, role in enumerate(("user", "assistant", "user"))]
+    after = []
+    for length in (2, 3):
+        try:
+            text = tokenizer.apply_chat_template(said[:length], tokenize=False)
+        except Exception:  # a template may refuse what it is given, in any way
+            return None, ""
+        _, found, rest = text.rpartition(said[1]["content"])
+        after.append(rest.partition(said[2]["content"])[0] if found else "")
+    special = set(tokenizer.all_special_ids)
+    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    always = os.path.commonprefix(after)  # a template may begin the model's next turn unasked
+    for ids in tokenizer([always, after[1]], add_special_tokens=False).input_ids:
+        for id in ids:
+            if id in special:
+                return id, ""
+    return None, (always if always.strip() else after[1]).rstrip()
+
+
 def messages_of(history: Sequence[str]) -> Messages:
     """A conversation that the user began, as messages."""
     return [{"role": ("user", "assistant")[i % 2], "content": u} for i, u in enumerate(history)]
 
 
-# A terminal obeys these: what a model writes must not move the cursor or rename the window.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A terminal obeys control characters: what a model writes must not move the cursor or rename the window. U+FFFD stands
+# for bytes that are no whole character, and half of a surrogate pair is none.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 
 
 def presentable(pieces: Iterable[str], marker: str, one_line: bool) -> Iterator[str]:

@@ -603,12 +603,60 @@ def make_samples(dialogues: Sequence[Dialogue], fmt: DialogueFormat) -> list[Sam
     ]
 
 
+class PlainText:
+    """Text to token ids in which no text becomes a special token by spelling one, but for `marker` where it is one.
+
+    A user may write "</s>" or "<|im_end|>". As a special token that would end a turn, or begin another role.
+    """
+
+    def __init__(self, tokenizer: Any, marker: str = ""):
+        self.tokenizer = tokenizer
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        spelled = "|".join(map(re.escape, special)) or r"(?!)"  # without special tokens nothing matches
+        self.pattern = re.compile(f"{re.escape(marker)}|({spelled})" if marker else f"({spelled})")
+
+    def split(self, text: str) -> list[str]:
+        """The text cut where it spells a special token: what spells one stands at every second place."""
+        parts, end = [], 0
+        for match in self.pattern.finditer(text):
+            if match[1] is not None:
+                parts += [text[end : match.start()], match[1]]
+                end = match.end()
+        return [*parts, text[end:]]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without what the tokenizer puts before or after a text."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+        for i, text in enumerate(texts):
+            if len(parts := self.split(text)) > 1:
+                rows[i] = [id for k, part in enumerate(parts) if part for id in self._ids(part, spelled=k % 2 == 1)]
+        return rows
+
+    def _ids(self, text: str, spelled: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=spelled).input_ids
+
+
+def put_before(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts before a text, such as BOS. What it puts after a text has no place in a prompt that
+    is to be continued."""
+    with_special, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
+    return list(with_special[: next(starts, 0)])
+
+
+def without_torn_characters(text: str) -> str:
+    """Decoded text without U+FFFD, which stands for bytes that are no whole character: a reply that was cut, say."""
+    return text.replace("\ufffd", "")
+
+
 class DialogueCodec:
     """Prompts to tokens and response tokens to text, for one tokenizer and one format."""
 
     def __init__(self, tokenizer: Any, fmt: DialogueFormat):
         self.tokenizer, self.format = tokenizer, fmt
         self.eos_token_id = tokenizer.eos_token_id
+        self.text, self.prefix = PlainText(tokenizer, fmt.eou_marker.strip()), put_before(tokenizer)
         # The marker may come as several tokens, and merged with what stands before it (".<" + "EOU" + ">"), so its end
         # is found in the decoded text; only after a token that holds the marker's last character can it be complete.
         last = fmt.eou_marker.rstrip()[-1]
@@ -624,18 +672,24 @@ class DialogueCodec:
 
     def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (B, P), cut and padded on the left; P is the longest of the batch, or the maximum."""
-        encoded = self.tokenizer(
-            list(prompts),
-            truncation=True,
-            max_length=self.format.max_prompt_tokens,
-            padding="max_length" if pad_to_max else True,
-            return_tensors="pt",
-        )
-        return encoded.input_ids, encoded.attention_mask
+        rows = self.prompt_ids(prompts)
+        width = self.format.max_prompt_tokens if pad_to_max else max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            mask[i, width - len(row) :] = 1
+        return ids, mask
+
+    def prompt_ids(self, prompts: Sequence[str], most: int | None = None) -> list[list[int]]:
+        """Token ids of each prompt, of which the last `most` (max_prompt_tokens) stay, after what the tokenizer puts
+        before a text."""
+        room = max(1, (self.format.max_prompt_tokens if most is None else most) - len(self.prefix))
+        return [self.prefix + ids[-room:] for ids in self.text.encode(prompts)]
 
     def encode_target(self, reply: str) -> list[int]:
         """Token ids of a human reply with its marker, uncut."""
-        return self.tokenizer(self.format.target(reply), add_special_tokens=False).input_ids
+        return self.text.encode([self.format.target(reply)])[0]
 
     def ended(self, response_ids: Sequence[int]) -> bool:
         """Whether a response is complete: its last token is EOS, or closes the marker."""
@@ -654,7 +708,7 @@ class DialogueCodec:
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
         marker = self.format.eou_marker.strip()
-        text, *after = self.tokenizer.decode(ids).split(marker)
+        text, *after = without_torn_characters(self.tokenizer.decode(ids)).split(marker)
         return (text if after else without_torn(text, marker)).strip()
 
 
@@ -739,7 +793,7 @@ class DialogueVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before step()")
         if len(actions) != self.num_envs:
             raise UserError(f"step() was given {len(actions)} responses for {self.num_envs} dialogues.")
-        said = lambda text: text.split(self.codec.format.eou_marker.strip())[0].strip()
+        said = lambda text: without_torn_characters(text).split(self.codec.format.eou_marker.strip())[0].strip()
         responses = [said(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
         finished, final_obs = self._current, self._observations
         rewards, statistics = np.zeros(self.num_envs), {}

@@ -88,6 +88,7 @@ class IntentJudge:
 def encode_pairs(tokenizer, previous: Sequence[str], utterances: Sequence[str], as_pair: bool = True):
     """A padded batch of the judge's input; where a pair is too long, the beginning of what is longer goes."""
     options = dict(truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+    options["split_special_tokens"] = True  # text that spells a special token, such as [SEP], stays text
     if as_pair:
         # the spacing of the data ("Sure . ") and that of decoded text ("Sure .") must look the same to the judge
         return tokenizer([p.strip() for p in previous], [u.strip() for u in utterances], **options)

@@ -134,8 +134,8 @@ def train_sft(config: SFTConfig) -> Path:
 def windows_of(samples: list[Sample], codec: DialogueCodec) -> list[tuple[list[int], list[int]]]:
     """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample."""
     fmt = codec.format
-    prompts = codec.tokenizer([s.prompt for s in samples], truncation=True, max_length=fmt.max_prompt_tokens).input_ids
-    targets = codec.tokenizer([fmt.target(s.reply) for s in samples], add_special_tokens=False).input_ids
+    prompts = codec.prompt_ids([s.prompt for s in samples])
+    targets = codec.text.encode([fmt.target(s.reply) for s in samples])
     # One rare monologue must not set the memory of a step; PPO never sees past max_new_tokens anyway.
     return [(p, t[: max(64, fmt.max_new_tokens)]) for p, t in zip(prompts, targets)]
 
@@ -148,7 +148,7 @@ def chains_of(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -
     on: any utterance may be a reply.
     """
     fmt = codec.format
-    beginning = codec.tokenizer("").input_ids  # what the tokenizer puts before a text, if anything
+    beginning = codec.prefix
     chains: list[list[int]] = []
     for number, dialogue in enumerate(dialogues):
         texts, context = [], []
@@ -161,7 +161,7 @@ def chains_of(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -
         if context:
             texts.append(fmt.prompt(context))
         chains.append(beginning.copy())
-        for tokens in codec.tokenizer(texts, add_special_tokens=False).input_ids:
+        for tokens in codec.text.encode(texts):
             if len(chains[-1]) + len(tokens) > limit and len(chains[-1]) > len(beginning):
                 chains.append(beginning.copy())
             chains[-1] += tokens[: limit - len(beginning)]

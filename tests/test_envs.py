@@ -19,6 +19,7 @@ from conftest import make_tokenizer
 from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from common import UserError, load_tokenizer
 from dataset_checks import form_of, overlap_note
@@ -28,11 +29,14 @@ from envs import (
     DialogueFormat,
     DialogueVectorEnv,
     FormatOptions,
+    Sample,
     load_dialogues,
     load_splits,
     make_samples,
     without_torn,
 )
+from intent_classifier import encode_pairs
+from sft_dialog import chains_of, windows_of
 
 SPLITS = ("train", "validation", "test")
 ROWS = [
@@ -762,6 +766,59 @@ def test_prompts_are_padded_and_cut_on_the_left(codec):
     assert ids[1].tolist() == tokens(codec, long)[-16:]
     assert codec.encode_prompts([short])[0].shape == (1, n)
     assert codec.encode_prompts([short], pad_to_max=True)[0].shape == (1, 16)
+
+
+def surrounding(tokenizer, template: str):
+    """The tokenizer with a post-processor that puts special tokens around every text."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<PAD>", "<EOS>", "<EOU>")]
+    special = [(token, id) for token, id in special if id is not None]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, pair=f"{template} $B:1", special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("special_marker", [True, False])
+def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_prompt_that_goes_on(special_marker):
+    plain = DialogueCodec(make_tokenizer(special_marker), DialogueFormat(max_prompt_tokens=16))
+    closing = DialogueCodec(surrounding(make_tokenizer(special_marker), "$A <EOS>"), plain.format)
+    both = DialogueCodec(surrounding(make_tokenizer(special_marker), "<PAD> $A <EOS> <EOS>"), plain.format)
+    prompts = ["Hi <EOU>", "What time is it ? " * 20 + "<EOU>"]
+    expected, mask = plain.encode_prompts(prompts)
+    for found, same in zip(closing.encode_prompts(prompts), (expected, mask)):
+        assert torch.equal(found, same)
+    assert both.prefix == [0] and both.prompt_ids(prompts[:1])[0] == [0, *plain.prompt_ids(prompts[:1])[0]]
+    assert both.prompt_ids(prompts)[1] == [0, *plain.prompt_ids(prompts)[1][1:]]  # what is cut stands after BOS
+    assert closing.encode_target("Sure .") == both.encode_target("Sure .") == plain.encode_target("Sure .")
+    samples = [Sample(("Hi",), prompts[0], "Sure .", 0)]
+    assert windows_of(samples, closing) == windows_of(samples, plain)
+    dialogues = [Dialogue(("Hi .", "Hello .", "Well ?"), (0,) * 3, (0,) * 3)]
+    assert chains_of(dialogues, closing, 100) == chains_of(dialogues, plain, 100)
+    assert chains_of(dialogues, both, 100)[0][0] == [0, *chains_of(dialogues, plain, 100)[0][0]]
+
+
+@pytest.mark.parametrize("special_marker", [True, False])
+def test_text_that_spells_a_special_token_stays_text(special_marker):
+    codec = DialogueCodec(make_tokenizer(special_marker), DialogueFormat())
+    prompt = codec.format.prompt(["Write <EOS> , then <PAD> .", "<EOS><EOS>", "Hm", "Well", "So ?"])
+    (ids,) = codec.prompt_ids([prompt])
+    assert not {codec.eos_token_id, codec.tokenizer.pad_token_id} & set(ids)
+    assert codec.tokenizer.decode(ids) == prompt and ids.count(codec.marker_token_id) == 5 * special_marker
+    target = codec.encode_target("No <EOS> here")
+    assert [codec.ended(target[:n]) for n in range(len(target) + 1)] == [False] * len(target) + [True]
+    assert codec.decode_response(target) == "No <EOS> here"
+    # the judge's own separators are there, and no others
+    pair = encode_pairs(make_tokenizer(True), ["a <EOU> b"], ["<EOS>"]).input_ids[0].tolist()
+    assert pair.count(2) == 2 and 1 not in pair
+
+
+def test_characters_that_the_limit_cuts_are_no_part_of_a_reply(codec):
+    cup = tokens(codec, "\N{HOT BEVERAGE}")
+    assert len(cup) == 3 and "\ufffd" in codec.tokenizer.decode(cup[:2])
+    ids = tokens(codec, "Coffee ")
+    assert codec.decode_response(ids + cup[:2]) == codec.decode_response(ids + cup[:1]) == "Coffee"
+    assert codec.decode_response(ids + cup) == "Coffee \N{HOT BEVERAGE}"
+    assert codec.decode_response(cup[:2] + ids + tokens(codec, "<EOU>")) == "Coffee"  # nor bytes that are no character
 
 
 def test_load_tokenizer_pads_and_cuts_on_the_left(tiny_lm, tiny_tokenizer):
