@@ -77,7 +77,7 @@ Row = tuple[str, dict[str, Any]]  # where it stands ("chats.csv, line 3"), and i
 Checked = tuple[str, Dialogue | str]  # where it stands, and the dialogue, or what is wrong with the row
 
 
-def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> Dialogues:
+def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, markers: Sequence[str] = ()) -> Dialogues:
     """All dialogues of one split ("train", "validation" or "test").
 
     `data_path` is `builtin`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that one); a folder
@@ -86,25 +86,28 @@ def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False) -> D
     DailyDialog release, zipped or not.
 
     Raises UserError naming file and line of the first bad row: unequal lengths, an empty utterance, a label out of
-    range, text that is not UTF-8. With `skip_bad_rows` those rows are left out and listed in `.skipped`. A file whose
-    rows are all bad is refused in either case, with what it looks like.
+    range, text that is not UTF-8 or holds one of the `markers` that end an utterance. With `skip_bad_rows` those rows
+    are left out and listed in `.skipped`. A file whose rows are all bad is refused in either case, with what it looks
+    like.
     """
-    return load_splits(data_path, [split], skip_bad_rows)[split]
+    return load_splits(data_path, [split], skip_bad_rows, markers)[split]
 
 
-def load_splits(data_path: str, splits: Sequence[str], skip_bad_rows: bool = False) -> dict[str, Dialogues]:
+def load_splits(
+    data_path: str, splits: Sequence[str], skip_bad_rows: bool = False, markers: Sequence[str] = ()
+) -> dict[str, Dialogues]:
     """Several splits at once, as load_dialogues gives each of them. A file that is cut into splits is read once."""
     for split in splits:
         if split not in SPLITS:
             raise UserError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     uncut = _uncut_rows(str(data_path))
     if uncut is not None:
-        checked = _check_rows(uncut, skip_bad_rows)
+        checked = _check_rows(uncut, skip_bad_rows, markers)
         parts = _cut(checked)
     loaded = {}
     for split in splits:
         if uncut is None:
-            part = _check_rows(_rows(str(data_path), split), skip_bad_rows)
+            part = _check_rows(_rows(str(data_path), split), skip_bad_rows, markers)
         else:
             part = parts[split]
         good = [(where, d) for where, d in part if isinstance(d, Dialogue)]
@@ -129,7 +132,7 @@ def load_splits(data_path: str, splits: Sequence[str], skip_bad_rows: bool = Fal
     return loaded
 
 
-def _check_rows(rows: Iterator[Row], skip_bad_rows: bool) -> list[Checked]:
+def _check_rows(rows: Iterator[Row], skip_bad_rows: bool, markers: Sequence[str]) -> list[Checked]:
     """All rows, each with its dialogue or its fault.
 
     Raises UserError about the first bad row; with `skip_bad_rows` only where no row is good.
@@ -137,7 +140,7 @@ def _check_rows(rows: Iterator[Row], skip_bad_rows: bool) -> list[Checked]:
     checked, bad, first = [], 0, None
     for where, row in rows:
         try:
-            checked.append((where, _checked(row)))
+            checked.append((where, _checked(row, markers)))
         except ValueError as error:
             checked.append((where, str(error)))
             bad, first = bad + 1, first or (f"{where}: {error}", row)
@@ -168,7 +171,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _checked(row: dict[str, Any]) -> Dialogue:
+def _checked(row: dict[str, Any], markers: Sequence[str]) -> Dialogue:
     """The row as a Dialogue; ValueError says what is wrong with it."""
     if "_error" in row:
         raise ValueError(row["_error"])
@@ -188,6 +191,11 @@ def _checked(row: dict[str, Any]) -> Dialogue:
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is empty")
         if not utterance.isascii() and UNDECODABLE.search(utterance):
             raise ValueError(f"utterance {i + 1} of {len(utterances)} is not valid UTF-8")
+        for marker in markers:
+            if marker in utterance:
+                raise ValueError(
+                    f"utterance {i + 1} of {len(utterances)} holds the marker '{marker}', which ends an utterance"
+                )
     return Dialogue(tuple(utterances), *labels)
 
 

@@ -585,9 +585,11 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         file = Path(getattr(config, option)) if getattr(config, option) else None
         if file and (file.is_dir() or any(p.is_file() for p in file.parents)):
             raise UserError(f"{option} '{file}' cannot be written: expected the path of a new or existing file.")
-    dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows)
-
     names = {"policy": config.model_path, "baseline": config.baseline_path}
+    folders = [resolve_model(name) for name in names.values() if name and not Path(name).is_file()]
+    markers = dict.fromkeys(DialogueFormat.load(folder).eou_marker.strip() for folder in folders)
+    dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
+
     answers: dict[str, Answers] = {}
     models, asked, fmt, samples = {}, {}, None, []
     samples_of = lambda fmt: make_samples(dialogues, fmt)[: config.limit or None]

@@ -944,7 +944,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         )
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     monitor.stage("reading the dialogues")
-    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows)
+    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
     if main and (note := overlap_note(config.data_path, dialogues)):
         say(f"note: {note}")
     samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}

@@ -76,7 +76,8 @@ def train_sft(config: SFTConfig) -> Path:
     codec = DialogueCodec(tokenizer, fmt)
     draw = drawable(config.progress, PartialState().is_main_process)
     with waiting("reading the dialogues", draw):
-        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
+        marker = fmt.eou_marker.strip()
+        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [marker])
     if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
         print(f"note: {note}")
     samples = {s: make_samples(d, fmt) for s, d in splits.items()}

@@ -797,6 +797,19 @@ def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_prompt_that_goes_on(spec
     assert chains_of(dialogues, both, 100)[0][0] == [0, *chains_of(dialogues, plain, 100)[0][0]]
 
 
+def test_an_utterance_that_holds_the_marker_is_a_bad_row(tmp_path):
+    rows = [{"dialog": [f"Hi {i} .", "Well ?"]} for i in range(40)]
+    rows[7]["dialog"][1] = "Type <EOU> to end ."
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_dialogues(str(file), "train")) == 36  # the judge reads no markers
+    with pytest.raises(UserError, match="line 8: utterance 2 of 2 holds the marker '<EOU>', which ends.*Mend the row"):
+        load_dialogues(str(file), "train", markers=["<EOU>"])
+    kept = [load_dialogues(str(file), split, True, ["<EOU>"]) for split in SPLITS]
+    assert sum(map(len, kept)) == 39 and sum(len(part.skipped) for part in kept) == 1
+    assert all("<EOU>" not in u for part in kept for d in part for u in d.utterances)
+
+
 @pytest.mark.parametrize("special_marker", [True, False])
 def test_text_that_spells_a_special_token_stays_text(special_marker):
     codec = DialogueCodec(make_tokenizer(special_marker), DialogueFormat())
