@@ -14,7 +14,6 @@ manifest is refused by name, and the one before it is used. Nothing is unpickled
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -23,8 +22,8 @@ import pickle
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ from accelerate.utils import broadcast_object_list
 
 from common import EXIT_INTERRUPTED, UserError, write_json
 from engines import largest
+from launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-SAME_REQUEST = 1.0  # seconds: Ctrl-C reaches a process from the terminal, and from its launcher once more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,43 +207,102 @@ class FolderLock:
         self.file.close()
 
 
+class OptionalOutput:
+    """A stream whose reader may go away: what is written from then on is lost, and nothing is raised."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is still buffered goes there too
+
+
 class StopSignals:
     """SIGTERM and Ctrl-C ask for a stop after the current update; a second one stops at once.
 
-    `asked` is the exit status to leave with, 0 while nobody asked. Use as a context manager.
+    `asked` is the exit status to leave with, 0 while nobody asked. The end of `accelerate launch` and of the terminal
+    (SIGHUP) ask too, but they are never the second request: what ended the launcher often reaches this process as
+    well. Use as a context manager.
     """
 
     def __init__(self):
         self.asked = 0
+        self.first: int | None = None  # the first signal that somebody sent
+        self.copies = 0  # further signals of its kind that belong to the same request
+        self.patience: threading.Timer | None = None
 
     def __enter__(self) -> StopSignals:
-        follow_launcher()
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else it is a run that nohup has started
+            numbers.append(signal.SIGHUP)
+        if launcher():
+            launcher().follow()
+            numbers.append(LAUNCHER_ENDED)
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
+        if self.patience:
+            self.patience.cancel()
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            ignored = self.asked and number == LAUNCHER_ENDED
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked and time.monotonic() < self.at + SAME_REQUEST:
+        if number not in (LAUNCHER_ENDED, signal.SIGHUP):
+            if self.first is None:
+                self.first, self.copies = number, int(signals_come_twice())
+            elif number == self.first and self.copies:
+                self.copies -= 1
+                return
+            else:
+                self._say("stopping at once; the last checkpoint stands")
+                sys.exit(self.asked)
+        if not self.asked:
+            self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + signal.SIGTERM
+            # Ctrl-C ends `tee`, and SIGHUP means that the terminal has gone
+            sys.stdout, sys.stderr = OptionalOutput(sys.stdout), OptionalOutput(sys.stderr)
+            self._say("stopping after this update, which is saved; once more to stop at once")
+            self._keep_launcher_quiet(number)
+
+    def _keep_launcher_quiet(self, number: int) -> None:
+        """End a launcher that is about to print a traceback, or that would kill this process before it has saved."""
+        found = launcher()
+        if found is None or number in (LAUNCHER_ENDED, signal.SIGHUP):
             return
-        if self.asked:
-            print("stopping at once; the last checkpoint stands", file=sys.stderr, flush=True)
-            sys.exit(self.asked)
-        self.at = time.monotonic()
-        self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
-        print("stopping after this update, which is saved; once more to stop at once", file=sys.stderr, flush=True)
+        if number == signal.SIGINT and found.interrupted_too:
+            found.end()
+        if found.several:
+            seconds = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # torch's name and default
+            self.patience = threading.Timer(0.8 * seconds, self._go_on_without, [found, seconds])
+            self.patience.daemon = True
+            self.patience.start()
 
+    def _go_on_without(self, found: Launcher, seconds: float) -> None:
+        if found.is_local_main:
+            self._say(
+                f"the launcher kills what has not ended after {seconds:g} s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT): it is "
+                "ended first, and this update is finished and saved without it"
+            )
+            found.end()
 
-def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when `accelerate launch` ends: with one process it dies of a SIGTERM by itself, and
-    what it launched would train on, unseen. Linux only."""
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    words = parent.read_bytes().split(b"\0") if sys.platform == "linux" and parent.exists() else []
-    if b"launch" in words and any(Path(word.decode(errors="ignore")).name == "accelerate" for word in words):
-        PR_SET_PDEATHSIG = 1  # sys/prctl.h
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    @staticmethod
+    def _say(text: str) -> None:
+        with contextlib.suppress(RuntimeError):  # another line is just being written
+            print(text, file=sys.stderr, flush=True)
 
 
 def lost_process(error: Exception) -> bool:

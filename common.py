@@ -1,6 +1,6 @@
 """What every script needs and no subject owns: errors for people, loading of models, quiet libraries, small files.
 
-Imports nothing of this project, so that every sibling may import it.
+Imports nothing of this project but launcher.py, so that every sibling may import it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 from safetensors import SafetensorError
 
+from launcher import launcher
+
 EXIT_USER_ERROR = 2  # what argparse and tyro also use for a command line they cannot take
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -47,22 +49,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback.
 
-    So does a disk that is full or read-only become a sentence.
+    So does a disk that is full or read-only become a sentence. Under `accelerate launch` see launcher.py.
     """
     quiet_libraries()
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    found = launcher()
+    with found.attended() if found else contextlib.nullcontext():
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
 
 
 def quiet_libraries() -> None:

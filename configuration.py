@@ -51,6 +51,12 @@ TUTORIAL_VALUES = {
     "policy_class": {"PolicyNetworkGPT": ""},
     "critic_class": {"ValueNetworkGPT": ""},
 }
+# Options of ppo_dialog.py that change what a run shows, keeps, or stops at, and not what it computes
+NOT_COMPUTED = set(
+    "progress log_interval sample_interval save_interval keep_checkpoints validation_limit track use_wandb "
+    "wandb_entity wandb_project wandb_mode stats judge_samples eval_split eval_limit lora_merge reward_timeout "
+    "max_skipped_steps run_dir experiment_name resume".split()
+)
 SECRET = re.compile(r"token$|secret|password|credential|api_?key", re.IGNORECASE)
 HIDDEN = "(not stored)"
 SECTIONS = ("env", "env.args", "reward_class", "reward_class.args", "vec_info_class", "model_dict")
@@ -169,11 +175,11 @@ def _resumed(cls: type, config: Any, arguments: list[str], description: str) -> 
     values, _ = load_yaml(cls, str(stored))
     place = dict(run_dir=config.run_dir, experiment_name=config.experiment_name)
     config = command_line(cls, description, arguments, default=cls(**values | place))
+    now, before = plain_values(config), plain_values(cls(**values))  # without secrets, which are given again
     notes = [
-        f"{f.name} is {getattr(config, f.name)}, {values[f.name]} before: from here on it is another run than the "
-        "uninterrupted one"
-        for f in dataclasses.fields(cls)
-        if f.name not in (*place, "resume") and f.name in values and getattr(config, f.name) != values[f.name]
+        f"{name} is {now[name]}, {before[name]} before: from here on it is another run than the uninterrupted one"
+        for name in values
+        if name not in NOT_COMPUTED and now[name] != before[name]
     ]
     return config, notes
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import (
@@ -34,10 +35,38 @@ from configuration import load_deepspeed
 Placement = Literal["replicated", "offloaded", "sharded"]
 # What a process may wait for the others, who wait while one of them scores the held-out samples, say
 PATIENCE = timedelta(hours=2)
+# Beginnings of the environment variables that tell Accelerate, torch and DeepSpeed of engine and processes
+ENGINE_VARIABLES = ("ACCELERATE_", "FSDP_", "DS_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine
+
+
+@contextlib.contextmanager
+def own_engine() -> Iterator[None]:
+    """Give the block an engine of its own, as in a fresh process, and leave the process as it was.
+
+    Accelerate keeps devices, precision and gradient accumulation as state of the whole process, and refuses another
+    precision after the first. It and `make_accelerator` also set environment variables, which would choose the next
+    engine. What the caller has made before, an Accelerator of his own too, is as it was after the block.
+    """
+    states = [state._shared_state for state in (AcceleratorState, GradientState, PartialState)]
+    before = [dict(state) for state in states]
+    environment, prepare_backend = dict(os.environ), PartialState._prepare_backend
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = prepare_backend
+        for state, content in zip(states, before):
+            state.clear()
+            state.update(content)
+        for name in os.environ.keys() | environment.keys():
+            if name.startswith(ENGINE_VARIABLES):
+                os.environ.pop(name, None)
+                os.environ.update({name: environment[name]} if name in environment else {})
 
 
 def make_accelerator(config: Any, run: Path) -> Accelerator:

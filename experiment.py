@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import platform
+import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -29,7 +30,17 @@ from transformers import AutoModelForCausalLM
 
 from builtin_models import resolve_model
 from checkpoint import FolderLock
-from common import UserError, finite, first_line, import_path, load_pretrained, load_tokenizer, whole_folder, write_json
+from common import (
+    UserError,
+    finite,
+    first_line,
+    import_path,
+    load_pretrained,
+    load_tokenizer,
+    raised,
+    whole_folder,
+    write_json,
+)
 from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
 from eval_metrics import EVAL_SAMPLING, Evaluation, compare, evaluate_model, format_table, generate_replies, progress
@@ -60,25 +71,66 @@ def measure_judge(judge: IntentJudge, samples: list[Sample], limit: int) -> dict
     return accuracy_on(judge, pairs)
 
 
+def try_reward(score: Callable, sample: Sample, group: int) -> None:
+    """Ask the reward about a human reply and an empty one, so that its faults show before the first rollout.
+
+    Both reply to one prompt, `group` times in all where that is more than two. `score` is a checked call of the
+    reward, see rewards.score_episodes. A reward that draws random numbers leaves the run's as they were.
+    """
+    replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
+    replies = replies[: max(2, group)]
+    repeat = lambda value: [value] * len(replies)
+    try:
+        with random_states_kept():
+            score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))
+    except UserError as error:
+        raise UserError(f"{error} (Before training, it was asked about a human reply and an empty one.)") from error
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch are after the block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def make_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]] | None:
     """The user's own statistics: a function of (rollout, metrics) -> {name: number}, or a class made once."""
     if not path:
         return None
     stats = import_path(path, "stats")
     stats = stats() if inspect.isclass(stats) else stats
-    if not callable(stats):
-        raise UserError(f"stats '{path}' cannot be called with (rollout, metrics).")
+    try:
+        inspect.signature(stats).bind(None, None)
+    except TypeError as error:  # not callable, or with other arguments
+        raise UserError(f"stats '{path}' cannot be called with (rollout, metrics): {error}.") from error
+    except ValueError:  # a built-in function, which has no signature
+        pass
     return stats
 
 
-def checked_stats(stats: Any, metrics: dict[str, float]) -> dict[str, float]:
-    """What the user's statistics gave, as numbers under names that are still free; UserError otherwise."""
+def checked_stats(make: Callable[..., Any], rollout: Any, metrics: dict[str, float]) -> dict[str, float]:
+    """What the user's statistics give, as numbers under names that are still free; UserError otherwise."""
+    try:
+        stats = make(rollout, dict(metrics))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"stats raised {raised(error)}.") from error
     if not isinstance(stats, dict):
         raise UserError(f"stats returned a {type(stats).__name__}; expected a dict of name and number.")
     taken = sorted(set(stats) & set(metrics))
     if taken:
         raise UserError(f"stats returned '{taken[0]}', a name that is taken already; rename it.")
-    return {name: float(value) for name, value in stats.items()}
+    try:
+        return {name: float(value) for name, value in stats.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"stats gave something that is no number: {error}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ of the options below, and those given on the command line override the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -58,7 +59,18 @@ from common import (
 )
 from configuration import HIDDEN, NamedValues, parse_config, save_yaml
 from dataset_checks import overlap_note
-from engines import Placement, at_hand, largest, make_accelerator, place, placement_of, prepare, ready, whole_state
+from engines import (
+    Placement,
+    at_hand,
+    largest,
+    make_accelerator,
+    own_engine,
+    place,
+    placement_of,
+    prepare,
+    ready,
+    whole_state,
+)
 from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_splits, make_samples
 from experiment import (
     SHOWN,
@@ -76,10 +88,12 @@ from experiment import (
     show_results,
     start_trackers,
     tracker_ids,
+    try_reward,
     validation_reward,
 )
 from generation import Sampling, alone, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
 from intent_classifier import WEAK_JUDGE
+from launcher import launcher
 from monitor import Monitor, ProgressMode, judge_warning
 from networks import (
     AdapterOff,
@@ -906,14 +920,15 @@ class Progress:
     trackers: dict[str, str] = field(default_factory=dict)
 
 
+@own_engine()
 def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     """The whole run: load, train, compare, save. Returns the run's folder."""
-    with Monitor(config) as monitor:
-        return train_under(monitor, config, notes or [])
+    with contextlib.ExitStack() as at_end, Monitor(config) as monitor:
+        return train_under(monitor, at_end, config, notes or [])
 
 
-def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
-    """`train`, shown by a monitor."""
+def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfig, notes: list[str]) -> Path:
+    """`train`, shown by a monitor; `at_end` is left however the run ends."""
     config.check()
     run = config.run_folder
     accelerator = make_accelerator(config, run)
@@ -1000,6 +1015,10 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
     frozen = [ref_model]
     if judge is not None:
         frozen.append(place(judge.model, intent_placement, accelerator))
+    monitor.stage("asking the reward about two replies")
+    with at_hand(*frozen[1:], once=config.gather):
+        try_reward(score, samples["train"][0], config.samples_per_prompt)
+    if judge is not None:
         monitor.stage("measuring the judge")
         with at_hand(judge.model, once=config.gather):
             judged = measure_judge(judge, samples["validation"], config.judge_samples)
@@ -1028,7 +1047,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         length_price.start = progress.length_price.get("start", 0.0)
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
-        lock = open_run(run, keep=config.resume)
+        at_end.callback(open_run(run, keep=config.resume).release)
         cut_metrics(run / "metrics.jsonl", progress.updates)
         save_yaml(replace(config, resume=False), run / "config.yaml")
         if warning := check_room(run, 8 * parameters + 8 * trained, config.keep_checkpoints):
@@ -1163,7 +1182,7 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
                     "peak_memory_mb": peak_memory_mb(accelerator.device),
                 }
                 if user_stats is not None:
-                    metrics |= checked_stats(user_stats(rollout, dict(metrics)), metrics)
+                    metrics |= checked_stats(user_stats, rollout, metrics)
                 due, best = progress.updates % config.save_interval == 0, False
                 if due and validation:
                     with networks():
@@ -1192,8 +1211,6 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         except Exception as error:  # a reward that failed, say
             if between_updates and single and progress.updates > saved:  # else the last checkpoint has to do
                 checkpoint()
-            if main:
-                lock.release()
             if lost_process(error):
                 raise UserError(
                     "another process of this run has ended, and none can go on alone; what it said is above or in its "
@@ -1204,6 +1221,9 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
             checkpoint()
     monitor.close()
     if asked:
+        accelerator.wait_for_everyone()
+        if launcher():
+            launcher().all_saved = True
         log.close()
         say(f"stopped after update {progress.updates}; go on with --resume")
         sys.exit(asked)
@@ -1229,8 +1249,6 @@ def train_under(monitor: Monitor, config: PPOConfig, notes: list[str]) -> Path:
         f"peak memory {peak_memory_mb(accelerator.device):,.0f} MiB; results in {run}"
     )
     say(f"talk to it: python chat.py {run}")
-    if main:
-        lock.release()
     return run
 
 

@@ -59,8 +59,10 @@ class Reward:
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], acts: Sequence[int]
-    ) -> Scores:
+    ) -> Scores | Sequence[float]:
         """Scores (N,) of N replies, and statistics by name, (N,) each, which are logged as means.
+
+        Scores alone will do: a list, an array or a tensor of N numbers.
 
         `prompts` are the contexts as the policy sees them, `references` the human replies, `acts` their dialogue acts
         (1 inform, 2 question, 3 directive, 4 commissive; 0 where the data has no labels).
@@ -136,23 +138,28 @@ class FunctionReward(Reward):
         self.function, self.args = function, args
 
     def __call__(self, prompts, responses, references, acts):
-        result = self.function(prompts, responses, references, acts, **self.args)
-        return result if isinstance(result, tuple) else (result, {})
+        return self.function(prompts, responses, references, acts, **self.args)
 
 
 def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts, timeout: float = 0.0) -> Scores:
     """Call a reward and check what comes back: one finite number for each reply, else UserError.
 
-    So is what it raises, and, where `timeout` (seconds) is set, a call that takes longer.
+    It may return the scores alone, as a list, tuple, array or tensor, or scores and statistics. UserError too for what
+    it raises, and for a call that takes longer than `timeout` (seconds), if one is set.
     """
     result = _call(reward, (prompts, responses, references, acts), timeout)
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+    if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping):
+        scores, statistics = result
+    else:
+        scores, statistics = result, {}
+    if scores is None or isinstance(scores, (str, Mapping)):
         raise UserError(
-            f"the reward returned a {type(result).__name__}; expected scores and statistics, (array, dict)."
+            f"the reward returned {'nothing' if result is None else f'a {type(result).__name__}'}; expected scores "
+            "(one each is due, in a list or an array), or scores and statistics, (list, dict)."
         )
     try:
-        scores = np.asarray(result[0], dtype=np.float64)
-        statistics = {k: np.asarray(v, np.float64) for k, v in result[1].items()}
+        scores = _numbers(scores)
+        statistics = {name: _numbers(values) for name, values in statistics.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the reward gave something that is no number: {error}.") from error
     if scores.shape != (len(responses),):
@@ -168,6 +175,15 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
         if values.shape not in ((), scores.shape):
             raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")
     return scores, {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """A number, or numbers in a list, an array or a tensor on any device, as an array."""
+    if isinstance(values, (list, tuple)):
+        values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
 
 
 def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common import UserError, whole_folder, write_json
+from engines import own_engine
 from monitor import ProgressMode, bar, drawable
 
 
@@ -64,6 +65,7 @@ class FitConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
 
 
+@own_engine()
 def fit(
     label: str,
     model: torch.nn.Module,

@@ -1,5 +1,6 @@
 """What a run shows: the display on a real terminal, lines elsewhere, sample dialogues, warnings, trackers."""
 
+import fcntl
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -189,30 +191,35 @@ def test_the_display_fits_every_terminal(width, tmp_path, monkeypatch):
 
 
 class Terminal:
-    """A program on a pseudo-terminal, and what it has written there."""
+    """A program on a pseudo-terminal that is its controlling one, and what it has written there."""
+
+    start = forked.Popen  # or subprocess.Popen, for programs that are no script of this project
 
     def __init__(self, *command: str, columns: int = 100, **environment: str):
         self.master, slave = pty.openpty()
         plain = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "PPO_DIALOG_PROGRESS")}
         size = dict(TERM="xterm-256color", COLUMNS=str(columns), LINES="50")
-        self.process = forked.Popen(
+        self.process = self.start(
             command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=plain | size | environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(slave)
         self.written = ""
 
-    def read_until(self, words: str, seconds: float = 600) -> None:
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def read_until(self, words: str, seconds: float = 600, times: int = 1) -> None:
         deadline = time.monotonic() + seconds
-        while words not in self.written and time.monotonic() < deadline:
+        while self.written.count(words) < times and time.monotonic() < deadline:
             if select.select([self.master], [], [], 0.2)[0]:
                 try:
                     self.written += os.read(self.master, 65536).decode(errors="replace")
                 except OSError:  # the program has ended
                     break
 
-    def end(self) -> int:
-        self.read_until("\0never\0")
+    def end(self, seconds: float = 600) -> int:
+        self.read_until("\0never\0", seconds)
         os.close(self.master)
         try:
             return self.process.wait(30)

@@ -13,7 +13,7 @@ import forked
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,9 +41,7 @@ def flags(**settings) -> list[str]:
 
 
 def trained(**settings) -> Path:
-    """`train` in this process, as if it were a fresh one."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    """`train` in this process."""
     return train(PPOConfig(**SHORT | settings))
 
 
@@ -117,6 +115,63 @@ def test_config_yaml_repeats_the_run_to_the_digit(first_run, tmp_path):
     assert timeless(lines(tmp_path / "ppo_dialog")) == timeless(lines(folder))
     again, first = (load_file(f / "policy" / "model.safetensors") for f in (tmp_path / "ppo_dialog", folder))
     assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_each_run_of_a_process_has_its_own_precision_and_is_as_the_first(tmp_path):
+    """As in a notebook: other settings, mistakes and runs that fail in between leave nothing behind."""
+    short = dict(
+        run_dir=str(tmp_path), total_time_steps=1, env_num=8, eval_limit=-1, validation_limit=0, intent_coef=0.0
+    )
+    half = short | dict(mixed_precision="bf16", gradient_accumulation_steps=2)
+
+    def made(**settings) -> dict:
+        environment = dict(os.environ)
+        folder = trained(**settings)
+        assert os.environ == environment
+        return load_file(folder / "policy" / "model.safetensors") | {"rows": timeless(lines(folder))}
+
+    first = made(experiment_name="first", **half)
+    for broken, said in (
+        (dict(stats="absent:x"), "absent"),
+        (dict(mixed_precision="fp16"), "fp16"),
+        (dict(lr=-1), "lr"),
+    ):
+        with pytest.raises(UserError, match=said):
+            trained(**short | broken)
+    accelerator = Accelerator(mixed_precision="no")  # the caller's own
+    other = made(experiment_name="other", **short)
+    again = made(experiment_name="first", **half)  # the lock of its folder is free again
+    assert accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 1
+    assert all(torch.equal(first[n], again[n]) for n in first if n != "rows") and first["rows"] == again["rows"]
+    assert not all(torch.equal(first[n], other[n]) for n in first if n != "rows")
+
+
+@pytest.mark.slow
+def test_reinforcement_after_supervised_training_in_one_process_is_as_in_a_fresh_one(tmp_path):
+    short = flags(total_time_steps=200, env_num=8, eval_limit=-1, validation_limit=0, intent_coef=0.0, run_dir=tmp_path)
+    code = """
+        import os, sys
+        from common import quiet_libraries
+        from configuration import parse_config
+        from ppo_dialog import PPOConfig, train
+        from sft_dialog import SFTConfig, train_sft
+
+        quiet_libraries()
+        *ppo, both = sys.argv[1:]
+        sft = SFTConfig(model_path="builtin", output_dir=both, mixed_precision="no", max_minutes=0.02)
+        half = parse_config(PPOConfig, [*ppo, "--mixed-precision", "bf16"], "")[0]
+        if os.path.basename(both) == "both":
+            train(parse_config(PPOConfig, [*ppo, "--mixed-precision", "no"], "")[0])
+            train_sft(sft)
+        train(half)
+    """
+    rows = []
+    for name in ("both", "alone"):
+        settings = [*short, "--experiment-name", name, str(tmp_path / "models" / name)]
+        done = run(sys.executable, "-c", textwrap.dedent(code), *settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows.append(timeless(lines(tmp_path / name)))
+    assert rows[0] == rows[1] and rows[0]
 
 
 def test_evaluation_of_a_run_from_the_command_line(first_run, tmp_path):

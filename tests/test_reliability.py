@@ -29,8 +29,9 @@ import checkpoint
 from builtin_models import builtin_model
 from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
 from common import UserError
-from configuration import parse_config, save_yaml
-from experiment import Log, open_run
+from configuration import NOT_COMPUTED, parse_config, save_yaml
+from experiment import Log, checked_stats, make_stats, open_run
+from launcher import LAUNCHER_ENDED
 from ppo_dialog import PPOConfig, load_causal_lm
 from rewards import score_episodes
 
@@ -83,7 +84,8 @@ def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path
         float, re.search(r"replies have ([\d.]+) tokens; .* holds ([\d.]+)", capsys.readouterr().out).groups()
     )
     assert held == pytest.approx(1.25 * start, abs=0.1) and 3 < start < 20
-    (tmp_path / "fuse").write_text("3")  # the fourth call raises: three updates are done, two of them in a checkpoint
+    # the first call is the one before training, the fifth raises: three updates are done, two of them in a checkpoint
+    (tmp_path / "fuse").write_text("4")
     with pytest.raises(UserError, match=r"the scoring server is gone \(brittle.py, line 10\)"):
         trained(experiment_name="cut", **settings)
     cut = tmp_path / "cut"
@@ -123,6 +125,29 @@ def test_a_run_can_be_made_longer_and_says_so(tmp_path):
     assert lines(folder)[: len(before)] == before and lines(folder)[-1]["env_steps"] >= 800
 
 
+def test_only_what_changes_the_numbers_makes_it_another_run(tmp_path):
+    folder = tmp_path / "ppo_dialog"
+    folder.mkdir()
+    stored = PPOConfig(run_dir=str(tmp_path), reward="a:b", reward_args={"api_key": "sesame", "weight": 1})
+    save_yaml(stored, folder / "config.yaml")
+
+    def notes(*arguments: str) -> list[str]:
+        return parse_config(PPOConfig, ["--resume", "--run-dir", str(tmp_path), *arguments], "")[1]
+
+    shown = dict(progress="plain", log_interval=3, sample_interval=0, save_interval=2, keep_checkpoints=5)
+    shown |= dict(validation_limit=5, track="tensorboard", wandb_project="x", wandb_mode="offline", stats="a:c")
+    shown |= dict(judge_samples=7, eval_split="validation", eval_limit=3, reward_timeout=9.0, max_skipped_steps=1)
+    assert notes(*flags(**shown), "--use-wandb", "--lora-merge") == []
+    assert notes("--reward-args", "api_key=sesame", "weight=1") == []  # a secret is not stored, so it is given again
+    (note,) = notes("--reward-args", "api_key=sesame", "weight=2")
+    assert "sesame" not in note and "reward_args is {'api_key': '(not stored)', 'weight': 2}" in note
+    computed = dict(lr=1e-3, total_time_steps=9, env_num=64, seed=1, temperature=0.5, micro_batch_tokens=9)
+    assert [note.split()[0] for note in notes(*flags(**computed))] == [
+        name for name in vars(stored) if name in computed
+    ]
+    assert NOT_COMPUTED <= set(vars(stored))
+
+
 def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = RUN | dict(run_dir=str(tmp_path), total_time_steps=400, save_interval=1, lr_schedule="constant")
@@ -152,6 +177,26 @@ def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path)
     point, refused = newest_whole(folder)
     assert point.name == f"update-{done:06d}" and not refused
     assert (folder / "policy" / "model.safetensors").exists()
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_a_run_that_is_to_stop():
+    """`| tee log`: Ctrl-C ends tee, and the run goes on to its checkpoint."""
+    code = """
+        import os, signal
+        from checkpoint import StopSignals
+
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3):
+                print("update", flush=True)
+        raise SystemExit(stop.asked)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(60) == 130 and "Error" not in errors and "stopping after this update" in errors
 
 
 def started(tmp_path: Path, **settings) -> tuple[subprocess.Popen, Path]:
@@ -377,16 +422,47 @@ def test_a_folder_that_cannot_be_made_is_refused(place, tmp_path):
         open_run(tmp_path / place, keep=False)
 
 
-def test_the_second_signal_stops_at_once(monkeypatch):
+INT, TERM, HUP, ENDED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LAUNCHER_ENDED
+
+
+@pytest.mark.parametrize(
+    "twice, before, last, status",
+    [
+        (False, [], INT, 130),
+        (False, [], TERM, 143),
+        (False, [INT], INT, 130),
+        (False, [TERM], TERM, 143),
+        (False, [TERM], INT, 143),
+        (False, [ENDED, TERM], TERM, 143),
+        (False, [HUP, ENDED, TERM], TERM, 143),
+        (False, [ENDED, INT, ENDED], INT, 143),
+        (True, [INT, INT], INT, 130),  # torch's launcher has passed on what the process had got itself
+        (True, [TERM, TERM], TERM, 143),
+        (True, [INT], TERM, 130),  # what torch's launcher makes of the second Ctrl-C
+        (True, [ENDED, TERM, TERM], TERM, 143),
+    ],
+)
+def test_the_second_request_stops_at_once_and_a_copy_of_the_first_does_not(twice, before, last, status, monkeypatch):
+    """`before` are signals that together ask once for a stop after the update; then comes `last`."""
+    ended: list[int] = []
+    found = SimpleNamespace(several=False, interrupted_too=False, follow=lambda: None, end=lambda: ended.append(1))
+    monkeypatch.setattr(checkpoint, "launcher", lambda: found)
+    monkeypatch.setattr(checkpoint, "signals_come_twice", lambda: twice)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # they are replaced
+    handlers = {number: signal.getsignal(number) for number in (INT, TERM)}
     with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == 143
-        os.kill(os.getpid(), signal.SIGINT)  # at the same moment: a launcher passing on what the terminal sent
-        assert stop.asked == 143
-        monkeypatch.setattr(checkpoint, "SAME_REQUEST", 0.0)
-        with pytest.raises(SystemExit, match="143"):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        for number in before:
+            os.kill(os.getpid(), number)
+            assert stop.asked == (143 if before[0] in (ENDED, HUP) else status)
+        if before:
+            with pytest.raises(SystemExit, match=str(status)):
+                os.kill(os.getpid(), last)
+        else:
+            os.kill(os.getpid(), last)
+            assert stop.asked == status
+    assert {number: signal.getsignal(number) for number in (INT, TERM)} == handlers and not ended
+    signal.signal(ENDED, signal.SIG_DFL)
 
 
 # --- rewards, trackers, numbers
@@ -405,6 +481,73 @@ def test_a_reward_that_hangs_or_raises_is_named():
 
         score_episodes(refuses, *columns)
     assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=600)[0].tolist() == [0.5]
+
+
+ASKED = """
+    import random
+    import numpy as np
+    import torch
+
+    calls = []
+
+    def scored(responses):
+        calls.append(list(responses))
+        return [len(r) / 100 for r in responses]
+
+    def plain(prompts, responses, references, acts):
+        return scored(responses)
+
+    class Drawing:
+        "Draws from every global generator when it is asked for the first time."
+
+        def __call__(self, prompts, responses, references, acts):
+            if not calls:
+                random.random(), np.random.rand(3), torch.rand(3)
+            return scored(responses)
+
+    def faulty(prompts, responses, references, acts):
+        return [1 / len(r) for r in responses]
+"""
+
+
+def test_a_reward_is_asked_about_two_replies_before_the_run_and_the_run_is_the_same(tmp_path):
+    file = tmp_path / "asked.py"
+    file.write_text(textwrap.dedent(ASKED))
+    settings = RUN | dict(run_dir=str(tmp_path), total_time_steps=200)
+    folders = []
+    for name in ("plain", "Drawing"):
+        folders.append(trained(**settings, reward=f"{file}:{name}", experiment_name=name))
+        first, second, *_ = sys.modules["user_file_asked"].calls
+        assert len(first) == 2 and first[0] and first[1] == "" and len(second) == SHORT["env_num"]
+    assert timeless(lines(folders[0])) == timeless(lines(folders[1])) and digest(folders[0]) == digest(folders[1])
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*asked about a human reply and an empty one"):
+        trained(**settings, reward=f"{file}:faulty", experiment_name="faulty")
+    assert not (tmp_path / "faulty").exists()
+
+
+@pytest.mark.parametrize(
+    "stats, fault",
+    [
+        ("one", r"cannot be called with \(rollout, metrics\): too many positional arguments"),
+        ("raises", r"stats raised KeyError: 'absent' \(own_stats.py, line 6\)"),
+        ("words", "stats gave something that is no number"),
+    ],
+)
+def test_statistics_that_fail_are_said_in_a_sentence(stats, fault, tmp_path):
+    file = tmp_path / "own_stats.py"
+    code = """
+        def one(rollout):
+            return {}
+
+        def raises(rollout, metrics):
+            return {"x": metrics["absent"]}
+
+        def words(rollout, metrics):
+            return {"x": "three"}
+    """
+    file.write_text(textwrap.dedent(code))
+    with pytest.raises(UserError, match=fault):
+        checked_stats(make_stats(f"{file}:{stats}"), None, {"score": 1.0})
 
 
 def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_path):

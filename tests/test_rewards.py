@@ -450,8 +450,13 @@ def test_an_object_without_setup_will_do(own_file):
         ((np.zeros((4, 1)), {}), r"scores of shape \(4, 1\) for 4 replies"),
         (([0, 1, float("nan"), 0], {}), "gave nan for the reply 'Could I have a table"),
         (([0, float("inf"), 0, 0], {}), "gave inf for the reply 'It is six"),
-        (np.zeros(4), "scores and statistics"),
-        (None, "scores and statistics"),
+        (np.zeros(3), r"scores of shape \(3,\) for 4 replies"),
+        ((np.zeros(4), np.zeros(4)), r"scores of shape \(2, 4\) for 4 replies"),
+        ((np.zeros(4), None), "number"),
+        ((x for x in (1, 2, 3, 4)), "number"),
+        (None, "returned nothing; expected .* scores and statistics"),
+        ({"one": [1, 2, 3, 4]}, "returned a dict; expected .* scores and statistics"),
+        ("1234", "returned a str; expected .* scores and statistics"),
         (([0, 1, "x", 0], {}), "number"),
         ((np.zeros(4), {"odd": [1, 2]}), "odd"),
     ],
@@ -459,6 +464,32 @@ def test_an_object_without_setup_will_do(own_file):
 def test_scores_that_cannot_be_used(value, fault):
     with pytest.raises(UserError, match=fault):
         score_episodes(lambda *episode: value, PROMPTS, RESPONSES, REFERENCES, ACTS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0.25, 0.5],
+        (0.25, 0.5),  # two numbers, no scores with statistics
+        np.array([0.25, 0.5]),
+        torch.tensor([0.25, 0.5], requires_grad=True),
+        torch.tensor([0.25, 0.5], dtype=torch.bfloat16),
+        [torch.tensor(0.25, requires_grad=True), torch.tensor([0.5])],
+        ([0.25, 0.5], {}),
+        [torch.tensor([0.25, 0.5]), {}],
+    ],
+)
+@pytest.mark.parametrize("kind", ["class", "function"])
+def test_scores_alone_will_do_in_any_form(kind, value, monkeypatch):
+    class Own(Reward):
+        def __call__(self, prompts, responses, references, acts):
+            return value
+
+    own = Own if kind == "class" else lambda prompts, responses, references, acts: value
+    monkeypatch.setitem(REWARDS, "own", own)
+    reward = make_reward("own", {}, "cpu", "<EOU>")
+    scores, statistics = score_episodes(reward, PROMPTS[:2], RESPONSES[:2], REFERENCES[:2], ACTS[:2])
+    assert scores.dtype == np.float64 and scores.tolist() == [0.25, 0.5] and statistics == {}
 
 
 def test_default_is_registered_and_reads_as_documented():
