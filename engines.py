@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -60,6 +61,9 @@ def own_engine() -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend = prepare_backend
+        groups = sys.modules.get("deepspeed.utils.groups")
+        if groups and not torch.distributed.is_initialized():
+            groups._WORLD_GROUP = None  # DeepSpeed's copy of the process group that has ended
         for state, content in zip(states, before):
             state.clear()
             state.update(content)
