@@ -923,7 +923,10 @@ class Progress:
 @own_engine()
 def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
     """The whole run: load, train, compare, save. Returns the run's folder."""
+    streams = contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr)
     with contextlib.ExitStack() as at_end, Monitor(config) as monitor:
+        for stream in streams:
+            at_end.enter_context(stream)  # as they were, in the end: StopSignals replaces them
         return train_under(monitor, at_end, config, notes or [])
 
 
