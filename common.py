@@ -287,6 +287,37 @@ def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
         )
 
 
+def first_position(config: Any) -> int:
+    """Position of a text's first token: 0, but padding_idx + 1 for RoBERTa and the models made like it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if type(config) not in MODEL_MAPPING:
+        return 0
+    module = sys.modules[MODEL_MAPPING[type(config)].__module__]
+    like_roberta = any(hasattr(member, "create_position_ids_from_input_ids") for member in vars(module).values())
+    return config.pad_token_id + 1 if like_roberta else 0
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens of a text that a model of this configuration has positions for. None: no limit (ALiBi, Mamba)."""
+    if not hasattr(config, "get_text_config"):  # of a network of the user's own
+        return getattr(config, "max_position_embeddings", None)
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    positions = next((n for name in names if (n := getattr(config, name, None))), None)
+    return positions - first_position(config) if positions and positions > 0 else None
+
+
+def check_positions(config: Any, fmt: Any, name: str, advice: str = "lower one of them") -> None:
+    """UserError where prompts and replies of a dialogue format (envs.DialogueFormat) are too long for the model."""
+    positions, needed = positions_of(config), fmt.max_prompt_tokens + fmt.max_new_tokens
+    if positions is not None and positions < needed:
+        raise UserError(
+            f"model '{name}' has {positions} positions, but max_prompt_tokens {fmt.max_prompt_tokens} and "
+            f"max_new_tokens {fmt.max_new_tokens} need {needed}; {advice}."
+        )
+
+
 def count_parameters(model: torch.nn.Module, trained: bool = False) -> int:
     """All parameters, or those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)

@@ -31,7 +31,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Sto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from builtin_models import resolve_model
-from common import UserError, check_vocabulary, first_line, load_pretrained, load_tokenizer
+from common import (
+    UserError,
+    check_vocabulary,
+    first_line,
+    first_position,
+    load_pretrained,
+    load_tokenizer,
+    positions_of,
+)
 from envs import ACTS, FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
 from generation import Sampling, log_probs_of
 from intent_classifier import IntentJudge
@@ -109,7 +117,7 @@ class Agent:
 
         fmt = DialogueFormat.load(name)
         # models without a table of positions (ALiBi, Mamba, ...) have room for anything
-        self.positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.positions = positions_of(config) or sys.maxsize
         new_tokens = settings.max_new_tokens
         if new_tokens is None:
             new_tokens = min(TEMPLATE_NEW_TOKENS if self.uses_template else fmt.max_new_tokens, self.positions // 2)
@@ -301,9 +309,14 @@ class Agent:
 
         def generate() -> None:
             ids = torch.tensor([prompt], device=self.model.device)
+            first = first_position(self.model.config)
+            # left to itself, generate counts from 0
+            counted = torch.arange(first, first + len(prompt), device=ids.device)[None]
+            positions = {"position_ids": counted} if first else {}
             try:
                 self.model.generate(
                     ids,
+                    **positions,
                     attention_mask=torch.ones_like(ids),
                     generation_config=self.generation_config,
                     stopping_criteria=StoppingCriteriaList([ended]),

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
 from builtin_models import resolve_model
-from common import UserError, count_parameters, fuse_gelu, load_pretrained, run_script
+from common import UserError, check_positions, count_parameters, fuse_gelu, load_pretrained, run_script
 from configuration import parse_config
 from engines import Placement
 from networks import disable_dropout, keep_fewer_activations, with_adapter
@@ -337,6 +337,7 @@ def main() -> None:
     folder = resolve_model(config.model_path)
     architecture = load_pretrained(AutoConfig, folder, "model")
     fmt = config.dialogue_format(folder)
+    check_positions(architecture, fmt, folder)
     print(describe(estimate(config, architecture, judge_configuration(config), fmt.max_new_tokens), config))
 
 

@@ -25,6 +25,7 @@ from common import (
     count_parameters,
     load_pretrained,
     load_tokenizer,
+    positions_of,
     run_script,
     use_all_cores,
     whole_folder,
@@ -74,9 +75,8 @@ class IntentJudge:
         acts = [0] * len(utterances)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            batch = encode_pairs(
-                self.tokenizer, [previous[i] for i in chunk], [utterances[i] for i in chunk], self.as_pair
-            )
+            pairs = [previous[i] for i in chunk], [utterances[i] for i in chunk]
+            batch = encode_pairs(self.tokenizer, *pairs, self.as_pair, pair_tokens(self.model.config))
             device = self.model.device
             with torch.autocast(device.type, enabled=False):  # a judge whose verdict hangs on the engine is none
                 logits = self.model(**batch.to(device)).logits
@@ -85,9 +85,20 @@ class IntentJudge:
         return acts
 
 
-def encode_pairs(tokenizer, previous: Sequence[str], utterances: Sequence[str], as_pair: bool = True):
-    """A padded batch of the judge's input; where a pair is too long, the beginning of what is longer goes."""
-    options = dict(truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+def pair_tokens(config) -> int:
+    """Tokens of a pair that an encoder of this configuration reads."""
+    return min(MAX_TOKENS, positions_of(config) or MAX_TOKENS)
+
+
+def encode_pairs(
+    tokenizer,
+    previous: Sequence[str],
+    utterances: Sequence[str],
+    as_pair: bool = True,
+    max_tokens: int = MAX_TOKENS,
+):
+    """A padded batch of the judge's input. A pair of more than `max_tokens` loses the beginning of its longer text."""
+    options = dict(truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
     options["split_special_tokens"] = True  # text that spells a special token, such as [SEP], stays text
     if as_pair:
         # the spacing of the data ("Sure . ") and that of decoded text ("Sure .") must look the same to the judge
@@ -181,7 +192,8 @@ def train_intent(config: IntentConfig) -> Path:
 
     def collate(batch):
         previous, utterances, acts = zip(*batch)
-        return dict(encode_pairs(tokenizer, previous, utterances)) | {"labels": torch.tensor(acts) - 1}
+        encoded = encode_pairs(tokenizer, previous, utterances, max_tokens=pair_tokens(model.config))
+        return dict(encoded) | {"labels": torch.tensor(acts) - 1}
 
     def validate(model: torch.nn.Module, rows) -> dict[str, float]:
         loss, predicted = 0.0, []

@@ -27,6 +27,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 import chat
@@ -388,6 +390,29 @@ def test_a_system_message_without_room_for_a_word_is_said(tmp_path):
     agent = Agent(make_model(tmp_path, positions=64, template=TEMPLATE), system="be kind " * 50)
     with pytest.raises(UserError, match="--system"):
         agent.reply("hello")
+
+
+def test_a_model_whose_positions_begin_elsewhere_answers_from_its_own(tmp_path):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    sizes |= dict(max_position_embeddings=41, pad_token_id=0, initializer_range=0.5, is_decoder=True)
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    DialogueFormat().save(tmp_path)
+    agent = Agent(str(tmp_path), greedy=True, max_new_tokens=10, min_new_tokens=10)
+    assert agent.room == 30  # of 41 positions, 1 is for padding and 10 are for the reply
+    text = torch.tensor([agent.shown(["hello there" * 20])[1]])
+    assert text.shape[1] == 30 and not (text == 0).any()
+    with torch.no_grad():
+        for _ in range(10):
+            logits = model(input_ids=text, position_ids=torch.arange(1, text.shape[1] + 1)[None]).logits[:, -1]
+            logits[:, agent.generation_config.eos_token_id] = float("-inf")
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
+    expected = tokenizer.decode(text[0, 30:], skip_special_tokens=True)
+    said = presentable([expected], agent.codec.format.eou_marker, one_line=True)
+    assert agent.reply("hello there" * 20) == "".join(said) != ""
 
 
 def test_a_stopped_reply_keeps_what_was_said(folder):

@@ -241,6 +241,13 @@ def test_intent_is_whether_the_judge_hears_the_act(judge_folder, config):
     assert intent(PROMPTS, RESPONSES, REFERENCES, wrong)[0].tolist() == [0, 0, 0, 0]
 
 
+def test_a_judge_reads_as_much_of_a_pair_as_it_has_positions_for(judge_folder):
+    judge = IntentJudge(judge_folder(intent_input="pair", max_position_embeddings=12))
+    seen = []
+    judge.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    assert judge.acts([PROMPTS[0] * 5], [RESPONSES[0] * 5])[0] in (1, 2, 3, 4) and seen == [(1, 12)]
+
+
 def test_intent_needs_acts_and_four_classes(judge_folder, tmp_path):
     intent = Intent(judge_folder())
     intent.setup("cpu", "<EOU>")
