@@ -55,7 +55,7 @@ class CapturedStep:
         self.rows = torch.arange(rows, device=attention_mask.device)  # that are still being written
         self.graph, self.outputs = None, None
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, indices: torch.Tensor) -> None:
         """As a cache's: go on with these rows alone."""
         self.rows = self.rows[indices]
 
@@ -74,7 +74,7 @@ class CapturedStep:
                 give_up(error)
                 for layer, static in zip(self.past.layers, self.cache.layers):
                     layer.keys, layer.values = (x[:, :, : self.prompts] for x in (static.keys, static.values))
-                self.past.batch_select_indices(self.rows)
+                self.past.reorder_cache(self.rows)
                 return self.step(tokens, attention, self.past)
         elif tokens.is_cuda and not given_up:
             self.capture()

@@ -32,11 +32,12 @@ import torch
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from builtin_models import resolve_model
 from common import (
     UserError,
+    check_positions,
     check_vocabulary,
     first_line,
     load_pretrained,
@@ -50,7 +51,7 @@ from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialog
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
 from intent_classifier import IntentJudge
 from monitor import bar, drawable
-from packing import allow_packing
+from networks import load_causal_lm, longest_text
 from rewards import intent_hits, meteor, meteor_uses_synonyms
 from words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
@@ -603,8 +604,9 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
             continue
         folder = resolve_model(name)
         fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
-        model = load_pretrained(AutoModelForCausalLM, folder, "model", dtype=torch.float32)
-        allow_packing(model)
+        advice = "lower one of them in dialogue_format.json in the folder of --model-path"
+        check_positions(load_pretrained(AutoConfig, folder, "model"), fmt, folder, advice)
+        model = load_causal_lm(folder, longest=longest_text(fmt))
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, model, folder)
         samples = samples_of(fmt)

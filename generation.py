@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 import packing
 from capture import CapturedStep, can_capture
-from common import UserError
+from common import UserError, positions_of
 from envs import DialogueCodec, Sample
-from packing import logits_at, position_ids, unpadded
+from packing import conventions_of, logits_at, position_ids, unpadded
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -182,7 +182,7 @@ def sample_responses(
         logits, value, past = step(tokens, attention, past)  # (b, V), (b,)
         if t == 0 and len(leaders) < batch:
             logits, value = logits[copies], None if value is None else value[copies]
-            past.batch_select_indices(copies)
+            past.reorder_cache(copies)
             attention = prompt_mask
         if t == 0 and together is alone and can_capture(past, device):
             step = past = CapturedStep(step, past, attention, max_new)
@@ -213,14 +213,14 @@ def sample_responses(
             if not together(0):
                 break
             tokens, attention = token[:1, None], torch.cat([attention[:1], attention.new_ones((1, 1))], dim=-1)
-            past.batch_select_indices(torch.zeros(1, dtype=torch.long, device=device))
+            past.reorder_cache(torch.zeros(1, dtype=torch.long, device=device))
             continue
         together(1)
         tokens = token[going].unsqueeze(-1)
         attention = torch.cat([attention[going], attention.new_ones((len(tokens), 1))], dim=-1)
         if not going.all():
             alive = alive[going]
-            past.batch_select_indices(going.nonzero().squeeze(-1))
+            past.reorder_cache(going.nonzero().squeeze(-1))
     length = length or max_new
     support = None
     if not supports:
@@ -245,21 +245,42 @@ def cached_pass(
 
     Logits (b, V) of the last position, the key/value cache, and what takes the last position's part (b, ...) from the
     input of the model's head. Prompts are read without their padding where the model packs; no two that are neighbours
-    may be equal then.
+    may be equal then. A model without a usable cache reads the whole text again, see `Tokens`.
     """
+    conventions = conventions_of(model)
     packed = past is None and packing.packs(model)
-    if packed:
+    if packed or not conventions.cache:
+        if not conventions.cache:
+            past = Tokens(input_ids if past is None else torch.cat([past.ids, input_ids], dim=-1))
+            input_ids = past.ids
         keep = torch.zeros_like(attention_mask, dtype=torch.bool)
         keep[:, -1] = True
         inputs, last = unpadded(model, input_ids, attention_mask, keep)
     else:
-        positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=past)
-        inputs, last = inputs | dict(logits_to_keep=1), lambda x: x[:, -1]
-    out = model(**inputs, use_cache=True)
-    if packed:
-        packing.spread(out.past_key_values, attention_mask)
-    return last(out.logits), out.past_key_values, last
+        new = input_ids.shape[1]
+        inputs, last = dict(input_ids=input_ids, logits_to_keep=1), lambda x: x[:, -1]
+        inputs["position_ids"] = position_ids(attention_mask, conventions.first_position)[:, -new:]
+        # a model that keeps a state (Mamba) asks for the mask of the new tokens alone
+        state = conventions.cache == "cache_params"
+        inputs["attention_mask"] = attention_mask[:, -new:] if state else attention_mask
+        inputs[conventions.cache] = past
+    out = model(**inputs, use_cache=bool(conventions.cache))
+    if conventions.cache:
+        past = getattr(out, conventions.cache)
+        if packed:
+            packing.spread(past, attention_mask)
+    return last(out.logits), past, last
+
+
+class Tokens:
+    """Stands in for a cache where the model has none that works: the tokens so far, ids (b, s)."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def reorder_cache(self, rows: torch.Tensor) -> None:
+        """Go on with these rows (k,) alone. One may be there several times."""
+        self.ids = self.ids[rows]
 
 
 def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
@@ -281,7 +302,7 @@ def reply_log_likelihoods(
     Replies are priced whole, not cut at max_new_tokens; only what the model has no positions for goes.
     """
     device = next(model.parameters()).device
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**20
+    positions = positions_of(getattr(model, "config", None)) or 2**20
     sums, counts = torch.zeros(len(samples)), torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
     for start in range(0, len(order), batch_size):

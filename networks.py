@@ -5,37 +5,44 @@ The network that PPO trains, policy with value, is `ActorCritic` in ppo_dialog.p
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common import UserError, check_vocabulary, load_pretrained
-from envs import DialogueCodec
-from packing import allow_packing
+from common import check_positions, check_vocabulary, load_pretrained
+from envs import DialogueCodec, DialogueFormat
+from fast_paths import LONGEST, choose_fast_paths
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_causal_lm(name: str, weights: str = "fp32") -> nn.Module:
-    """A causal LM by hub name or folder.
+def load_causal_lm(name: str, weights: str = "fp32", longest: int = LONGEST) -> nn.Module:
+    """A causal LM by hub name or folder, for texts of up to `longest` tokens.
 
     In fp32 unless told otherwise: the small steps of fine-tuning vanish in bf16 weights, and mixed precision keeps the
     speed. Frozen models, and those that only carry an adapter, lose nothing in bf16 but digits.
     """
     model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=DTYPES[weights])
-    allow_packing(model)
+    choose_fast_paths(model, longest)
     return model
 
 
-def load_trunk(name: str, weights: str = "fp32") -> nn.Module:
+def load_trunk(name: str, weights: str = "fp32", longest: int = LONGEST) -> nn.Module:
     """The same model without its vocabulary: what a value network of its own stands on."""
     model = load_pretrained(AutoModel, name, "model", dtype=DTYPES[weights])
-    allow_packing(model)
+    choose_fast_paths(model, longest)
     return model
+
+
+def longest_text(fmt: DialogueFormat) -> int:
+    """Tokens of the longest text that a model of this format reads. SFT learns from up to 64 tokens of a reply."""
+    return fmt.max_prompt_tokens + max(64, fmt.max_new_tokens)
 
 
 def keep_fewer_activations(model: nn.Module) -> None:
@@ -46,11 +53,47 @@ def keep_fewer_activations(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout makes the update's probabilities differ from those that were sampled from: off, everywhere."""
+    """Set every dropout and router noise of `model` to 0: with it, the update would score replies differently from
+    how they were sampled. `model.config`, which is saved with the weights, keeps its values."""
+    silent: dict[int, Any] = {}  # a copy of each configuration, by the id of the original
     for module in model.modules():
         for name, value in vars(module).items():
-            if ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))) and isinstance(value, float):
+            if is_noise(name, value) or (name == "p" and isinstance(module, _DropoutNd)):
                 setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        # layers read some values from the configuration in each pass (Falcon); no saved file comes from theirs
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in silent:
+                silent[id(config)] = copy.deepcopy(config)
+                for name, value in vars(config).items():
+                    if is_noise(name, value):
+                        setattr(silent[id(config)], name, type(value)(0))
+            module.config = silent[id(config)]
+
+
+def is_noise(name: str, value: Any) -> bool:
+    """Whether an attribute of a module or a configuration is the strength of dropout or of a router's noise.
+
+    Not router_jitter_noise: PhiMoE needs it in evaluation too, and draws its experts at random in training mode.
+    """
+    return ("drop" in name or "jitter" in name) and name != "router_jitter_noise" and isinstance(value, float)
+
+
+@torch.no_grad()
+def training_noise(model: nn.Module) -> float:
+    """Largest difference between log-probabilities of an ActorCritic in training mode, twice, and in evaluation mode.
+
+    0, up to rounding, where `disable_dropout` has found all that is random.
+    """
+    was_training, found = model.training, []
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    mask = torch.ones_like(ids)
+    with torch.random.fork_rng(devices=[]):
+        for training in (True, True, False):
+            model.train(training)
+            found.append(model(ids, mask, mask.bool())[0].float().log_softmax(-1))
+    model.train(was_training)
+    return max(float((other - found[0]).abs().max()) for other in found[1:])
 
 
 def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
@@ -60,13 +103,7 @@ def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
         return
     if hasattr(policy, "get_input_embeddings"):
         check_vocabulary(codec.tokenizer, policy, name)
-    positions = getattr(policy.config, "max_position_embeddings", None)
-    needed = codec.format.max_prompt_tokens + codec.format.max_new_tokens
-    if positions is not None and positions < needed:
-        raise UserError(
-            f"model '{name}' has {positions} positions, but max_prompt_tokens {codec.format.max_prompt_tokens} and "
-            f"max_new_tokens {codec.format.max_new_tokens} need {needed}; lower one of them."
-        )
+    check_positions(policy.config, codec.format, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

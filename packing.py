@@ -4,13 +4,14 @@ Texts of a batch differ in length, and a position of padding costs as much as on
 stand end to end in one row, with positions that begin anew at each, and attention is computed for each text by itself.
 Several replies to one prompt share its tokens: the prompt stands there once, then the replies, each of which looks at
 the prompt and at itself. What is computed, gradients included, is what separate rows would give, to rounding.
-Models of transformers that take their attention from its registry (GPT-2, OPT, Llama, Qwen, ...) can do that;
-`allow_packing` tries it on the model at hand, and where it fails, batches stay padded.
+Models of transformers that take their attention from its registry (GPT-2, OPT, Llama, Qwen, ...) can do that. Batches
+of the others stay padded. fast_paths.py finds out what a model can do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,31 @@ SPELLED_OUT = (torch.bfloat16,)  # types in which such a device is faster withou
 SCORES_KEPT = 512  # tokens of a text up to which its scores may be kept for the gradient
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, S) that count real tokens only, so that left padding moves nothing."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+@dataclass(frozen=True)
+class Conventions:
+    """How a model takes its input. The defaults hold for a network that was not tried (see fast_paths.py)."""
+
+    cache: str = "past_key_values"
+    """Argument that takes the key/value cache; empty: replies are written without a cache."""
+    first_position: int = 0
+    """Position of a text's first token. RoBERTa counts from padding_idx + 1."""
+    pad_right: bool = False
+    """Padded texts all begin in the first column, and the model gets neither mask nor positions. No token of a causal
+    model depends on what follows it, so this holds for all of them."""
+
+
+def conventions_of(model: nn.Module) -> Conventions:
+    return getattr(model, "conventions", Conventions())
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the model takes packed rows."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == PACKED_SDPA
+
+
+def position_ids(attention_mask: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Positions (B, S) from `first` on. They count real tokens only, so that left padding changes nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0) + first
 
 
 def unpadded(
@@ -39,18 +62,20 @@ def unpadded(
     an output of the model (logits or hidden states) into (n, ...), row after row. Where `head` is set, the model has a
     language-model head, and it is asked for the kept positions alone.
     """
-    positions = position_ids(attention_mask)
+    conventions = conventions_of(model)
     if not packs(model):
+        if conventions.pad_right:
+            order = (1 - attention_mask).argsort(dim=-1, stable=True)  # text first, then padding
+            input_ids, attention_mask, keep = (x.gather(1, order) for x in (input_ids, attention_mask, keep))
         used = attention_mask.any(0).nonzero()  # no column is computed that is padding in all rows
         columns = slice(int(used[0]), int(used[-1]) + 1)
-        keep = keep[:, columns]
+        input_ids, attention_mask, keep = (x[:, columns] for x in (input_ids, attention_mask, keep))
         width = keep.shape[1] - int(keep.any(0).nonzero()[0])  # of the last columns, the fewest that hold all
-        inputs = dict(
-            input_ids=input_ids[:, columns],
-            attention_mask=attention_mask[:, columns],
-            position_ids=positions[:, columns],
-        )
+        inputs = dict(input_ids=input_ids)
+        if not conventions.pad_right:
+            inputs |= dict(attention_mask=attention_mask, position_ids=position_ids(attention_mask))
         return inputs | ({"logits_to_keep": width} if head else {}), lambda x: x[:, -width:][keep[:, -width:]]
+    positions = position_ids(attention_mask, conventions.first_position)
     real, width = attention_mask.bool(), int(keep.any(0).nonzero()[0]) + 1  # width: columns of the prompts
     row = torch.arange(len(real), device=real.device)
     first = first_of_equals(input_ids[:, :width], attention_mask[:, :width]) if width > 1 else row
@@ -185,41 +210,6 @@ def mask_of(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, mask_of)
-
-
-def packs(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == PACKED_SDPA
-
-
-@torch.no_grad()
-def allow_packing(model: nn.Module) -> bool:
-    """Let `model` (a causal LM or its trunk) take packed rows, if what it makes of them is what it makes of padding.
-
-    Call it before an engine wraps the model. A model with a window of attention, or with layers that mix neighbouring
-    tokens outside of attention, is left as it was.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sliding_window", None):
-        return packs(model)
-    device = next(model.parameters()).device
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], device=device)
-    ids = torch.tensor([[0, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 4, 2]], device=device)
-    ids = ids % model.get_input_embeddings().num_embeddings  # the last two share a prompt
-    keep = mask.bool() & (torch.arange(6, device=device) > 2)
-    was_training, output = model.training, []
-    model.eval()
-    try:
-        for implementation in ("sdpa", PACKED_SDPA):
-            model.set_attn_implementation(implementation)
-            inputs, select = unpadded(model, ids, mask, keep, head=False)
-            output.append(select(model(**inputs, use_cache=False)[0]).float())
-        same = torch.allclose(*output, rtol=1e-2, atol=1e-2 * float(output[0].abs().max()))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        same = False
-    if not same:
-        model.set_attn_implementation("sdpa")
-    model.train(was_training)
-    return same
 
 
 def packed_lengths(attention_mask: torch.Tensor, prompt_width: int, group: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
+from transformers import AutoConfig
 
 from builtin_models import resolve_model
 from checkpoint import (
@@ -48,10 +49,12 @@ from checkpoint import (
 from common import (
     UserError,
     check_name,
+    check_positions,
     check_vocabulary,
     count_parameters,
     finite,
     import_path,
+    load_pretrained,
     load_tokenizer,
     peak_memory_mb,
     run_script,
@@ -102,9 +105,11 @@ from networks import (
     keep_fewer_activations,
     load_causal_lm,
     load_trunk,
+    longest_text,
+    training_noise,
     with_adapter,
 )
-from packing import cut, logits_at, packed_lengths, unpadded
+from packing import conventions_of, cut, logits_at, packed_lengths, unpadded
 from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
 from words import WordTokenizer, describe, word_tokenizer_for
 
@@ -484,9 +489,10 @@ class Critic(nn.Module):
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
-        self.trunk, self.config = trunk, trunk.config
+        self.trunk, self.config, self.conventions = trunk, trunk.config, conventions_of(trunk)
+        text = trunk.config.get_text_config(decoder=True)
         # OPT-350m projects its last hidden state to another width
-        self.value_head = value_head(getattr(trunk.config, "word_embed_proj_dim", None) or trunk.config.hidden_size)
+        self.value_head = value_head(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, **packing):
         """Values (B, S)."""
@@ -515,7 +521,8 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
                 "`policy` (a causal LM), `value_parameters()` and its `forward`. Subclassing it is the shortest way."
             )
         return model
-    policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name, config.weights)
+    how = config.weights, longest_text(config.dialogue_format(name))
+    policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name, *how)
     if config.lora_rank:
         policy = with_adapter(policy, name, config.lora_rank, config.lora_alpha)
     if config.gradient_checkpointing:
@@ -530,7 +537,7 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
             )
         critic = None
     else:
-        trunk = load_trunk(name, config.weights)
+        trunk = load_trunk(name, *how)
         if config.gradient_checkpointing:
             keep_fewer_activations(trunk)
         critic = Critic(trunk)
@@ -954,12 +961,28 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         if name and name != "builtin":  # a mistyped path is said before the data is read
             check_name(what, resolve_model(name))
     fmt = config.dialogue_format(model_folder)
+    ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
     if sizes.num_mini_batch < config.num_mini_batch:
         say(
             f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.num_mini_batch} "
             f"{'prompts' if sizes.group > 1 else 'replies'} of a rollout: using that"
         )
+    tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
+    codec = DialogueCodec(tokenizer, fmt)
+
+    # What is trained: a model that cannot be is refused before the data is read
+    monitor.stage("loading the models")
+    check_positions(load_pretrained(AutoConfig, ref_folder, "ref_model"), fmt, ref_folder)
+    model = build_model(config, model_folder)
+    check_model(model, codec, model_folder)
+    disable_dropout(model)
+    if (noise := training_noise(model)) > 1e-3:
+        say(
+            f"WARNING: in training mode the policy's log-probabilities change by up to {noise:.2g}: it has dropout or "
+            "other noise that cannot be turned off here. Turn it off in its class, or PPO's ratios are not exact."
+        )
+
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     monitor.stage("reading the dialogues")
     dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
@@ -974,15 +997,9 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                 f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
                 "--context-utterances for short dialogues."
             )
-    tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
-    codec = DialogueCodec(tokenizer, fmt)
 
-    # Networks
+    # The reference, and the optimizer
     monitor.stage("loading the models")
-    model = build_model(config, model_folder)
-    check_model(model, codec, model_folder)
-    disable_dropout(model)
-    ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
     if config.lora_rank:
         ref_model = AdapterOff(model.policy)
         if ref_placement != "replicated":
@@ -990,7 +1007,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                 f"note: ref_placement {ref_placement} has no meaning with lora_rank: the reference is the policy itself"
             )
     else:
-        ref_model = load_causal_lm(ref_folder, config.ref_weights).eval().requires_grad_(False)
+        ref_model = load_causal_lm(ref_folder, config.ref_weights, longest_text(fmt)).eval().requires_grad_(False)
         check_vocabulary(tokenizer, ref_model, ref_folder)
         place(ref_model, ref_placement, accelerator)
     value_parameters = model.value_parameters()

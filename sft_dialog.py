@@ -20,14 +20,16 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from common import (
     UserError,
+    check_positions,
     check_vocabulary,
     count_parameters,
     load_pretrained,
     load_tokenizer,
+    positions_of,
     run_script,
     use_all_cores,
     whole_folder,
@@ -38,7 +40,8 @@ from dataset_checks import overlap_note
 from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_splits, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from monitor import drawable, waiting
-from packing import allow_packing, logits_at
+from networks import load_causal_lm, longest_text
+from packing import logits_at
 from supervised import FitConfig, fit, forget, state_folder
 
 
@@ -74,7 +77,13 @@ def train_sft(config: SFTConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer_path or start)
     fmt = config.dialogue_format(start)
     codec = DialogueCodec(tokenizer, fmt)
+    check_positions(load_pretrained(AutoConfig, start, "model"), fmt, start)
     draw = drawable(config.progress, PartialState().is_main_process)
+    with waiting("loading the model", draw):
+        model = load_causal_lm(start, longest=longest_text(fmt))
+    check_vocabulary(tokenizer, model, start)
+    model.to(PartialState().device)
+
     with waiting("reading the dialogues", draw):
         marker = fmt.eou_marker.strip()
         splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [marker])
@@ -89,19 +98,13 @@ def train_sft(config: SFTConfig) -> Path:
                 f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
                 "--context-utterances for short dialogues."
             )
-    # fp32 weights: AdamW's small steps vanish in bf16; --mixed-precision bf16 keeps the speed
-    with waiting("loading the model", draw):
-        model = load_pretrained(AutoModelForCausalLM, start, "model", dtype=torch.float32)
-    check_vocabulary(tokenizer, model, start)
-    model.to(PartialState().device)
-    allow_packing(model)
-
+    positions = positions_of(model.config)
     with waiting("tokenizing the dialogues", draw):
         if config.loss_on == "dialogue":
-            longest = getattr(model.config, "max_position_embeddings", None) or 2 * fmt.max_prompt_tokens
-            windows = chains_of(splits["train"], codec, min(longest, 2 * fmt.max_prompt_tokens))
+            limit = min(2 * fmt.max_prompt_tokens, positions or 2 * fmt.max_prompt_tokens)
+            windows = chains_of(splits["train"], codec, limit)
         else:
-            windows = windows_of(samples["train"], codec)
+            windows = windows_of(samples["train"], codec, positions)
     looked_at = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
@@ -132,13 +135,17 @@ def train_sft(config: SFTConfig) -> Path:
     return output
 
 
-def windows_of(samples: list[Sample], codec: DialogueCodec) -> list[tuple[list[int], list[int]]]:
-    """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample."""
+def windows_of(
+    samples: list[Sample], codec: DialogueCodec, positions: int | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample, in at most `positions` tokens."""
     fmt = codec.format
     prompts = codec.prompt_ids([s.prompt for s in samples])
     targets = codec.text.encode([fmt.target(s.reply) for s in samples])
     # One rare monologue must not set the memory of a step; PPO never sees past max_new_tokens anyway.
-    return [(p, t[: max(64, fmt.max_new_tokens)]) for p, t in zip(prompts, targets)]
+    most = max(64, fmt.max_new_tokens)
+    room = (positions or fmt.max_prompt_tokens + most) - fmt.max_prompt_tokens
+    return [(p, t[: min(most, room)]) for p, t in zip(prompts, targets)]
 
 
 def chains_of(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[tuple[list[int], list[int]]]:

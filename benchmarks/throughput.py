@@ -95,7 +95,7 @@ def each_alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
-    "packing": (networks, "allow_packing", lambda model: False),
+    "packing": (networks, "choose_fast_paths", lambda model, longest: False),
     "kept_memory": (common, "keep_freed_memory", lambda: None),
     "huge_pages": None,  # read by torch before anything runs: see main
     "fused_gelu": (common, "fuse_gelu", lambda model: None),

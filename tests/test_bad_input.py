@@ -21,8 +21,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
+import estimate
+import eval_metrics
 import ppo_dialog
 import sft_dialog
 from common import UserError, run_script
@@ -114,6 +118,9 @@ def world(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(root / "small_vocabulary")
     tiny_gpt2(n_positions=32).save_pretrained(root / "short_positions")
     tokenizer.save_pretrained(root / "short_positions")
+    both_ways = XLNetConfig(vocab_size=330, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    XLNetLMHeadModel(both_ways).save_pretrained(root / "both_ways")
+    tokenizer.save_pretrained(root / "both_ways")
     bert = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
     BertModel(BertConfig(**bert)).save_pretrained(root / "encoder")
     tokenizer.save_pretrained(root / "encoder")
@@ -231,6 +238,8 @@ CASES = [
     ([*MODEL, "@no_tokenizer"], "no tokenizer"),
     ([*MODEL, "@small_vocabulary"], "embeds only 50"),
     ([*MODEL, "@short_positions"], "32 positions"),
+    (["--model-path", "@both_ways", "--intent-coef", "0", "--data-path", "@nowhere"], "changes what it makes"),
+    ([*MODEL, "@lm", "--ref-model", "@short_positions"], "32 positions"),
     ([*MODEL, "@encoder"], "causal"),
     ([*MODEL, "@encoder_decoder"], "causal"),
     ([*MODEL, "@no_ends"], "neither a pad nor an EOS"),
@@ -288,19 +297,28 @@ def test_the_table_is_long_enough():
     assert len(CASES) >= 60
 
 
+TOO_SHORT = "has 32 positions, but max_prompt_tokens 128 and max_new_tokens 20 need 148; lower one of them"
+
+
 @pytest.mark.parametrize(
-    "arguments, phrase",
+    "script, arguments, phrase",
     [
-        (["--model-path", "@encoder", "--data-path", "@good.jsonl"], "causal"),
-        (["--model-path", "@lm", "--data-path", "@short.jsonl"], "utterances"),
-        (["--model-path", "@lm", "--data-path", "@nowhere"], "does not exist"),
+        (sft_dialog, ["--model-path", "@encoder", "--data-path", "@good.jsonl"], "causal"),
+        (sft_dialog, ["--model-path", "@lm", "--data-path", "@short.jsonl"], "utterances"),
+        (sft_dialog, ["--model-path", "@lm", "--data-path", "@nowhere"], "does not exist"),
+        (sft_dialog, ["--model-path", "@short_positions", "--data-path", "@nowhere"], f"{TOO_SHORT}."),
+        (sft_dialog, ["--model-path", "@short_positions", "--loss-on", "dialogue"], f"{TOO_SHORT}."),
+        (sft_dialog, ["--model-path", "@both_ways", "--data-path", "@nowhere"], "changes what it makes of a text"),
+        (estimate, ["--model-path", "@short_positions", "--intent-coef", "0"], f"{TOO_SHORT}."),
+        (eval_metrics, ["--model-path", "@short_positions", "--data-path", "@good.jsonl"], f"{TOO_SHORT} in dialogue_"),
+        (eval_metrics, ["--model-path", "@lm", "--baseline-path", "@short_positions"], f"{TOO_SHORT} in dialogue_"),
     ],
 )
-def test_the_supervised_script_answers_alike(arguments, phrase, world, tmp_path, monkeypatch, capfd):
-    argv = ["sft_dialog.py", "--output-dir", str(tmp_path / "out"), *(a.replace("@", f"{world}/") for a in arguments)]
-    monkeypatch.setattr("sys.argv", argv)
+def test_the_other_scripts_answer_alike(script, arguments, phrase, world, tmp_path, monkeypatch, capfd):
+    output = ["--output-dir", str(tmp_path / "out")] if script is sft_dialog else []
+    monkeypatch.setattr("sys.argv", [script.__name__, *output, *(a.replace("@", f"{world}/") for a in arguments)])
     with pytest.raises(SystemExit) as ended:
-        run_script(sft_dialog.main)
+        run_script(script.main)
     assert ended.value.code == 2 and phrase in capfd.readouterr().err
 
 

@@ -23,8 +23,9 @@ from transformers import (
 
 import packing
 from common import fuse_gelu, turn_head
+from fast_paths import choose_fast_paths
 from generation import cached_pass
-from packing import allow_packing, cut, logits_at, packed_lengths, packs, position_ids, unpadded
+from packing import cut, logits_at, packed_lengths, packs, position_ids, unpadded
 
 V = 40
 SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -78,7 +79,7 @@ def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, way):
     ids, mask, keep = batch()
     expected, gradients = of_each_alone(model, ids, mask, keep)
 
-    assert allow_packing(model) and packs(model)
+    assert choose_fast_paths(model) and packs(model)
     logits = logits_at(model, ids, mask, keep)
     assert torch.allclose(logits, expected, atol=1e-5)
     logits.square().sum().backward()
@@ -105,7 +106,7 @@ def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, way):
     ids, mask, keep = replies_to_prompts()
     expected, gradients = of_each_alone(model, ids, mask, keep)
 
-    assert allow_packing(model)
+    assert choose_fast_paths(model)
     logits = logits_at(model, ids, mask, keep)
     assert torch.allclose(logits, expected, atol=1e-5)
     logits.square().sum().backward()
@@ -129,7 +130,7 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
     for texts in (batch(), replies_to_prompts()):
         model.set_attn_implementation("sdpa")
         expected, gradients = of_each_alone(model, *texts)
-        assert allow_packing(model)
+        assert choose_fast_paths(model)
         for longest, name in ((512, "spelled_out"), (4, "sdpa_attention_forward")):
             monkeypatch.setattr(packing, "SCORES_KEPT", longest)
             calls.clear()
@@ -160,7 +161,7 @@ def test_only_kept_positions_reach_the_vocabulary_and_no_padding_any_layer():
     seen = {}
     model.lm_head.register_forward_pre_hook(lambda m, x: seen.update(head=x[0].shape))
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda m, x: seen.update(layer=x[0].shape))
-    allow_packing(model)
+    choose_fast_paths(model)
     logits_at(model, ids, mask, keep)
     assert seen["head"] == (1, int(keep.sum()), 16) and seen["layer"] == (1, int(mask.sum()), 16)
 
@@ -171,7 +172,7 @@ def test_a_model_that_packs_still_takes_padded_batches_and_a_cache():
     inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask))
     with torch.no_grad():
         plain = model(**inputs).logits
-        allow_packing(model)
+        choose_fast_paths(model)
         assert torch.allclose(model(**inputs).logits[mask.bool()], plain[mask.bool()], atol=1e-5)
         whole = model(input_ids=ids[1:2]).logits
         first = model(input_ids=ids[1:2, :5], use_cache=True)
@@ -185,7 +186,7 @@ def test_prompts_fill_the_cache_without_their_padding(family):
     model = FAMILIES[family]().eval()
     ids = torch.randint(0, V, (3, 6))
     mask = torch.tensor([[0, 0, 0, 0, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]])
-    assert allow_packing(model)
+    assert choose_fast_paths(model)
     seen = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, x: seen.append(x[0].numel()))
     with torch.no_grad():
@@ -209,7 +210,7 @@ def test_models_that_cannot_pack_stay_padded_with_the_same_results():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=4)).eval()
     ids, mask, keep = batch()
     for model in (window, bloom):
-        assert not allow_packing(model) and not packs(model)
+        assert not choose_fast_paths(model) and not packs(model)
         with torch.no_grad():
             logits = logits_at(model, ids, mask, keep)
             expected = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[keep]

@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import capture
 from common import UserError
 from envs import DialogueFormat
+from fast_paths import choose_fast_paths
 from generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
-from packing import allow_packing, position_ids
+from packing import position_ids
 from ppo_dialog import (
     ActorCritic,
     BatchSizes,
@@ -117,13 +118,13 @@ def with_trained_value(model: ActorCritic) -> ActorCritic:
 
 def shared(family: str = "gpt2", packed: bool = True) -> ActorCritic:
     policy = small_lm(family)
-    assert not packed or allow_packing(policy)
+    assert not packed or choose_fast_paths(policy)
     return with_trained_value(ActorCritic(policy))
 
 
 def separate(family: str = "gpt2", packed: bool = True) -> ActorCritic:
     policy, trunk = small_lm(family), small_lm(family).base_model
-    assert not packed or (allow_packing(policy) and allow_packing(trunk))
+    assert not packed or (choose_fast_paths(policy) and choose_fast_paths(trunk))
     return with_trained_value(ActorCritic(policy, Critic(trunk)))
 
 

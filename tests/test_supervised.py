@@ -10,11 +10,11 @@ import intent_classifier
 import sft_dialog
 from builtin_models import builtin_model
 from common import UserError, load_tokenizer
-from envs import DialogueCodec, DialogueFormat, load_dialogues
+from envs import DialogueCodec, DialogueFormat, Sample, load_dialogues
+from fast_paths import choose_fast_paths
 from generation import reply_log_likelihoods
 from intent_classifier import IntentConfig, train_intent
-from packing import allow_packing
-from sft_dialog import SFTConfig, chains_of, collate, train_sft, window_loss
+from sft_dialog import SFTConfig, chains_of, collate, train_sft, window_loss, windows_of
 from supervised import state_folder
 
 
@@ -27,11 +27,19 @@ def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
     expected.backward()
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    assert allow_packing(model) if packed else True
+    assert choose_fast_paths(model) if packed else True
     loss = window_loss(model, batch)
     loss.backward()
     assert torch.allclose(loss, expected, atol=1e-6)
     assert torch.allclose(model.lm_head.weight.grad, gradient, atol=1e-6)
+
+
+def test_a_window_has_no_more_tokens_than_the_model_has_positions(tiny_lm):
+    codec = DialogueCodec(load_tokenizer(tiny_lm), DialogueFormat(max_prompt_tokens=30))
+    samples = [Sample((), "Hello there . " * 20, "Fine , thanks . " * 40, 0), Sample((), "Hi . ", "Hello . ", 0)]
+    lengths = lambda positions: [(len(p), len(t)) for p, t in windows_of(samples, codec, positions)]
+    assert lengths(None) == lengths(94) and lengths(94)[0] == (30, 64)
+    assert lengths(50)[0] == (30, 20) and lengths(50)[1] == lengths(None)[1]
 
 
 def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):

@@ -1,0 +1,166 @@
+"""Which fast ways of reading a model allows, found out by trying them when it is loaded.
+
+The reference is the plain pass: one text, without padding, positions and cache. Against it are tried packed rows,
+prompts that several replies share, padding, and the key/value cache of a batch whose replies end at different lengths.
+What does not give the reference's numbers is not used. A causal model can always be read slowly: padded on the right,
+and without a cache. A model for which even that is wrong is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from common import UserError, first_line, positions_of
+from generation import cached_pass
+from packing import PACKED_SDPA, Conventions, packs, unpadded
+
+LONGEST = 192  # tokens of a text where nothing else is said: 128 of the prompt and 64 of the reply
+REPLY = 3  # tokens of a reply that is tried
+# Packed attention knows no window, so such a model is never packed
+WINDOW = re.compile("(sliding|attention)_window(_size)?|window_size|(attention_|local_attn_)?chunk_(size|length)")
+# Numbers of tokens from which on a layer may compute something else
+LIMIT = re.compile("window(?!_layers)|chunk|conv|kernel|block_size|bucket|topk|local_attention")
+# Root mean square of the difference, in standard deviations of the reference. Rounding of SmolLM2: 3e-6, in bf16 0.07
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+TOLERANCE_HALF = 0.2
+
+_known: dict[tuple, tuple[bool, Conventions]] = {}  # what was found out for models of the same configuration
+
+
+@torch.no_grad()
+def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
+    """Set `model` (a causal LM or its trunk) to the fastest ways of reading that are right. True: rows are packed.
+
+    `longest` is the number of tokens that a text may have: windows of attention beyond it do not matter. The result is
+    kept in `model.conventions` and in the model's attention implementation. Call it before an engine wraps the model.
+    Raises UserError for a model that is not causal.
+    """
+    config, parameter = model.config, next(model.parameters())
+    key = type(model), longest, parameter.dtype, parameter.device.type, config.to_json_string(use_diff=False)
+    if key not in _known:
+        was_training = model.training
+        model.eval()
+        _known[key] = _try_out(model, longest)
+        model.train(was_training)
+        name = config.name_or_path or type(model).__name__
+        if model.get_output_embeddings() is not None and not _known[key][1].cache:
+            PartialState().print(
+                f"note: model '{name}' writes replies without a cache, which is slower: its own cache does not hold "
+                "for a batch of prompts",
+                flush=True,
+            )
+    packed, conventions = _known[key]
+    if packed != packs(model):
+        model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
+    model.conventions = conventions
+    return packed
+
+
+def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
+    """Whether the model packs, and its conventions."""
+    config = model.config
+    head = model.get_output_embeddings() is not None
+    name = config.name_or_path or type(model).__name__
+    ids, mask = probe_texts(config, model.get_input_embeddings().num_embeddings, longest)
+    ids, mask = (x.to(next(model.parameters()).device) for x in (ids, mask))
+    prompts = ids.shape[1] - REPLY
+    keep = torch.zeros_like(mask, dtype=torch.bool)
+    keep[:, prompts - 1 :] = True  # from the position before the reply on
+    try:
+        alone = [model(input_ids=row[real.bool()][None])[0][0, -REPLY - 1 :] for row, real in zip(ids, mask)]
+    except Exception as error:  # whatever a model of transformers raises
+        raise UserError(f"model '{name}' cannot read a text of {ids.shape[1]} tokens: {first_line(error)}") from error
+    reference = torch.stack(alone).float()  # (3, REPLY + 1, V or d)
+
+    windowed = any(value > 0 and WINDOW.fullmatch(name) for name, value in _numbers(config))
+    ways = [True, False] if config._attn_implementation in ("sdpa", PACKED_SDPA) and not windowed else [False]
+    for packed in ways:
+        for conventions in _candidates(model, head):
+            model.conventions = conventions
+            try:
+                if packed != packs(model):
+                    model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
+                inputs, select = unpadded(model, ids, mask, keep, head)
+                right = packed == packs(model)  # some models keep their own attention (Falcon)
+                right = right and _close(select(model(**inputs, use_cache=False)[0]).view_as(reference), reference)
+                right = right and (not head or _written_right(model, ids, mask, reference))
+            except Exception:  # whatever a model of transformers raises at input that it does not know
+                right = False
+            if right:
+                return packed, conventions
+    raise UserError(
+        f"model '{name}' ({config.model_type}) changes what it makes of a text when more text follows or other texts "
+        "share its batch; expected a causal language model (GPT-2, OPT, Llama, Qwen, ...)."
+    )
+
+
+def _candidates(model: nn.Module, head: bool) -> Iterator[Conventions]:
+    """Conventions to try, the fastest first."""
+    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    state = "cache_params" in inspect.signature(model.forward).parameters
+    for cache in ("cache_params" if state else "past_key_values", "") if head else ("past_key_values",):
+        for first in (0, pad + 1) if pad is not None else (0,):
+            yield Conventions(cache, first, pad_right=True)
+
+
+def probe_texts(config: Any, vocabulary: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (3, S) of three texts, padded on the left: the last two share a prompt, the first has a short one.
+
+    The long prompt goes beyond every window, chunk and kernel that the configuration names, up to `longest` tokens.
+    """
+    limits = [number for name, number in _numbers(config) if LIMIT.search(name) and number < longest]
+    width = min(max([3, *limits]) * 2, longest) + 2 + REPLY
+    width = min(width, positions_of(config) or width)
+    special = {number for name, number in _numbers(config) if name.endswith(("token_id", "token_index"))}
+    usable = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special])
+    ids = usable[torch.randint(len(usable), (3, width), generator=torch.Generator().manual_seed(0))]
+    ids[2, :-REPLY] = ids[1, :-REPLY]
+    mask = torch.ones_like(ids)
+    mask[0, : -REPLY - 2] = 0
+    return ids, mask
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, int]]:
+    """Name and value of every whole number in the text part of a configuration, also where a list holds it."""
+    pending = list(config.to_dict().items())
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict) and not re.search("vision|audio", str(name)):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(name, v) for v in value]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield str(name), value
+
+
+def _written_right(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether replies written token by token have the reference's logits (3, REPLY + 1, V).
+
+    As in sample_responses: a shared prompt is read once, and a row leaves the batch in between.
+    """
+    prompts, rows = ids.shape[1] - REPLY, torch.tensor([0, 1, 2], device=ids.device)
+    logits, past, _ = cached_pass(model, ids[:2, :prompts], mask[:2, :prompts], None)
+    copies = torch.tensor([0, 1, 1], device=ids.device)
+    past.reorder_cache(copies)
+    right = _close(logits[copies], reference[:, 0])
+    for step in range(REPLY):
+        if step == 2:
+            kept = torch.tensor([0, 2], device=ids.device)
+            past.reorder_cache(kept)
+            rows = rows[kept]
+        end = prompts + step + 1
+        logits, past, _ = cached_pass(model, ids[rows, end - 1 : end], mask[rows, :end], past)
+        right = right and _close(logits, reference[rows, step + 1])
+    return right
+
+
+def _close(found: torch.Tensor, reference: torch.Tensor) -> bool:
+    tolerance = TOLERANCE.get(found.dtype, TOLERANCE_HALF)
+    return bool((found.float() - reference).square().mean().sqrt() <= tolerance * reference.std())
