@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import resource
 import sys
 import tempfile
@@ -26,9 +27,10 @@ from typing import Any
 
 # Huge pages for torch's tensors on Linux (its own switch, read at the first allocation): see docs/performance.md
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# transformers asks the hub to convert each pickled model that it reads; there is no argument against it
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
-from safetensors import SafetensorError
 
 from launcher import launcher
 
@@ -149,7 +151,14 @@ def raised(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an exception says, and the next one where that line ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])
+
+
+WEIGHTS = [f"{file}{index}" for file in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pt", ".pth", ".ckpt")
 
 
 def check_name(what: str, name: str) -> None:
@@ -159,23 +168,59 @@ def check_name(what: str, name: str) -> None:
         if (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
             raise UserError(f"{what} '{name}' is the folder of a run that has not saved its policy/ yet.")
         if what != "tokenizer" and not (folder / "config.json").exists() and not is_adapter(name):
-            raise UserError(f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.")
+            models = sorted(f.parent for f in folder.glob("*/*config.json") if _is_model(f.parent))
+            hint = f" There is a model in '{models[-1]}'." if models else _other_weights(folder)
+            raise UserError(
+                f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.{hint}"
+            )
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(folder.parts[0]).is_dir():
         raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
 
 
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or is_adapter(str(folder))
+
+
+def _other_weights(folder: Path) -> str:
+    """A sentence that names the weights of other kinds in a folder, or an empty string."""
+    found = sorted(f.name for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    return f" It holds {', '.join(found[:3])}, which cannot be read here." if found else ""
+
+
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    """Whether a folder holds an adapter (such as LoRA) rather than a whole model."""
     return (Path(name) / "adapter_config.json").exists()
 
 
+def _holds_adapter(name: str, local_files_only: bool = False) -> bool:
+    """`is_adapter`, for hub names too."""
+    from transformers.utils import find_adapter_config_file
+
+    if Path(name).is_dir():
+        return is_adapter(name)
+    with contextlib.suppress(OSError):  # no name that a hub could have
+        return find_adapter_config_file(name, local_files_only=local_files_only) is not None
+    return False
+
+
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{what} '{name}' needs Python code of its own (auto_map in its configuration), which is never run here; "
+            f"expected a {'tokenizer' if what == 'tokenizer' else 'model'} whose class is part of transformers."
+        )
     if "Unrecognized configuration class" in str(error):
         kind = str(error).rsplit("AutoModel: AutoModelFor", 1)[-1].split(".")[0]
         kind = {"CausalLM": "causal language model", "SequenceClassification": "classifier"}.get(kind, kind)
         return UserError(f"{what} '{name}' is a model of another kind; expected a {kind}.")
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+        return UserError(
+            f"{what} '{name}' has pickled weights (*.bin) that are damaged or hold more than tensors, which is never "
+            "run here; expected plain tensors, best in model.safetensors."
+        )
     if Path(name).exists():
-        return UserError(f"{what} '{name}' cannot be loaded: {first_line(error)}")
+        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        return UserError(f"{what} '{name}' cannot be loaded: {kind}{first_line(error).rstrip('.!')}.")
     return UserError(
         f"{what} '{name}' is neither a folder on this machine nor a model that the hub could give "
         f"({type(error).__name__}). Give the path of a Hugging Face folder, or a hub name while online."
@@ -183,49 +228,195 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
 
 
 def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name)` (a hub name or a local folder, safetensors only); failures are UserErrors.
+    """`auto_class.from_pretrained(name)` for a hub name or a folder; raises UserError for all that cannot be loaded.
 
-    An adapter's folder gives the model that it belongs on, with the adapter merged into its weights.
+    Python code in the folder is never run. `pytorch_model.bin` is read with torch's `weights_only` reader. An
+    adapter's folder gives its base model with the adapter merged into the weights. With ignore_mismatched_sizes=True
+    the model may get a new head; otherwise every weight must be there.
     """
-    check_name(what, name)
-    try:
-        if is_adapter(name):
-            model = _merged(auto_class, name, kwargs)
-        else:
-            model = auto_class.from_pretrained(name, use_safetensors=True, **kwargs)  # or a configuration
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _cannot_load(what, name, error) from error
-    if auto_class.__name__ == "AutoModelForCausalLM":
-        check_causal(what, name, model.config)
+    model = _load(auto_class, name, what, kwargs)
     if isinstance(model, torch.nn.Module):
         fuse_gelu(model)
         turn_head(model)
     return model
 
 
-def _merged(auto_class: Any, name: str, kwargs: dict[str, Any]) -> Any:
-    """The model that an adapter belongs on, with the adapter in its weights; or that model's configuration."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], supplied: Iterable[str] = ()) -> Any:
+    """`load_pretrained` before its changes of modules. An adapter will bring the weights named in `supplied`."""
+    check_name(what, name)
+    try:
+        if _holds_adapter(name):
+            return _merged(auto_class, name, what, kwargs)
+        return _whole(auto_class, name, what, kwargs, supplied)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, peft and torch have no common class for what they cannot read
+        raise _cannot_load(what, name, error) from error
+
+
+def _whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], supplied: Iterable[str]) -> Any:
+    """A model that is no adapter, or its configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    check_plain(what, name, config)
+    if auto_class is AutoConfig:
+        return config
+    if auto_class.__name__ == "AutoModelForCausalLM":
+        check_causal(what, name, config)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in WEIGHTS):
+        raise UserError(
+            f"{what} '{name}' has no weights; expected model.safetensors or pytorch_model.bin.{_other_weights(folder)}"
+        )
+    new_head = kwargs.get("ignore_mismatched_sizes", False)
+    kwargs = kwargs | dict(ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
+    model, info = auto_class.from_pretrained(name, weights_only=True, **kwargs)
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - {*supplied}
+    of_trunk = {k for k in lacking if k.startswith(f"{model.base_model_prefix}.") and "pooler" not in k}
+    if lacking and not of_trunk and auto_class.__name__ == "AutoModelForSequenceClassification" and not new_head:
+        raise UserError(
+            f"{what} '{name}' is no trained classifier: its weights lack {min(lacking)}. Train one from it with "
+            "intent_classifier.py."
+        )
+    if of_trunk or (lacking and not new_head):
+        raise UserError(
+            f"{what} '{name}' has weights that do not fit its config.json: {len(lacking)} of {len(model.state_dict())} "
+            f"are missing or of another shape, such as {min(of_trunk or lacking)}. Save the whole model again with "
+            "save_pretrained."
+        )
+    return model
+
+
+def check_plain(what: str, name: str, config: Any) -> None:
+    """UserError for the configuration of a quantised model (bitsandbytes, GPTQ, AWQ, HQQ, FP8, MLX, ...)."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        found = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            raise UserError(
+                f"{what} '{name}' is quantised{f' ({method})' if method else ''}; expected weights in fp32, fp16 or "
+                "bf16. Give the model from before its quantisation, or call dequantize() on it and save the result."
+            )
+
+
+def _merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> Any:
+    """The base model of an adapter with the adapter in its weights, or the configuration of that base model."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    adapter = PeftConfig.from_pretrained(name)
+    base, of_base = adapter_base(name), f"base model of the adapter '{name}',"
+    cannot_merge = UserError(
+        f"{what} '{name}' is an adapter of the kind {adapter.peft_type.value}, which cannot be merged into the weights "
+        "of its base model; expected LoRA or another kind that can."
+    )
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type), "merge_and_unload"):
+        raise cannot_merge
+    if auto_class is AutoConfig:
+        return _load(AutoConfig, base, of_base, kwargs)
+
+    classifier, new_head = auto_class is AutoModelForSequenceClassification, kwargs.get("ignore_mismatched_sizes")
+    if (
+        not new_head
+        and adapter.task_type in ("SEQ_CLS", "CAUSAL_LM")
+        and classifier != (adapter.task_type == "SEQ_CLS")
+    ):
+        expected = "a classifier" if classifier else "a causal language model"
+        raise UserError(f"{what} '{name}' is an adapter of another kind ({adapter.task_type}); expected {expected}.")
+    if Path(name).is_dir() and not any(
+        (Path(name) / f"adapter_model.{end}").exists() for end in ("safetensors", "bin")
+    ):
+        raise UserError(
+            f"{what} '{name}' is an adapter without weights; expected adapter_model.safetensors or adapter_model.bin."
+        )
+    weights = load_peft_weights(name, device="cpu")
+    if classifier:
+        heads = [w.shape[0] for key, w in weights.items() if ".classifier." in key or ".score." in key]
+        kwargs = dict(num_labels=min(heads)) | kwargs if heads else kwargs
+    supplied = {key.removeprefix("base_model.model.").replace(".modules_to_save.", ".") for key in weights}
+    model = _load(auto_class if classifier else AutoModelForCausalLM, base, of_base, kwargs, supplied)
+    fit_embeddings(model, adapter, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(model, name, ignore_mismatched_sizes=bool(new_head))
+        try:
+            model = model.merge_and_unload()
+        except NotImplementedError:
+            raise cannot_merge from None
+    model.requires_grad_(True)  # peft froze it
+    # an adapter that changed the embedding alone leaves a head of its own: save both
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+    return model if classifier or auto_class is AutoModelForCausalLM else model.base_model
+
+
+def adapter_base(name: str) -> str:
+    """Hub name or folder of an adapter's base model. Raises UserError where there is none."""
+    from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    check_name(f"base model of the adapter '{name}',", base)
-    if auto_class is AutoConfig:
-        return AutoConfig.from_pretrained(base, **kwargs)
-    whole = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **kwargs)
-    whole = PeftModel.from_pretrained(whole, name).merge_and_unload()
-    return whole if auto_class is AutoModelForCausalLM else whole.base_model
+    try:
+        check_name(f"base model of the adapter '{name}',", base or "/")
+    except UserError as error:
+        raise UserError(
+            f"{error} Correct base_model_name_or_path in the adapter's adapter_config.json."
+            if base
+            else f"the adapter '{name}' names no base model; add base_model_name_or_path to its adapter_config.json."
+        ) from None
+    return base
+
+
+def fit_embeddings(model: torch.nn.Module, adapter: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give a base model as many embedding rows as its adapter has; untie embedding and head if the adapter does so.
+
+    `adapter` is a PeftConfig, `weights` its tensors by name.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows, untie, shared = [], False, None
+    for name, module in model.named_modules():
+        if module is not embedding and module is not head:
+            continue
+        for key, tensor in weights.items():
+            part = key.partition(f".{name}.")[2]
+            if part in ("weight", "modules_to_save.weight") or (part.startswith("lora_B") and module is head):
+                rows.append(tensor.shape[0])
+            elif part.startswith("lora_embedding_A"):
+                rows.append(tensor.shape[1])
+            elif part == "base_layer.weight":
+                shared = tensor
+            untie = untie or part.startswith("lora_")
+    indices = getattr(adapter, "trainable_token_indices", None) or []
+    for trained in indices.values() if isinstance(indices, dict) else [indices]:
+        if trained and not rows:
+            rows.append(max(embedding.weight.shape[0], max(trained) + 1))
+    if rows and rows[0] != embedding.weight.shape[0]:
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+    # merging must change each of two tied matrices by its own LoRA alone
+    if untie and model.config.tie_word_embeddings:
+        head = model.get_output_embeddings()
+        if shared is not None:  # saved for one of the two only
+            head.weight.data.copy_(shared)
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = getattr(adapter, "ensure_weight_tying", False)
 
 
 def check_causal(what: str, name: str, config: Any) -> None:
-    """UserError for an encoder, which transformers would load with a head that it never had, or an encoder-decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    """UserError for a configuration that is no causal language model's.
+
+    transformers would load an encoder as one, with a head that it never had.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
+    if encoder or getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{what} '{name}' is a {config.model_type} model, which reads whole texts; expected a causal language "
-            "model, which writes them (GPT-2, OPT, Llama, Qwen, ...)."
+            f"{what} '{name}' is a {config.model_type} model; expected a causal language model, which writes text "
+            "(GPT-2, OPT, Llama, Qwen, ...)."
         )
 
 
@@ -262,14 +453,31 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     check_name("tokenizer", name)
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"'{name}' holds no tokenizer (no tokenizer.json); save one there, or give --tokenizer-path.")
-
+    trouble = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("tokenizer", name, error) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, padding_side="left", truncation_side="left", trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers have no common class for what they cannot read
+        trouble = error
+    # without a vocabulary transformers raises this, or makes a tokenizer of special tokens alone
+    absent = "Couldn't instantiate the backend tokenizer" in str(trouble)
+    if trouble is None and not (Path(name) / "tokenizer.json").exists():
+        absent = len(tokenizer) <= len(tokenizer.get_added_vocab())
+    offline = "couldn't connect" in str(trouble)  # then a second question to the hub would wait as long again
+    if (absent or isinstance(trouble, OSError)) and _holds_adapter(name, local_files_only=offline):
+        return load_tokenizer(adapter_base(name))
+    if absent:
+        raise UserError(
+            f"'{name}' holds no tokenizer (no tokenizer.json); save the model's tokenizer there with save_pretrained."
+        ) from trouble
+    if "pip install tiktoken" in str(trouble):
+        raise UserError(
+            f"the tokenizer of '{name}' has no tokenizer.json, and its own format needs two packages: "
+            "pip install sentencepiece tiktoken."
+        ) from trouble
+    if trouble:
+        raise _cannot_load("tokenizer", name, trouble) from trouble
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of '{name}' has neither a pad nor an EOS token; add one and save it again.")

@@ -11,6 +11,7 @@ import torch
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import (
     BertConfig,
@@ -144,7 +145,18 @@ def world(tmp_path_factory) -> Path:
     tiny_gpt2().save_pretrained(root / "pickled")
     tokenizer.save_pretrained(root / "pickled")
     (root / "pickled" / "model.safetensors").unlink()
-    torch.save(tiny_gpt2().state_dict(), root / "pickled" / "pytorch_model.bin")
+    torch.save(tiny_gpt2(), root / "pickled" / "pytorch_model.bin")  # the object, not its tensors
+    for name, change in (
+        ("quantised", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("deeper", {"n_layer": 2}),
+    ):
+        tiny_gpt2().save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        config = json.loads((root / name / "config.json").read_text()) | change
+        (root / name / "config.json").write_text(json.dumps(config))
+    prompt_tuning = get_peft_model(tiny_gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompt_tuning.peft_config["default"].base_model_name_or_path = str(root / "lm")
+    prompt_tuning.save_pretrained(root / "prompt_tuning")
     for name, text in (("bad_config", "{"), ("unknown_type", '{"model_type": "perceptron"}')):
         tokenizer.save_pretrained(root / name)
         (root / name / "config.json").write_text(text)
@@ -247,6 +259,11 @@ CASES = [
     ([*MODEL, "@one_token"], "cannot write the marker"),
     ([*MODEL, "@torn_weights"], "cannot be loaded"),
     ([*MODEL, "@pickled"], "safetensors"),
+    ([*MODEL, "@quantised"], "is quantised (gptq)"),
+    ([*MODEL, "@lm", "--ref-model", "@quantised"], "is quantised (gptq)"),
+    ([*MODEL, "@deeper"], "do not fit its config.json"),
+    ([*MODEL, "@prompt_tuning"], "PROMPT_TUNING"),
+    ([*MODEL, "@lm", "--lora-rank", "2", "--model-path", "@prompt_tuning"], "PROMPT_TUNING"),
     ([*MODEL, "@bad_config"], "cannot be loaded"),
     ([*MODEL, "@unknown_type"], "cannot be loaded"),
     ([*MODEL, "@lm", "--ref-model", "@encoder"], "causal"),
@@ -256,7 +273,9 @@ CASES = [
     ([*JUDGE, "@nowhere"], "does not exist"),
     ([*JUDGE, "@labels2"], "tells 2 classes apart"),
     ([*JUDGE, "@labels3"], "tells 3 classes apart"),
-    ([*JUDGE, "@no_tokenizer"], "no tokenizer"),
+    ([*JUDGE, "@encoder"], "no trained classifier"),
+    ([*JUDGE, "@quantised"], "is quantised (gptq)"),
+    ([*JUDGE, "@prompt_tuning"], "PROMPT_TUNING"),
     # the user's own code
     ([*REWARD, "defualt"], "Did you mean 'default'?"),
     ([*REWARD, "@own.py"], "import path"),

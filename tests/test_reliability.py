@@ -599,9 +599,11 @@ def test_secrets_are_neither_stored_nor_forgotten_in_silence(tmp_path):
         again.check()
 
 
-def test_nothing_is_unpickled_or_run_from_a_models_folder(tiny_lm, tmp_path):
-    """Weights in a pickle, and a model type whose code lies in the folder: refused, and nothing of it is executed."""
+def test_nothing_is_unpickled_or_run_from_a_models_folder(tiny_lm, tmp_path, monkeypatch):
+    """Weights in a pickle, and a model type whose code lies in the folder: refused without a question, never run."""
     folder, proof = Path(tiny_lm), tmp_path / "was_here"
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
 
     class Trap:
         def __reduce__(self):
@@ -609,15 +611,15 @@ def test_nothing_is_unpickled_or_run_from_a_models_folder(tiny_lm, tmp_path):
 
     (folder / "model.safetensors").unlink()
     torch.save({"trap": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="hold more than tensors"):
         load_causal_lm(str(folder))
     (folder / "trap.py").write_text(f"import pathlib; pathlib.Path({str(proof)!r}).touch()")
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="never run here"):
         load_causal_lm(str(folder))
-    assert not proof.exists()
+    assert not proof.exists() and not asked
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(engine, tmp_path):
