@@ -23,7 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
 from builtin_models import resolve_model
-from common import UserError, check_positions, count_parameters, fuse_gelu, load_pretrained, run_script
+from common import (
+    UserError,
+    check_causal,
+    check_positions,
+    count_parameters,
+    fuse_gelu,
+    load_pretrained,
+    run_script,
+)
 from configuration import parse_config
 from engines import Placement
 from networks import disable_dropout, keep_fewer_activations, with_adapter
@@ -96,7 +104,7 @@ AttentionMaskInterface.register("counted", lambda *args, **kwargs: None)
 def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32, meta: bool = False) -> nn.Module:
     """A model of this configuration whose weights take no memory."""
     with torch.device("meta") if meta else FAKE:
-        model = auto_class.from_config(config, dtype=dtype)
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     fuse_gelu(model)
     disable_dropout(model)
     return model
@@ -336,6 +344,7 @@ def main() -> None:
         raise UserError("networks of your own cannot be counted before they are made; leave the classes out.")
     folder = resolve_model(config.model_path)
     architecture = load_pretrained(AutoConfig, folder, "model")
+    check_causal("model", folder, architecture)
     fmt = config.dialogue_format(folder)
     check_positions(architecture, fmt, folder)
     print(describe(estimate(config, architecture, judge_configuration(config), fmt.max_new_tokens), config))

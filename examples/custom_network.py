@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from builtin_models import resolve_model
+from common import load_pretrained
 from networks import load_causal_lm
 
 
@@ -34,7 +35,7 @@ class RecurrentCritic(nn.Module):
 
     def __init__(self, config, width: int = 64):
         super().__init__()
-        vocabulary = AutoConfig.from_pretrained(resolve_model(config.model_path)).get_text_config().vocab_size
+        vocabulary = load_pretrained(AutoConfig, resolve_model(config.model_path), "model").get_text_config().vocab_size
         self.embedding, self.memory = nn.Embedding(vocabulary, width), nn.GRU(width, width, batch_first=True)
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)  # the first values are 0: no opinion

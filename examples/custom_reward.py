@@ -33,7 +33,8 @@ class CuriousAndPolite(Reward):
         """Called once: models are loaded here."""
         super().setup(device, eou_marker)
         folder = resolve_model(self.classifier, "judge")  # a hub name, a folder, or the judge that needs no download
-        self.ask = pipeline("text-classification", folder, device=device, top_k=None, truncation=True)
+        settings = dict(device=device, top_k=None, truncation=True, trust_remote_code=False)
+        self.ask = pipeline("text-classification", folder, **settings)
         labels = list(self.ask.model.config.label2id)
         if self.label not in labels:
             raise UserError(f"label '{self.label}' is none of the classifier's; expected one of {', '.join(labels)}.")
