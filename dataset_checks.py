@@ -202,7 +202,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     if first and second and isinstance(row[second], str):
         listed = f'[row["{first}"]' if isinstance(row[first], str) else f'row["{first}"] + ['
         listed += f'{", " if isinstance(row[first], str) else ""}row["{second}"]]'
-        more = "" if isinstance(row[first], list) else ", and train with --context-utterances 1"
+        more = "" if isinstance(row[first], list) else ", and train with context_utterances 1"
         return use(f"pairs of '{first}' and '{second}'", listed) + more
     if named := [k for k, v in lists.items() if k != "dialog" and all(isinstance(u, str) for u in v)]:
         column = min(named, key=lambda k: "dialog" not in str(k).casefold())

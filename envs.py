@@ -675,7 +675,8 @@ class DialogueCodec:
         if fmt.eou_marker.strip() not in tokenizer.decode(marker_ids):
             raise UserError(
                 f"the tokenizer cannot write the marker '{fmt.eou_marker}' that ends an utterance (it makes of it "
-                f"'{tokenizer.decode(marker_ids)}'), so no reply could end; give another --eou-marker or tokenizer."
+                f"'{tokenizer.decode(marker_ids)}'), so no reply could end; use a tokenizer that can, or train "
+                "with another eou_marker."
             )
 
     def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,15 @@
 """`--help` of every script: it works, has the groups of the source, and says a sentence about every option."""
 
+import ast
 import dataclasses
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 import chat
+import common
 import estimate
 import eval_metrics
 import intent_classifier
@@ -111,3 +114,89 @@ def test_shell_completion_is_written(shell, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         ppo_dialog.main()
     assert ended.value.code in (0, None) and "kl-target" in file.read_text()
+
+
+# --- messages: every option that one names exists in the scripts that say it
+
+PPO, READERS = ("ppo_dialog",), ("ppo_dialog", "sft_dialog", "intent_classifier", "eval_metrics")
+SPEAKERS = {  # the scripts whose options a module's messages name; a script speaks for itself, another module for all
+    "chat_page": ("chat",),
+    "checkpoint": PPO,
+    "configuration": ("ppo_dialog", "estimate"),
+    "dataset_checks": READERS,
+    "dialogue_agent": ("chat",),
+    "engines": PPO,
+    "envs": READERS,
+    "experiment": PPO,
+    "generation": ("ppo_dialog", "eval_metrics", "chat"),
+    "monitor": PPO,
+    "networks": PPO,
+    "report": PPO,  # it names commands that go on with a run
+    "results": PPO,
+    "rewards": PPO,
+    "supervised": ("sft_dialog", "intent_classifier"),
+}
+FIELDS = {script.__name__: {f.name for f in dataclasses.fields(config)} for script, config in CONFIGS.items()}
+for script in ("ppo_dialog", "estimate"):
+    FIELDS[script] |= {"config"}  # which configuration.py reads before the other options
+
+
+def messages_in(source: str) -> list[str]:
+    """The texts in Python code, with {} for what an f-string puts in; without docstrings and options alone."""
+    nodes = list(ast.walk(ast.parse(source)))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    parts |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = []
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            texts.append(node.value)
+    return [text for text in texts if " " in text.strip()]
+
+
+def unknown_options(message: str, scripts: tuple[str, ...]) -> list[str]:
+    """Options in a message that not all of `scripts` have, and settings that none has.
+
+    `name.py --option` is checked in that script. Commands of other programs are left out.
+    """
+    message = re.sub(r"\b(tensorboard|trackio|wandb|accelerate|pip) [^.;,()]*", "", message)
+    unknown = []
+    for found in re.finditer(r"(?:(\w+)\.py [^.;,()]*?)?(?<![\w-])--([a-z][a-z-]*)", message):
+        name = found[2].removeprefix("no-").replace("-", "_")
+        named = (found[1],) if found[1] in FIELDS else scripts
+        unknown += [f"--{found[2]} in {script}.py" for script in named if name not in FIELDS[script]]
+    every = set().union(*FIELDS.values())
+    for name in re.findall(r"(?<![\w./{-])[a-z]+(?:_[a-z]+)+(?![\w(./])", message):
+        if name in every and not any(name in FIELDS[script] for script in scripts):
+            unknown.append(f"{name} in none of {', '.join(scripts)}")
+    return unknown
+
+
+def test_every_option_that_a_message_names_exists_in_the_scripts_that_say_it():
+    """A module that is not in SPEAKERS is held to the options of all scripts."""
+    wrong, checked = [], 0
+    for file in sorted(Path(common.__file__).parent.glob("*.py")):
+        scripts = (file.stem,) if file.stem in FIELDS and file.stem not in SPEAKERS else SPEAKERS.get(file.stem, FIELDS)
+        for message in messages_in(file.read_text(encoding="utf-8")):
+            checked += "--" in message
+            wrong += [f"{file.name}: {option}: {message!r}" for option in unknown_options(message, tuple(scripts))]
+    assert not wrong, "\n".join(wrong)
+    assert checked > 40
+    assert SPEAKERS.keys() <= {file.stem for file in Path(common.__file__).parent.glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("message", "scripts", "wrong"),
+    [
+        ("no tokenizer; give --tokenizer-path.", ("ppo_dialog", "chat"), []),
+        ("no tokenizer; give --tokenizer-path.", ("chat", "eval_metrics"), ["--tokenizer-path in eval_metrics.py"]),
+        ("Run chat.py {} --web, or give --eou-marker.", ("sft_dialog",), []),
+        ("Run chat.py {} --weights.", ("ppo_dialog",), ["--weights in chat.py"]),
+        ("tensorboard --logdir {}", ("ppo_dialog",), []),
+        ("give --no-perplexity or lower model_path", ("eval_metrics",), []),
+        ("lower lora_rank or x.model_path", ("eval_metrics",), ["lora_rank in none of eval_metrics"]),
+    ],
+)
+def test_an_option_that_a_script_lacks_is_found(message, scripts, wrong):
+    assert unknown_options(message, scripts) == wrong
