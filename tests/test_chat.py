@@ -471,7 +471,7 @@ def test_models_that_cannot_talk_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="without config.json"):
         Agent(str(tmp_path))
     GPT2LMHeadModel.from_pretrained(folder).save_pretrained(tmp_path / "mute")
-    with pytest.raises(UserError, match="no tokenizer.*--tokenizer-path"):
+    with pytest.raises(UserError, match="holds no tokenizer"):
         Agent(str(tmp_path / "mute"))
     assert Agent(str(tmp_path / "mute"), tokenizer_path=folder).history == []
 
