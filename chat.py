@@ -194,6 +194,8 @@ class Conversation:
             known = judge_name(agent.path, self.intent_model) or judge_name(self.agents[0].path)
             if known not in self.judges:
                 self.judges[known] = IntentJudge(resolve_model(known, "judge")) if known else None
+                if known and self.judges[known].note:
+                    self.note(f"({self.judges[known].note})")
                 if not known:
                     self.note("(no dialogue acts: no judge is known for this model; name one with --intent-model)")
             who = f"{name} " if len(self.agents) > 1 else ""

@@ -454,8 +454,9 @@ def judge_name(path: str, intent_model: str = "") -> str:
 
 
 def act_of(judge: IntentJudge, previous: str, reply: str) -> str:
-    """The dialogue act of a reply, by the judge; "none" for an empty one, as the reward has it."""
-    return ACTS[judge.acts([previous], [reply])[0] - 1] if reply else "none"
+    """The dialogue act of a reply, by the judge; "none" for an empty one, or one whose likeliest class is no act."""
+    act = judge.acts([previous], [reply])[0] if reply else 0
+    return ACTS[act - 1] if act else "none"
 
 
 def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[str]:
@@ -473,7 +474,8 @@ def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[
     if human:
         from rewards import meteor  # here, because NLTK takes a while
 
-        same = ["intent 1 (the same act)" if acts[0] == acts[1] else "intent 0 (another act)"] if judge else []
+        equal = judge and acts[0] == acts[1] != "none"
+        same = ["intent 1 (the same act)" if equal else "intent 0 (another act)"] if judge else []
         rows.append(", ".join([f"reply against human: METEOR {meteor(reply, human):.2f}", *same]))
     return rows
 

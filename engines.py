@@ -90,12 +90,9 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
             os.environ.setdefault(name, str(value))
     told = lambda name: os.environ.get(name, "false").lower() == "true"
     deepspeed, fsdp = told("ACCELERATE_USE_DEEPSPEED"), told("ACCELERATE_USE_FSDP")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    groups, on_cpus = InitProcessGroupKwargs(timeout=PATIENCE), False
+    groups = InitProcessGroupKwargs(timeout=PATIENCE)
     if not torch.accelerator.is_available():
-        # Accelerate has to be told about CPUs, or each process believes that it is alone
         groups.backend = "gloo" if deepspeed or fsdp else None
-        on_cpus = several and not deepspeed and not fsdp
         if deepspeed:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if fsdp:
@@ -106,7 +103,7 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
     accelerator = Accelerator(
-        cpu=on_cpus,
+        cpu=several_on_cpus() and not deepspeed and not fsdp,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=trackers or None,
@@ -117,6 +114,19 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settle_deepspeed(accelerator, config)
     return accelerator
+
+
+def several_on_cpus() -> bool:
+    """Whether this is one of several processes without a GPU.
+
+    Accelerate has to be told of it, or each process believes that it is alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+
+
+def join_processes() -> PartialState:
+    """Let the processes that a launcher started know of each other, on CPUs too."""
+    return PartialState(cpu=several_on_cpus())
 
 
 def let_fsdp_run_on_cpus() -> None:

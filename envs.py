@@ -611,6 +611,13 @@ def make_samples(dialogues: Sequence[Dialogue], fmt: DialogueFormat) -> list[Sam
     ]
 
 
+def count_of_samples(samples: Sequence[Sample]) -> str:
+    """`500 samples`, with the number of those that have a dialogue act where some have one and others do not."""
+    labelled = sum(bool(s.act) for s in samples)
+    some = f" ({labelled} with a dialogue act)" if 0 < labelled < len(samples) else ""
+    return f"{len(samples)} samples{some}"
+
+
 class PlainText:
     """Text to token ids in which no text becomes a special token by spelling one, but for `marker` where it is one.
 

@@ -34,6 +34,7 @@ from common import (
 )
 from configuration import parse_config
 from engines import Placement
+from intent_classifier import check_judge
 from networks import disable_dropout, keep_fewer_activations, with_adapter
 from ppo_dialog import PPOConfig
 
@@ -335,7 +336,9 @@ def describe(result: Estimate, config: EstimateConfig) -> str:
 def judge_configuration(config: PPOConfig) -> Any | None:
     if config.reward != "default" or not config.intent_coef:
         return None
-    return load_pretrained(AutoConfig, resolve_model(config.intent_model, "judge"), "intent model")
+    folder = resolve_model(config.intent_model, "judge")
+    check_judge(folder)
+    return load_pretrained(AutoConfig, folder, "intent model")
 
 
 def main() -> None:

@@ -47,9 +47,9 @@ from common import (
     write_json,
 )
 from configuration import command_line
-from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
+from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, load_dialogues, make_samples
 from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
-from intent_classifier import IntentJudge
+from intent_classifier import IntentJudge, check_judge, judge_sentence, measure_judge
 from monitor import bar, drawable
 from networks import load_causal_lm, longest_text
 from rewards import intent_hits, meteor, meteor_uses_synonyms
@@ -247,7 +247,10 @@ class Evaluation:
     references: list[str]
     """The human replies."""
     scores: dict[str, np.ndarray]
-    """Metrics that are means over samples, (N,) each: ROUGE, meteor, mean_output_length, and intent where judged."""
+    """Metrics that are means over samples, (N,) each: ROUGE, meteor, mean_output_length, and intent where judged.
+
+    NaN where a sample has none: intent of a human reply without an act.
+    """
     bleu: np.ndarray
     """(N, 10), see bleu_statistics."""
     ngrams: dict[str, NGrams]
@@ -268,7 +271,10 @@ class Evaluation:
         (N,), sample i counts that often.
         """
         weights = np.ones(len(self.texts)) if weights is None else weights
-        values = {name: float(weights @ scores / weights.sum()) for name, scores in self.scores.items()}
+        values: dict[str, float | None] = {}
+        for name, scores in self.scores.items():
+            counted = weights * ~np.isnan(scores)
+            values[name] = float(counted @ np.nan_to_num(scores) / counted.sum()) if counted.any() else None
         values["sacrebleu"] = bleu_of(weights @ self.bleu)
         values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
         if tokens := weights @ self.reply_tokens:
@@ -357,14 +363,14 @@ def score_answers(
     """Every metric of these answers.
 
     Intent is the rule of the reward: the share of replies whose act, as the judge sees it, is that of the human reply,
-    an empty reply counting as wrong. It is left out without a judge, or where a sample has no act.
+    an empty reply counting as wrong. It is left out without a judge, and of samples without an act.
     """
     started, texts, references = time.perf_counter(), answers.texts, [s.reply for s in samples]
     scores = rouge_scores(texts, references)
     scores["meteor"] = meteor_scores(texts, references)
     scores["mean_output_length"] = np.array(answers.lengths, dtype=float)
     for name, asked in (("intent", judge), ("intent_second_judge", second_judge)):
-        if asked is not None and all(s.act for s in samples):
+        if asked is not None and any(s.act for s in samples):
             scores[name] = intent_hits(asked, [s.context[-1] for s in samples], texts, [s.act for s in samples])
     return Evaluation(
         texts,
@@ -427,7 +433,8 @@ def paired_difference(
             error = math.sqrt((size - 1) * without.var())
             interval = [value - 1.96 * error, value + 1.96 * error]
         else:
-            interval = np.percentile([p[name] - b[name] for p, b in resampled], [2.5, 97.5]).tolist()
+            drawn = [p[name] - b[name] for p, b in resampled if p[name] is not None]
+            interval = np.percentile(drawn or [np.nan], [2.5, 97.5]).tolist()
         relative = value / theirs[name] if theirs[name] else None
         result[name] = {"value": value, "ci95": interval, "relative": relative}
     return result
@@ -448,6 +455,9 @@ def compare(
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
     known["word_tokenizer"] = describe(word_tokenizer_for(policy.references))
     known["meteor_synonyms"] = meteor_uses_synonyms()
+    for name in ("intent", "intent_second_judge"):
+        if name in policy.scores:
+            known["intent_samples"] = int((~np.isnan(policy.scores[name])).sum())
     return {
         "policy": policy.metrics(),
         "baseline": baseline.metrics() if baseline else None,
@@ -586,6 +596,12 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         file = Path(getattr(config, option)) if getattr(config, option) else None
         if file and (file.is_dir() or any(p.is_file() for p in file.parents)):
             raise UserError(f"{option} '{file}' cannot be written: expected the path of a new or existing file.")
+    judge_names = {"judge": config.intent_model, "second judge": config.second_intent_model}
+    if not judge_names["judge"] and config.data_path == "builtin":
+        judge_names["judge"] = "builtin"
+    judge_names = {what: resolve_model(name, "judge") for what, name in judge_names.items() if name}
+    for name in judge_names.values():
+        check_judge(name)
     names = {"policy": config.model_path, "baseline": config.baseline_path}
     folders = [resolve_model(name) for name in names.values() if name and not Path(name).is_file()]
     markers = dict.fromkeys(DialogueFormat.load(folder).eou_marker.strip() for folder in folders)
@@ -613,18 +629,21 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         models[heading], asked[heading] = (model, DialogueCodec(tokenizer, fmt)), (samples, fmt)
         if not samples:
             raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
-    counts = f"{len(dialogues)} dialogues, {len(samples)} samples used, {len(dialogues.skipped)} rows skipped"
+    counts = f"{len(dialogues)} dialogues, {count_of_samples(samples)} used, {len(dialogues.skipped)} rows skipped"
     print(f"{config.split}: {counts}", flush=True)
 
-    judge, name = None, config.intent_model or ("builtin" if config.data_path == "builtin" else "")
-    if not all(s.act for s in samples):
+    judges, judged = {}, {}
+    if not any(s.act for s in samples):
         print("intent is not computed: the data has no dialogue acts.")
-    elif not name:
-        print("intent is not computed: no judge was given; name one with --intent-model.")
     else:
-        judge = IntentJudge(resolve_model(name, "judge"), device)
-    second = config.second_intent_model
-    second_judge = IntentJudge(resolve_model(second, "judge"), device) if second else None
+        if "judge" not in judge_names:
+            print("intent is not computed: no judge was given; name one with --intent-model.")
+        for what, name in judge_names.items():
+            judges[what] = IntentJudge(name, device)
+            if judges[what].note:
+                print(f"note: {judges[what].note}")
+            judged[what] = measure_judge(judges[what], samples)
+            print(judge_sentence(judged[what], config.split, what), flush=True)
 
     for heading, (model, codec) in models.items():
         model.to(device)
@@ -635,8 +654,10 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         model.cpu()
     if config.replies and Path(config.replies) != Path(config.model_path):
         answers["policy"].save(Path(config.replies), *asked["policy"])
-    evaluations = {heading: score_answers(a, samples, judge, second_judge) for heading, a in answers.items()}
+    asked_judges = judges.get("judge"), judges.get("second judge")
+    evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
+    settings |= {f"{what.replace(' ', '_')}_measured": measured for what, measured in judged.items()}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
     if config.output:

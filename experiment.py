@@ -45,7 +45,7 @@ from configuration import plain_values
 from envs import DialogueCodec, DialogueFormat, Sample
 from eval_metrics import EVAL_SAMPLING, Evaluation, compare, evaluate_model, format_table, generate_replies, progress
 from generation import Sampling
-from intent_classifier import IntentJudge, accuracy_on
+from intent_classifier import IntentJudge
 from rewards import Reward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,15 +60,13 @@ def judge_of(reward: Reward, config: Any, device: torch.device) -> IntentJudge |
     return judge
 
 
-def measure_judge(judge: IntentJudge, samples: list[Sample], limit: int) -> dict[str, float]:
-    """The judge is measured before it is trusted: how often it is right on human replies; printed."""
-    pairs = [(s.context[-1], s.reply, s.act) for s in samples if s.act][: limit or None]
-    if not pairs:
+def check_acts(samples: Sequence[Sample]) -> None:
+    """UserError where no sample has a dialogue act, for the intent reward."""
+    if not any(s.act for s in samples):
         raise UserError(
             "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, 2 question, "
             "3 directive, 4 commissive), or switch that reward off with --intent-coef 0."
         )
-    return accuracy_on(judge, pairs)
 
 
 def try_reward(score: Callable, sample: Sample, group: int) -> None:

@@ -74,16 +74,16 @@ from engines import (
     ready,
     whole_state,
 )
-from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, load_splits, make_samples
+from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, count_of_samples, load_splits, make_samples
 from experiment import (
     SHOWN,
     Log,
+    check_acts,
     checked_stats,
     compare_with_start,
     judge_of,
     make_stats,
     mean_length,
-    measure_judge,
     open_run,
     sample_dialogue,
     save,
@@ -95,7 +95,7 @@ from experiment import (
     validation_reward,
 )
 from generation import Sampling, alone, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
-from intent_classifier import WEAK_JUDGE
+from intent_classifier import WEAK_JUDGE, check_judge, judge_sentence, measure_judge
 from launcher import launcher
 from monitor import Monitor, ProgressMode, judge_warning
 from networks import (
@@ -110,7 +110,7 @@ from networks import (
     with_adapter,
 )
 from packing import conventions_of, cut, logits_at, packed_lengths, unpadded
-from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, judge_sentence, make_reward, score_episodes, token_kl
+from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, make_reward, score_episodes, token_kl
 from words import WordTokenizer, describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -960,6 +960,9 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     for what, name in (("model", model_folder), ("ref_model", config.ref_model), ("intent model", config.intent_model)):
         if name and name != "builtin":  # a mistyped path is said before the data is read
             check_name(what, resolve_model(name))
+    asks_judge = config.reward == "default" and config.intent_coef != 0
+    if asks_judge and config.intent_model != "builtin":
+        check_judge(resolve_model(config.intent_model, "judge"))
     fmt = config.dialogue_format(model_folder)
     ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
@@ -991,12 +994,15 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
     for split in needed:
         skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
-        say(f"{split}: {len(dialogues[split])} dialogues, {len(samples[split])} samples{skipped}")
+        say(f"{split}: {len(dialogues[split])} dialogues, {count_of_samples(samples[split])}{skipped}")
         if not samples[split]:
             raise UserError(
                 f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
                 "--context-utterances for short dialogues."
             )
+
+    if asks_judge:
+        check_acts(samples["train"])
 
     # The reference, and the optimizer
     monitor.stage("loading the models")
@@ -1040,9 +1046,13 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         try_reward(score, samples["train"][0], config.samples_per_prompt)
     if judge is not None:
         monitor.stage("measuring the judge")
+        if judge.note:
+            say(f"note: {judge.note}")
         with at_hand(judge.model, once=config.gather):
-            judged = measure_judge(judge, samples["validation"], config.judge_samples)
-        say(judge_sentence(judged["accuracy"]))
+            for split in ("validation", "train"):  # the latter where the former has no acts
+                if judged := measure_judge(judge, samples[split], config.judge_samples):
+                    say(judge_sentence(judged, split))
+                    break
     controller, length_price = config.kl_controller(), LengthPrice(config.length_rate, config.length_ratio)
     env = DialogueVectorEnv(
         samples["train"],
@@ -1076,7 +1086,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     progress.trackers = tracker_ids(accelerator)
     log = Log(accelerator)
     if judged and not point:
-        log({f"judge_{name}": value for name, value in judged.items()}, step=0)
+        log({f"judge_{name}": judged[name] for name in ("accuracy", "macro_f1", "chance")}, step=0)
     say(
         f"policy: {parameters:,} parameters with value, {trained:,} of them trained, on {accelerator.device}, "
         f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
@@ -1290,7 +1300,10 @@ def generator_of(*stream: int) -> torch.Generator:
 
 
 def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduce: Callable) -> dict[str, float]:
-    """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score."""
+    """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score.
+
+    A statistic's mean is over the replies that have it; the others are NaN.
+    """
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
     score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
@@ -1299,8 +1312,9 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]
     columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}
-    names = list(columns)
-    means = dict(zip(names, (reduce(torch.stack([columns[c].sum() for c in names])) / n).tolist()))
+    sums = torch.stack([column.nansum() for column in columns.values()])
+    counts = torch.stack([(~column.isnan()).sum() for column in columns.values()])
+    means = dict(zip(columns, (reduce(sums) / reduce(counts)).tolist()))
     whole = sum(means[f"share_{p.removeprefix('reward_')}"] for p in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
     prompt_tokens, prompt_positions = reduce(

@@ -38,7 +38,6 @@ from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 
 from common import UserError, cache_dir, first_line, import_path, nearest, raised
-from envs import ACTS
 from intent_classifier import IntentJudge
 from words import WordTokenizer, words
 
@@ -62,7 +61,8 @@ class Reward:
     ) -> Scores | Sequence[float]:
         """Scores (N,) of N replies, and statistics by name, (N,) each, which are logged as means.
 
-        Scores alone will do: a list, an array or a tensor of N numbers.
+        Scores alone will do: a list, an array or a tensor of N numbers. A statistic may be NaN for some replies: its
+        mean is over the others.
 
         `prompts` are the contexts as the policy sees them, `references` the human replies, `acts` their dialogue acts
         (1 inform, 2 question, 3 directive, 4 commissive; 0 where the data has no labels).
@@ -218,7 +218,10 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
 
 
 class Intent(Reward):
-    """1 where the judge's dialogue act for the response, given the last utterance, is the act of the human reply."""
+    """1 where the judge's dialogue act for the response, given the last utterance, is the act of the human reply.
+
+    A human reply without an act earns 0, and its statistic `intent` is NaN.
+    """
 
     def __init__(self, intent_model: str):
         self.intent_model = intent_model
@@ -228,19 +231,19 @@ class Intent(Reward):
         self.judge = IntentJudge(self.intent_model, device)
 
     def __call__(self, prompts, responses, references, acts):
-        if 0 in acts:
-            raise UserError(
-                "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, "
-                "2 question, 3 directive, 4 commissive), or switch the reward off with --intent-coef 0."
-            )
         hits = intent_hits(self.judge, [last_utterance(p, self.eou_marker) for p in prompts], responses, acts)
-        return hits, {"intent": hits}
+        return np.nan_to_num(hits), {"intent": hits}
 
 
-def intent_hits(judge: IntentJudge, previous: Sequence[str], responses: Sequence[str], acts: Sequence[int]):
-    """(N,) 1.0 where the judge's act for the response, said after `previous`, is the human reply's; an empty one: 0."""
+def intent_hits(
+    judge: IntentJudge, previous: Sequence[str], responses: Sequence[str], acts: Sequence[int]
+) -> np.ndarray:
+    """(N,) 1.0 where the judge's act for the response, said after `previous`, is the human reply's; an empty one: 0.
+
+    NaN where the human reply has no act.
+    """
     predicted = judge.acts(previous, responses)
-    return np.array([float(bool(r) and p == a) for r, p, a in zip(responses, predicted, acts)])
+    return np.array([float(bool(r) and p == a) if a else np.nan for r, p, a in zip(responses, predicted, acts)])
 
 
 class Meteor(Reward):
@@ -547,8 +550,3 @@ def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Ten
     A sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
     """
     return (logprobs - ref_logprobs) * mask
-
-
-def judge_sentence(accuracy: float) -> str:
-    """What to say of the judge at start-up; whether that is too little, monitor.judge_warning says."""
-    return f"judge: right on {accuracy:.3f} of the human utterances of the validation split ({len(ACTS)} acts)"

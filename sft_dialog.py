@@ -37,6 +37,7 @@ from common import (
 )
 from configuration import command_line
 from dataset_checks import overlap_note
+from engines import join_processes
 from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_splits, make_samples
 from generation import log_probs_of, reply_log_likelihoods
 from monitor import drawable, waiting
@@ -119,6 +120,7 @@ def train_sft(config: SFTConfig) -> Path:
         [len(p) + len(t) for p, t in windows],
         lambda batch: collate(batch, tokenizer.pad_token_id, config.loss_on),
         window_loss,
+        learned_tokens,
         perplexity,
         config,
         state_folder(output),
@@ -196,9 +198,14 @@ def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     return -log_probs_of(logits, batch["labels"][:, 1:][learned], temperature=1.0).mean()
 
 
+def learned_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """The number of tokens in the mean of window_loss."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
 def main() -> None:
     config = command_line(SFTConfig, __doc__)
-    use_all_cores(PartialState().num_processes)
+    use_all_cores(join_processes().num_processes)
     train_sft(config)
 
 

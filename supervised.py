@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common import UserError, whole_folder, write_json
-from engines import own_engine
+from engines import own_engine, several_on_cpus
 from monitor import ProgressMode, bar, drawable
 
 
@@ -73,6 +76,7 @@ def fit(
     lengths: Sequence[int],
     collate: Callable[[list[Any]], Any],
     loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
+    count_of: Callable[[Any], int],
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
     config: FitConfig,
     state: Path,
@@ -82,18 +86,24 @@ def fit(
     Every look at the validation split leaves in the folder `state` what `config.resume` goes on from; it is removed in
     the end. UserError where one is there already that is not to be gone on from.
 
-    `collate` makes a batch (a dict of tensors) of items, `loss_of` its mean loss. `lengths` are the items' lengths in
-    tokens: batches are made of similar ones, so that little is padded. Returns one dict for each look at the
-    validation split: step, minutes, lr, train_loss and what `evaluate` gave.
+    `collate` makes a batch (a dict of tensors) of items, `loss_of` its mean loss and `count_of` the number of terms in
+    that mean. Each term of an optimizer step has the same weight, however the step is cut into batches and processes.
+    `lengths` are the items' lengths in tokens: batches are made of similar ones, so that little is padded. Returns one
+    dict for each look at the validation split: step, minutes, lr, train_loss and what `evaluate` gave.
     """
     if state.exists() and not config.resume:
         raise UserError(
             f"'{state}' holds a run ({label}) that was stopped; go on with --resume, or remove it to begin anew."
         )
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
-    set_seed(config.seed)
+    for name, engine in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(name, "").lower() == "true":
+            raise UserError(
+                f"the launcher was told to use {engine}; supervised training runs in one process or by data "
+                "parallelism. Start it with `accelerate launch --config_file configs/accelerate/ddp.yaml`."
+            )
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # the launcher's; a step is cut into batches below
+    accelerator = Accelerator(cpu=several_on_cpus(), mixed_precision=config.mixed_precision)
+    set_seed(config.seed, device_specific=True)  # dropout is another one in each process
     sampler = LengthGroupedSampler(
         config.batch_size, lengths=list(lengths), generator=torch.Generator().manual_seed(config.seed)
     )
@@ -125,13 +135,16 @@ def fit(
             list(sampler)  # the order of an epoch that is over is drawn again, so that the next one's is the same
         accelerator.print(f"{label}: resumed at step {step}, after {minutes():.1f} min")
 
+    def mean_loss(losses: list[torch.Tensor]) -> float:
+        return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+
     def look() -> None:
         nonlocal best, losses
         model.eval()
         result = evaluate(model)
         model.train()
-        mean = torch.stack(losses).mean().item() if losses else float("nan")
-        row = {"step": step, "minutes": round(minutes(), 2), "lr": optimizer.param_groups[0]["lr"], "train_loss": mean}
+        row = {"step": step, "minutes": round(minutes(), 2), "lr": optimizer.param_groups[0]["lr"]}
+        row["train_loss"] = mean_loss(losses) if losses else float("nan")
         history.append(row | result)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
         accelerator.print(f"{label}: step {step}/{total}, {minutes():.1f} min, validation {shown}", flush=True)
@@ -151,35 +164,28 @@ def fit(
             look()
         trained.train()
         while step < total:
-            for batch in accelerator.skip_first_batches(loader, batches) if batches else loader:
-                batches += 1
+            rest = accelerator.skip_first_batches(loader, batches) if batches else loader
+            for parts in batches_of_steps(rest, config.gradient_accumulation_steps):
                 progress = step / total
                 if config.max_minutes:
                     # one clock for all processes: they must agree on the rate and on when to stop
                     progress = broadcast_object_list([max(progress, minutes() / config.max_minutes)])[0]
                 if progress >= 1:
-                    total, batches = step, batches - 1
+                    total = step
                     break
                 move(progress)
                 warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * warmup * (1 - progress)
-                with accelerator.accumulate(trained):
-                    with accelerator.autocast():
-                        loss = loss_of(trained, batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.detach().float())
-                if not accelerator.sync_gradients:
-                    continue
-                step += 1
+                losses.append(add_gradients(accelerator, trained, parts, loss_of, count_of))
+                accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                step, batches = step + 1, batches + len(parts)
                 if step % config.eval_every == 0:
                     look()
                 elif step % config.log_every == 0:
-                    recent = torch.stack(losses[-config.log_every :]).mean().item()
+                    recent = mean_loss(losses[-config.log_every :])
                     move(progress, f"step {step}/{total}, loss {recent:.3f}")
                     if not draw:
                         line = f"{label}: step {step}/{total}, {minutes():.1f} min, loss {recent:.3f}"
@@ -193,6 +199,37 @@ def fit(
     model.load_state_dict(best)
     model.eval()
     return history
+
+
+def batches_of_steps(loader: Iterable[Any], batches: int) -> Iterator[list[Any]]:
+    """The batches of each optimizer step: so many, and the rest of the epoch in the last one."""
+    iterator = iter(loader)
+    while group := list(itertools.islice(iterator, batches)):
+        yield group
+
+
+def add_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    group: list[Any],
+    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
+    count_of: Callable[[Any], int],
+) -> torch.Tensor:
+    """Add the gradient of the mean over all terms of a step's batches, of all processes, to the parameters.
+
+    Returns this process's part of the loss. The mean of the parts over the processes is the loss of the step.
+    """
+    counts = [count_of(batch) for batch in group]
+    total = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device), "sum").item()
+    loss = torch.zeros((), device=accelerator.device)
+    for i, (batch, count) in enumerate(zip(group, counts)):
+        with accelerator.no_sync(model) if i + 1 < len(group) else contextlib.nullcontext():
+            with accelerator.autocast():
+                # data parallelism takes the mean of the processes' gradients
+                part = loss_of(model, batch) * (count * accelerator.num_processes / total)
+            accelerator.backward(part)
+        loss += part.detach().float()
+    return loss
 
 
 def state_folder(output: Path) -> Path:

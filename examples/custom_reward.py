@@ -18,6 +18,7 @@ from transformers import pipeline
 
 from builtin_models import resolve_model
 from common import UserError
+from intent_classifier import load_classifier
 from rewards import Reward, last_utterance
 
 POLITE = re.compile(r"\b(please|thanks|thank you|sorry|excuse me)\b", re.IGNORECASE)
@@ -33,8 +34,9 @@ class CuriousAndPolite(Reward):
         """Called once: models are loaded here."""
         super().setup(device, eou_marker)
         folder = resolve_model(self.classifier, "judge")  # a hub name, a folder, or the judge that needs no download
-        settings = dict(device=device, top_k=None, truncation=True, trust_remote_code=False)
-        self.ask = pipeline("text-classification", folder, **settings)
+        model, tokenizer = load_classifier(folder)
+        settings = dict(device=device, top_k=None, truncation=True)
+        self.ask = pipeline("text-classification", model=model, tokenizer=tokenizer, **settings)
         labels = list(self.ask.model.config.label2id)
         if self.label not in labels:
             raise UserError(f"label '{self.label}' is none of the classifier's; expected one of {', '.join(labels)}.")

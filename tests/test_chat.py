@@ -847,9 +847,8 @@ def judge(tmp_path):
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     tokenizer = make_tokenizer()
-    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=4, **sizes)).save_pretrained(
-        tmp_path / "judge"
-    )
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=4, id2label=dict(enumerate(ACTS)), **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     return str(tmp_path / "judge")
 

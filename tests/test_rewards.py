@@ -27,7 +27,6 @@ from rewards import (
     LengthPrice,
     Meteor,
     Reward,
-    judge_sentence,
     last_utterance,
     make_reward,
     meteor,
@@ -248,13 +247,7 @@ def test_a_judge_reads_as_much_of_a_pair_as_it_has_positions_for(judge_folder):
     assert judge.acts([PROMPTS[0] * 5], [RESPONSES[0] * 5])[0] in (1, 2, 3, 4) and seen == [(1, 12)]
 
 
-def test_intent_needs_acts_and_four_classes(judge_folder, tmp_path):
-    intent = Intent(judge_folder())
-    intent.setup("cpu", "<EOU>")
-    with pytest.raises(UserError, match="no dialogue acts.*--intent-coef 0"):
-        intent(PROMPTS, RESPONSES, REFERENCES, [1, 0, 3, 4])
-    with pytest.raises(UserError, match="tells 3 classes apart; expected the 4 .*acts inform, question"):
-        IntentJudge(judge_folder("three", num_labels=3))
+def test_a_judge_that_is_not_there_is_refused(tmp_path):
     for name, fault in ((tmp_path / "none", "does not exist"), (tmp_path, "without config.json")):
         with pytest.raises(UserError, match=f"intent model '{name}' .*{fault}"):
             IntentJudge(str(name))
@@ -269,10 +262,6 @@ def test_last_utterance():
 def test_pairs_of_leaves_out_unlabelled_utterances():
     dialogue = SimpleNamespace(utterances=("a", "b", "c"), acts=(1, 0, 3))
     assert pairs_of([dialogue]) == [("", "a", 1), ("b", "c", 3)]
-
-
-def test_judge_sentence_says_how_often_it_is_right():
-    assert "right on 0.600" in judge_sentence(0.6) and "(4 acts)" in judge_sentence(0.6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
