@@ -276,7 +276,7 @@ CASES = [
     ([*JUDGE, "@nowhere"], "does not exist"),
     ([*JUDGE, "@labels2"], "tells 2 classes apart"),
     ([*JUDGE, "@labels3"], "tells 3 classes apart"),
-    ([*MODEL, "@torn_weights", "--intent-model", "@emotions"], "7 classes apart (no emotion, anger"),
+    (["--model-path", "@torn_weights", "--intent-model", "@emotions"], "7 classes apart (no emotion, anger"),
     ([*JUDGE, "@encoder"], "no trained classifier"),
     ([*JUDGE, "@quantised"], "is quantised (gptq)"),
     ([*JUDGE, "@prompt_tuning"], "PROMPT_TUNING"),
