@@ -165,10 +165,12 @@ def test_reinforcement_after_supervised_training_in_one_process_is_as_in_a_fresh
             train_sft(sft)
         train(half)
     """
+    script = tmp_path / "trains.py"
+    script.write_text(textwrap.dedent(code))
     rows = []
     for name in ("both", "alone"):
         settings = [*short, "--experiment-name", name, str(tmp_path / "models" / name)]
-        done = run(sys.executable, "-c", textwrap.dedent(code), *settings)
+        done = run(sys.executable, str(script), *settings)
         assert done.returncode == 0, done.stderr[-3000:]
         rows.append(timeless(lines(tmp_path / name)))
     assert rows[0] == rows[1] and rows[0]
