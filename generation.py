@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 import packing
-from capture import CapturedStep, can_capture
 from common import UserError, positions_of
 from envs import DialogueCodec, Sample
 from packing import conventions_of, logits_at, position_ids, unpadded
@@ -184,8 +183,6 @@ def sample_responses(
             logits, value = logits[copies], None if value is None else value[copies]
             past.reorder_cache(copies)
             attention = prompt_mask
-        if t == 0 and together is alone and can_capture(past, device):
-            step = past = CapturedStep(step, past, attention, max_new)
         if length:  # ours have ended, and this process only keeps the others company
             attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
             if not together(0):

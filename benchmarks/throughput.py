@@ -42,7 +42,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import capture
 import common
 import generation
 import networks
@@ -75,7 +74,6 @@ Measure = Literal[
     "fused_adamw",
     "estimated_entropy",
     "shared_prompts",
-    "captured_decoding",
     "spelled_out",
 ]
 
@@ -103,7 +101,6 @@ MEASURES = {
     "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
-    "captured_decoding": (capture, "DEVICES", ()),  # on a GPU
     "spelled_out": (packing, "SPELLED_OUT", ()),  # with --mixed-precision bf16 on a CPU
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }

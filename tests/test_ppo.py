@@ -10,9 +10,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-import capture
 from common import UserError
 from envs import DialogueFormat
 from fast_paths import choose_fast_paths
@@ -448,72 +446,6 @@ def test_a_prompt_that_several_rows_answer_is_read_once(family):
         assert torch.equal(together.ids[row, :said], alone.ids[0]) and together.mask[row].sum() == said
         for name in ("logprobs", "values"):
             assert torch.allclose(getattr(together, name)[row, :said], getattr(alone, name)[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-def test_a_cache_of_fixed_size_for_a_captured_step_changes_no_reply(family, half, monkeypatch):
-    model = shared(family).eval()
-    ids, mask = prompts(group=2)
-    uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
-    batches, codec = [], FakeCodec()
-    codec.can_end = lambda token: token < 20
-    codec.ended = lambda ids: ids[-1] < 20  # rows end at different steps
-
-    def step(tokens, attention, past):
-        batches.append((tuple(tokens.shape), tuple(attention.shape)))
-        return model.decode(tokens, attention, past)
-
-    def sampled():
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return sample_responses(step, codec, ids, mask, Sampling(top_k=30), uniforms)
-
-    growing = sampled()
-    assert len(set(growing.mask.sum(-1).tolist())) > 1 and len(set(batches)) == len(batches)
-    batches.clear()
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
-    fixed = sampled()
-    assert set(batches[1:]) == {((6, 1), (6, 9 + 8))}  # what a graph replays does not change its shape
-    if half:  # rounding may draw another token
-        assert (growing.ids[:, :3] == fixed.ids[:, :3]).float().mean() > 0.8
-        assert torch.allclose(growing.full_logprobs[:, :2], fixed.full_logprobs[:, :2], atol=0.1)
-        return
-    assert all(torch.equal(getattr(growing, name), getattr(fixed, name)) for name in ("ids", "mask", "support"))
-    for name in ("logprobs", "full_logprobs", "values"):
-        assert torch.allclose(getattr(growing, name), getattr(fixed, name), atol=1e-5)
-
-
-def test_a_model_that_takes_no_cache_of_fixed_size_goes_on_without(monkeypatch, capsys):
-    model = shared("gpt2").eval()
-    ids, mask = prompts(group=2)
-    uniforms = torch.rand((6, 8), generator=torch.Generator().manual_seed(3))
-    growing = sample_responses(model.decode, FakeCodec(), ids, mask, Sampling(), uniforms)
-
-    def step(tokens, attention, past):
-        fixed = past is not None and isinstance(past.layers[0], capture.StaticLayer)
-        made = model.decode(tokens, attention, past)
-        if fixed:  # with all layers written to
-            raise RuntimeError("expected to have the same dtype")
-        return made
-
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
-    monkeypatch.setattr(capture, "given_up", [])
-    for _ in range(2):
-        plain = sample_responses(step, FakeCodec(), ids, mask, Sampling(), uniforms)
-        assert torch.equal(growing.ids, plain.ids) and torch.allclose(growing.values, plain.values, atol=1e-5)
-    assert capsys.readouterr().out.count("not captured as a CUDA graph (expected to have the same dtype)") == 1
-
-
-def test_what_cannot_be_captured_is_not(monkeypatch):
-    model = small_lm("llama")
-    past = model(torch.arange(4)[None]).past_key_values
-    cpu = torch.device("cpu")
-    assert not capture.can_capture(past, cpu)
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
-    assert capture.can_capture(past, cpu)
-    past.layers[0] = DynamicSlidingWindowLayer(sliding_window=2)
-    assert not capture.can_capture(past, cpu)
-    assert not capture.can_capture(object(), cpu)  # the state of a network of one's own
 
 
 def test_padding_changes_no_weight():
