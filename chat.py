@@ -9,7 +9,7 @@
     python chat.py FOLDER < lines.txt > replies.txt  # a reply to each line: no prompts, no banner
 
 A model that carries a chat template, and no dialogue_format.json of ours, is talked to through its template (`--system`
-gives it a role). Any other sees the last utterances joined as in training (see DialogueFormat in envs.py).
+gives it a role). Any other sees the last utterances joined as in training (see DialogueFormat in support/text.py).
 
 At the terminal `/help` lists the commands; the bare words `reset`, `help`, `quit` and `exit` are commands too. Ctrl-C
 stops a reply; at the prompt, twice in a row leaves, as does Ctrl-D. Lines are kept for the next session in
@@ -34,11 +34,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from builtin_models import resolve_model
-from common import UserError, count_parameters, nearest, run_script, use_all_cores
-from configuration import command_line
-from dialogue_agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of, views_note
-from intent_classifier import IntentJudge
+from support.agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of, views_note
+from support.builtin import resolve_model
+from support.config import command_line
+from support.errors import UserError, nearest, run_script
+from support.judge import IntentJudge
+from support.machine import use_all_cores
+from support.pretrained import count_parameters
 
 COMMANDS = {  # name: what follows it, what it does
     "/help": ("", "show these lines"),
@@ -388,7 +390,10 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     use_all_cores()
     if config.web:
-        from chat_page import check_page, serve  # here, because it takes seconds that a terminal need not wait for
+        from support.chat_page import (  # here, because it takes seconds that a terminal need not wait for
+            check_page,
+            serve,
+        )
 
         check_page(config.preferences, config.port)
         return serve(open_agents(config), config.preferences, config.port)

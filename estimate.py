@@ -22,21 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
-from builtin_models import resolve_model
-from common import (
-    UserError,
-    check_causal,
-    check_positions,
-    count_parameters,
-    fuse_gelu,
-    load_pretrained,
-    run_script,
-)
-from configuration import parse_config
-from engines import Placement
-from intent_classifier import check_judge
-from networks import disable_dropout, keep_fewer_activations, with_adapter
 from ppo_dialog import PPOConfig
+from support.builtin import resolve_model
+from support.config import parse_config
+from support.distributed import Placement
+from support.errors import UserError, run_script
+from support.judge import check_judge
+from support.models import disable_dropout, keep_fewer_activations, with_adapter
+from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
 
 Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"]
 GIB = 2**30

@@ -18,9 +18,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,28 +35,93 @@ import torch
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
+from torch import nn
 from transformers import AutoConfig
 
-from builtin_models import resolve_model
-from common import (
-    UserError,
-    check_positions,
-    check_vocabulary,
-    first_line,
-    load_pretrained,
-    load_tokenizer,
-    run_script,
-    use_all_cores,
-    write_json,
+from rewards import intent_hits
+from support.builtin import resolve_model
+from support.config import command_line
+from support.data import load_dialogues
+from support.errors import UserError, first_line, run_script
+from support.files import finite, write_json
+from support.generation import (
+    EVAL_SAMPLING,
+    Report,
+    Sampling,
+    generate_replies,
+    reply_log_likelihoods,
 )
-from configuration import command_line
-from envs import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, load_dialogues, make_samples
-from generation import Sampling, causal_lm_step, reply_log_likelihoods, sample_responses
-from intent_classifier import IntentJudge, check_judge, judge_sentence, measure_judge
-from monitor import bar, drawable
-from networks import load_causal_lm, longest_text
-from rewards import intent_hits, meteor, meteor_uses_synonyms
-from words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
+from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
+from support.live_display import bar, drawable
+from support.machine import use_all_cores
+from support.meteor import meteor, meteor_uses_synonyms
+from support.models import load_causal_lm, longest_text
+from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer
+from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, make_samples
+from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
+
+
+def compare_with_start(
+    config: Any,
+    policy: nn.Module,
+    start: nn.Module,
+    codec: DialogueCodec,
+    samples: list[Sample],
+    score: Callable,
+    judge: IntentJudge | None,
+    run: Path,
+    main: bool = True,
+) -> None:
+    """Supervised start against the trained policy on held-out samples: table, eval.json and eval_samples.jsonl (each
+    sample with both replies and their scores), by the main process."""
+    evaluations, scores, statistics = [], [], []
+    for name, model in (("the supervised start", start), ("the PPO result", policy)):
+        if main:
+            print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
+        with progress(name, lines=False, main=main and config.progress != "plain") as report:
+            evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
+        columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
+        scored = score(*columns, [s.act for s in samples])
+        scores.append(scored[0])
+        statistics.append(scored[1])
+    if not main:
+        return
+    before, after = scores
+    error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
+    gain = float((after - before).mean())
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    settings = {"split": config.eval_split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
+    settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
+    result = compare(evaluations[1], evaluations[0], settings=settings)
+    result["reward"] = {
+        "policy": float(after.mean()),
+        "baseline": float(before.mean()),
+        "difference": gain,
+        "standard_error": error,
+    }
+    rows = [sample_scores(*columns) for columns in zip(evaluations, scores, statistics)]
+    with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
+        for sample, first, last in zip(samples, *rows):
+            row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+    write_json(run / "eval.json", result)
+    print(format_table(result, headings=("supervised", "PPO")))
+    print(
+        f"{config.eval_split} reward: {before.mean():.3f} -> {after.mean():.3f}, "
+        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
+        flush=True,
+    )
+
+
+def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[str, np.ndarray]) -> list[dict]:
+    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
+    columns = statistics | evaluation.scores | {"reward": scores, "length": evaluation.scores["mean_output_length"]}
+    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
+    return [
+        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
+    ]
+
 
 LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "rouge1": "ROUGE-1",
@@ -83,8 +151,6 @@ BETTER = {  # which way a metric is better: 1 is up, -1 down; 0 is neither
     "distinct2": 1,
     "perplexity": -1,
 }
-EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
-Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
 
 
 def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
@@ -98,7 +164,7 @@ def verdict(low: float, high: float, better: int) -> Literal["better", "worse", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics of text: what is known of each reply, and how a corpus adds up. The human replies choose the words (words.py)
+# Metrics of texts. The human replies choose what a word is (support/words.py)
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -201,41 +267,6 @@ class DistinctN(ReplyMetric):
 
     def _compute(self, predictions):
         return {f"distinct{n}": NGrams(predictions, n).distinct(np.ones(len(predictions))) for n in (1, 2)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One model
-
-
-def generate_replies(
-    model: torch.nn.Module,
-    codec: DialogueCodec,
-    samples: Sequence[Sample],
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 32,
-    report: Report | None = None,
-) -> tuple[list[str], list[int]]:
-    """A reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
-
-    Reply i depends on the model, `seed`, i and prompt i alone, not on its batch. Turn dropout off first: model.eval().
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
-    texts, lengths = [""] * len(samples), [0] * len(samples)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        ids, mask = codec.encode_prompts([samples[i].prompt for i in chunk])
-        responses = sample_responses(
-            causal_lm_step(model), codec, ids.to(device), mask.to(device), sampling, uniforms[chunk].to(device)
-        )
-        for i, row, length in zip(chunk, responses.ids.tolist(), responses.mask.sum(-1).tolist()):
-            texts[i], lengths[i] = codec.decode_response(row[:length]), length
-        if report:
-            report(start + len(chunk), len(order))
-    return texts, lengths
 
 
 @dataclass
@@ -504,7 +535,7 @@ class EvalConfig:
     baseline_path: str = ""
     """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
     data_path: str = "builtin"
-    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    """Dialogues: 'builtin', a hub name, a folder or a file (see docs/data.md)."""
     split: Literal["train", "validation", "test"] = "test"
     """Split of the data."""
     skip_bad_rows: bool = False

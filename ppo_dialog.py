@@ -14,17 +14,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-# Threads that wait for one another give their cores up sooner: beside another busy program a small model is many times
-# faster for it (read when torch loads OpenMP): docs/performance.md
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -34,8 +29,11 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 from transformers import AutoConfig
 
-from builtin_models import resolve_model
-from checkpoint import (
+from envs import DialogueVectorEnv
+from eval_metrics import compare_with_start
+from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, make_reward, score_episodes, token_kl
+from support.builtin import resolve_model
+from support.checkpoint import (
     FolderLock,
     StopSignals,
     check_room,
@@ -46,23 +44,11 @@ from checkpoint import (
     save_checkpoint,
     together_or_not,
 )
-from common import (
-    UserError,
-    check_name,
-    check_positions,
-    check_vocabulary,
-    count_parameters,
-    finite,
-    import_path,
-    load_pretrained,
-    load_tokenizer,
-    peak_memory_mb,
-    run_script,
-    use_all_cores,
-)
-from configuration import HIDDEN, NamedValues, parse_config, save_yaml
-from dataset_checks import overlap_note
-from engines import (
+from support.config import HIDDEN, NamedValues, parse_config, save_yaml
+from support.data import SPLITS, load_splits
+from support.data_checks import overlap_note
+from support.diagnostics import judge_warning
+from support.distributed import (
     Placement,
     at_hand,
     largest,
@@ -74,31 +60,22 @@ from engines import (
     ready,
     whole_state,
 )
-from envs import SPLITS, DialogueCodec, DialogueVectorEnv, FormatOptions, count_of_samples, load_splits, make_samples
-from experiment import (
-    SHOWN,
-    Log,
-    check_acts,
-    checked_stats,
-    compare_with_start,
-    judge_of,
-    make_stats,
-    mean_length,
-    open_run,
-    sample_dialogue,
-    save,
-    save_merged,
-    show_results,
-    start_trackers,
-    tracker_ids,
-    try_reward,
-    validation_reward,
+from support.errors import UserError, first_line, import_path, run_script
+from support.files import finite
+from support.generation import (
+    Sampling,
+    alone,
+    cached_pass,
+    inputs_of,
+    log_probs_of,
+    restrict,
+    sample_responses,
 )
-from generation import Sampling, alone, cached_pass, inputs_of, log_probs_of, restrict, sample_responses
-from intent_classifier import WEAK_JUDGE, check_judge, judge_sentence, measure_judge
-from launcher import launcher
-from monitor import Monitor, ProgressMode, judge_warning
-from networks import (
+from support.judge import WEAK_JUDGE, IntentJudge, check_judge, judge_sentence, measure_judge
+from support.launcher import launcher
+from support.live_display import Monitor, ProgressMode
+from support.machine import peak_memory_mb, use_all_cores
+from support.models import (
     AdapterOff,
     check_model,
     disable_dropout,
@@ -109,9 +86,59 @@ from networks import (
     training_noise,
     with_adapter,
 )
-from packing import conventions_of, cut, logits_at, packed_lengths, unpadded
-from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, make_reward, score_episodes, token_kl
-from words import WordTokenizer, describe, word_tokenizer_for
+from support.packing import conventions_of, cut, logits_at, packed_lengths, unpadded
+from support.pretrained import (
+    check_name,
+    check_positions,
+    check_vocabulary,
+    count_parameters,
+    load_pretrained,
+    load_tokenizer,
+)
+from support.run import (
+    SHOWN,
+    Log,
+    check_acts,
+    checked_stats,
+    make_stats,
+    mean_length,
+    open_run,
+    sample_dialogue,
+    save,
+    save_merged,
+    start_trackers,
+    tracker_ids,
+    try_reward,
+    validation_reward,
+)
+from support.text import DialogueCodec, FormatOptions, count_of_samples, make_samples
+from support.words import WordTokenizer, describe, word_tokenizer_for
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judge and the user's own statistics
+
+
+def judge_of(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
+    """The judge of the reward; for a reward without one, the one that the closing comparison asks, where one fits."""
+    judge = getattr(reward, "judge", None)
+    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
+        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
+    return judge
+
+
+def show_results(run: Path) -> None:
+    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
+    try:
+        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
+
+        print(f"report: {write_report([run])}", flush=True)
+    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
+        print(
+            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
+            f"`python report.py {run}` tries again",
+            flush=True,
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -127,7 +154,7 @@ class PPOConfig(FormatOptions):
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     data_path: str = "builtin"
-    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    """Dialogues: 'builtin', a hub name, a folder or a file (see docs/data.md)."""
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
     use_share_model: bool = True
@@ -454,7 +481,7 @@ class ActorCritic(nn.Module):
     def forward(self, input_ids, attention_mask, keep):
         """Logits (n, V) and values (n,) at the n positions that keep (B, S) marks, row after row.
 
-        input_ids, attention_mask (B, S), padded on either side: what is padding costs nothing, see packing.py.
+        input_ids, attention_mask (B, S), padded on either side: what is padding costs nothing, see support/packing.py.
         """
         inputs, select = unpadded(self.policy, input_ids, attention_mask, keep)
         logits = select(self.policy(**inputs, use_cache=False).logits)
@@ -1329,7 +1356,7 @@ def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,
         "mean_output_length": tokens / n,
-        # computed only where the model cannot be packed, see packing.py; room in the cache everywhere
+        # computed only where the model cannot be packed, see support/packing.py; room in the cache everywhere
         "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
         "tokens": tokens,

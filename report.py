@@ -29,11 +29,11 @@ import tyro
 import yaml
 from matplotlib.ticker import MaxNLocator
 
-from common import UserError, first_line, run_script
-from configuration import command_line
-from envs import ACTS
 from eval_metrics import BETTER, LABELS, verdict
-from monitor import statistics_of
+from support.config import command_line
+from support.data import ACTS
+from support.errors import UserError, first_line, run_script
+from support.live_display import statistics_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -760,7 +760,7 @@ def make_page(runs: Sequence[Run]) -> str:
     cards, sorts, total = shown_dialogues(columns)
     changed, usual = settings_of(runs)
     told = {run.name: facts(run) for run in runs}
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "support"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
     environment.filters |= {"figure": figure, "percent": lambda v: f"{v:+.1%}"}
     return environment.get_template("report.html.jinja").render(

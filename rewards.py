@@ -17,29 +17,20 @@ of length (`LengthPrice`) where one is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import itertools
-import sys
 import threading
-import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
-import nltk
 import numpy as np
 import torch
-from nltk.corpus import wordnet
-from nltk.stem.porter import PorterStemmer
-from nltk.translate.meteor_score import single_meteor_score
 
-from common import UserError, cache_dir, first_line, import_path, nearest, raised
-from intent_classifier import IntentJudge
-from words import WordTokenizer, words
+from support.errors import UserError, import_path, nearest, raised
+from support.judge import IntentJudge
+from support.meteor import _meteor_parts, meteor
+from support.words import WordTokenizer, words
 
 Scores = tuple[np.ndarray, dict[str, np.ndarray]]
 
@@ -49,7 +40,7 @@ class Reward:
 
     The constructor gets `reward_args` of the configuration as keyword arguments. `device` and `eou_marker` (the text
     that parts the utterances of a prompt) are set before the first call. So is `word_tokenizer`, which a run chooses by
-    the human replies of its training data (words.py).
+    the human replies of its training data (support/words.py).
     """
 
     device: torch.device | str = "cpu"
@@ -346,132 +337,6 @@ def last_utterance(prompt: str, eou_marker: str) -> str:
     """The utterance that the reply answers."""
     utterances = [u for u in prompt.split(eou_marker) if u.strip()]
     return utterances[-1] if utterances else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# METEOR
-
-
-DOWNLOAD_SECONDS = 15  # that a start waits for WordNet
-RETRY_SECONDS = 24 * 60 * 60  # after a download that failed
-
-
-class _Stemmer:
-    """NLTK's Porter stemmer, remembering the words it has met: it takes most of METEOR's time otherwise."""
-
-    def __init__(self):
-        self.stem = cache(PorterStemmer().stem)
-
-
-class _Synset(tuple):
-    """What NLTK's METEOR reads of a synset, its lemmas, and of a lemma, its name."""
-
-    def lemmas(self) -> tuple[_Lemma, ...]:
-        return tuple(self)
-
-
-class _Lemma(str):
-    def name(self) -> str:
-        return self
-
-
-class _WordNet:
-    """WordNet's synonyms, remembering the words it has met: all of a word's in one set, each once.
-
-    METEOR unites the sets of a word for every pair of texts, and leaves out names of several words.
-    """
-
-    @staticmethod
-    @cache
-    def synsets(word: str) -> list[_Synset]:
-        names = {lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()}
-        return [_Synset(_Lemma(name) for name in sorted(names) if "_" not in name)]
-
-
-class _NoWordNet:
-    """Stands in for WordNet where its data is missing: METEOR then matches words and stems alone."""
-
-    @staticmethod
-    def synsets(word: str) -> list:
-        return []
-
-
-def _wordnet_found() -> bool:
-    for form in ("corpora/wordnet", "corpora/wordnet.zip"):
-        with contextlib.suppress(LookupError, zipfile.BadZipFile):
-            nltk.data.find(form)
-            return True
-    return False
-
-
-def _download_wordnet() -> str:
-    """Download WordNet, and return why there is none now: "" where it worked.
-
-    A failure is remembered for a day in cache_dir(), as waiting for it again at every start helps nobody. Data that
-    appears meanwhile is found before this is called.
-    """
-    failed = cache_dir() / "wordnet_download_failed.txt"
-    with contextlib.suppress(OSError, ValueError):
-        written = failed.stat().st_mtime
-        if 0 <= time.time() - written < RETRY_SECONDS:  # a time to come is a clock's mistake
-            at = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
-            reason = failed.read_text(encoding="utf-8")
-            return f"no WordNet data here, and the download failed at {at} ({reason}); the next try is a day later"
-    reasons = [f"no answer within {DOWNLOAD_SECONDS:g} s"]
-
-    def download() -> None:
-        try:
-            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO(), raise_on_error=True)
-            reasons.append("it ended without data")
-        except Exception as error:  # no network, a folder that cannot be written, ...
-            reasons.append(first_line(error))
-
-    # In a thread of its own: where there is no network, looking up the host alone can take a minute.
-    attempt = threading.Thread(target=download, daemon=True)
-    attempt.start()
-    attempt.join(DOWNLOAD_SECONDS)
-    if _wordnet_found():
-        return ""
-    try:
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        failed.write_text(reasons[-1], encoding="utf-8")
-        then = "the next try is a day later"
-    except OSError:
-        then = f"the next start tries again, as '{failed}' cannot be written"
-    return f"no WordNet data here, and the download failed ({reasons[-1]}); {then}"
-
-
-@cache
-def _meteor_parts() -> tuple[_Stemmer, Any]:
-    """Stemmer and WordNet. Missing data is downloaded; where that fails, METEOR does without and says so once."""
-    missing = "" if _wordnet_found() else _download_wordnet()
-    if not missing:
-        try:
-            wordnet.ensure_loaded()
-            return _Stemmer(), _WordNet()
-        except Exception as error:  # a torn download: zipfile and NLTK raise many kinds
-            missing = f"the WordNet data here is damaged ({first_line(error)})"
-    print(
-        f"METEOR: {missing}. So synonyms do not count (words and stems do). To turn them on: "
-        "python -m nltk.downloader wordnet, or set NLTK_DATA to a folder that holds corpora/wordnet.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return _Stemmer(), _NoWordNet()
-
-
-def meteor_uses_synonyms() -> bool:
-    return isinstance(_meteor_parts()[1], _WordNet)
-
-
-def meteor(response: str, reference: str, word_tokenizer: WordTokenizer = "unicode") -> float:
-    """NLTK's METEOR of one response against one reference, 0 to 1, with WordNet synonyms where the data is there.
-
-    Stems and synonyms are English; words of other languages have to be equal.
-    """
-    stemmer, synonyms = _meteor_parts()
-    said, due = words(response, word_tokenizer), words(reference, word_tokenizer)
-    return float(single_meteor_score(due, said, stemmer=stemmer, wordnet=synonyms))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,28 +22,28 @@ import tyro
 from accelerate import PartialState
 from transformers import AutoConfig
 
-from common import (
-    UserError,
+from support.builtin import resolve_model
+from support.config import command_line
+from support.data import Dialogue, load_splits
+from support.data_checks import overlap_note
+from support.distributed import join_processes
+from support.errors import UserError, run_script
+from support.files import whole_folder, write_json
+from support.generation import log_probs_of, reply_log_likelihoods
+from support.live_display import drawable, waiting
+from support.machine import use_all_cores
+from support.models import load_causal_lm, longest_text
+from support.packing import logits_at
+from support.pretrained import (
     check_positions,
     check_vocabulary,
     count_parameters,
     load_pretrained,
     load_tokenizer,
     positions_of,
-    run_script,
-    use_all_cores,
-    whole_folder,
-    write_json,
 )
-from configuration import command_line
-from dataset_checks import overlap_note
-from engines import join_processes
-from envs import Dialogue, DialogueCodec, FormatOptions, Sample, load_splits, make_samples
-from generation import log_probs_of, reply_log_likelihoods
-from monitor import drawable, waiting
-from networks import load_causal_lm, longest_text
-from packing import logits_at
-from supervised import FitConfig, fit, forget, state_folder
+from support.supervised import FitConfig, fit, forget, state_folder
+from support.text import DialogueCodec, FormatOptions, Sample, make_samples
 
 
 @dataclass
@@ -56,7 +56,7 @@ class SFTConfig(FitConfig, FormatOptions):
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     data_path: str = "builtin"
-    """Dialogues: 'builtin', a hub name, a folder or a file (see envs.py)."""
+    """Dialogues: 'builtin', a hub name, a folder or a file (see docs/data.md)."""
     output_dir: str = "models/sft"
     """Folder for the fine-tuned model: a plain Hugging Face folder."""
     skip_bad_rows: bool = False
@@ -72,8 +72,6 @@ def train_sft(config: SFTConfig) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
-    from builtin_models import resolve_model  # which trains its policy with this function
-
     start = resolve_model(config.model_path)
     tokenizer = load_tokenizer(config.tokenizer_path or start)
     fmt = config.dialogue_format(start)

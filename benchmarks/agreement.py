@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 
 import ppo_dialog
-from common import UserError, run_script
-from configuration import parse_config
-from generation import inputs_of, restrict
-from packing import cut, packed_lengths
 from ppo_dialog import BatchSizes, PPOConfig, Rollout, above_the_others, whiten
+from support.config import parse_config
+from support.errors import UserError, run_script
+from support.generation import inputs_of, restrict
+from support.packing import cut, packed_lengths
 
 
 @dataclass

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from common import UserError, run_script
+from support.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 System = Literal["shared", "separate", "trl", "openrl"]

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 from throughput import ThroughputConfig, make_models
 
-from common import UserError, run_script
-from envs import load_dialogues
+from support.data import load_dialogues
+from support.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
 
-from common import run_script
 from estimate import GIB, Engine, Estimate, EstimateConfig, estimate
+from support.errors import run_script
 
 # The architectures by their published sizes: GPT-2 small, OPT-1.3B, Llama 2 7B, Llama 3 70B
 MODELS = {

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 from throughput import run_apart
 
-from common import run_script
+from support.errors import run_script
 
 
 @dataclass

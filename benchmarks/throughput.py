@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as bpe_models
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -42,14 +43,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import common
-import generation
-import networks
-import packing
-from common import UserError, load_tokenizer, run_script
-from envs import Dialogue, DialogueCodec, DialogueFormat, Sample, load_dialogues, make_samples
 from ppo_dialog import PPOConfig, train
 from rewards import last_utterance
+from support import generation, machine, models, packing, pretrained
+from support.data import Dialogue, load_dialogues
+from support.errors import UserError, run_script
+from support.pretrained import load_tokenizer
+from support.text import DialogueCodec, DialogueFormat, Sample, make_samples
 
 VOCABULARY = 50_257
 DAILY_DIALOG = Path(__file__).resolve().parents[2] / "shared" / "data" / "dailydialog"
@@ -63,7 +63,7 @@ SIZES = {
 
 
 ADAMW = torch.optim.AdamW
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's switch, which common.py sets
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's switch, which support/__init__.py sets
 Measure = Literal[
     "packing",
     "kept_memory",
@@ -93,11 +93,11 @@ def each_alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
-    "packing": (networks, "choose_fast_paths", lambda model, longest: False),
-    "kept_memory": (common, "keep_freed_memory", lambda: None),
+    "packing": (models, "choose_fast_paths", lambda model, longest: False),
+    "kept_memory": (machine, "keep_freed_memory", lambda: None),
     "huge_pages": None,  # read by torch before anything runs: see main
-    "fused_gelu": (common, "fuse_gelu", lambda model: None),
-    "turned_head": (common, "turn_head", lambda model: None),
+    "fused_gelu": (pretrained, "fuse_gelu", lambda model: None),
+    "turned_head": (pretrained, "turn_head", lambda model: None),
     "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
@@ -194,7 +194,7 @@ def train_tokenizer(dialogues: list[Dialogue]) -> PreTrainedTokenizerFast:
     Few merges, so that a prompt has about as many tokens as with GPT-2's own tokenizer; words that no text contains
     fill the rest of the vocabulary, so that whatever is sampled is text to the judge and to METEOR.
     """
-    bpe = Tokenizer(models.BPE())
+    bpe = Tokenizer(bpe_models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=12000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -204,7 +204,7 @@ def train_tokenizer(dialogues: list[Dialogue]) -> PreTrainedTokenizerFast:
     vocab = dict(learned["vocab"])
     for i in range(VOCABULARY - 1 - len(vocab)):
         vocab[f"Ġword{i}"] = len(vocab)
-    filled = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(m) for m in learned["merges"]]))
+    filled = Tokenizer(bpe_models.BPE(vocab=vocab, merges=[tuple(m) for m in learned["merges"]]))
     filled.pre_tokenizer, filled.decoder = bpe.pre_tokenizer, decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=filled, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 

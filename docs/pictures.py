@@ -33,12 +33,13 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import monitor  # noqa: E402
-from common import UserError, run_script, write_json  # noqa: E402
-from configuration import command_line  # noqa: E402
-from envs import DialogueFormat  # noqa: E402
 from eval_metrics import format_table  # noqa: E402
 from report import Run, load_run, write_report  # noqa: E402
+from support import live_display  # noqa: E402
+from support.config import command_line  # noqa: E402
+from support.errors import UserError, run_script  # noqa: E402
+from support.files import write_json  # noqa: E402
+from support.text import DialogueFormat  # noqa: E402
 
 LEFT_OUT = ("ROUGE-2", "ROUGE-L")  # rows of the table that README leaves out
 COLUMNS = 104  # of the terminal in the picture
@@ -73,7 +74,7 @@ def live_picture(run: Run) -> str:
     rows = [row for row in run.metrics if row["update"] <= update]
     steps = [0, *(row["env_steps"] for row in rows)]
     seconds = sum((after - before) / row["fps"] for before, after, row in zip(steps, steps[1:], rows))
-    watching = monitor.Monitor(SimpleNamespace(**run.config))
+    watching = live_display.Monitor(SimpleNamespace(**run.config))
     watching.begin(run.folder, 0, DialogueFormat.load(run.folder / "policy").max_new_tokens, {})
     watching.recent.extend(rows)
     watching.dialogues.append(dialogue)
@@ -81,11 +82,11 @@ def live_picture(run: Run) -> str:
     watching.started = time.monotonic() - seconds
     colors = dict(force_terminal=True, color_system="standard", legacy_windows=False)
     console = Console(file=io.StringIO(), width=COLUMNS, record=True, highlight=False, **colors)
-    kept, monitor.console = monitor.console, lambda: console
+    kept, live_display.console = live_display.console, lambda: console
     try:
         console.print(watching._draw())
     finally:
-        monitor.console = kept
+        live_display.console = kept
     svg = console.export_svg(title="accelerate launch ppo_dialog.py", unique_id="live")
     return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # a picture loads nothing: its font is the reader's monospace
 

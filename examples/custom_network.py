@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from builtin_models import resolve_model
-from common import load_pretrained
-from networks import load_causal_lm
+from support.builtin import resolve_model
+from support.models import load_causal_lm
+from support.pretrained import load_pretrained
 
 
 def last_layers(config, trained: int = 1) -> nn.Module:

@@ -16,10 +16,10 @@ import re
 import numpy as np
 from transformers import pipeline
 
-from builtin_models import resolve_model
-from common import UserError
-from intent_classifier import load_classifier
 from rewards import Reward, last_utterance
+from support.builtin import resolve_model
+from support.errors import UserError
+from support.judge import load_classifier
 
 POLITE = re.compile(r"\b(please|thanks|thank you|sorry|excuse me)\b", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import ppo_dialog
-from common import run_script
+from support.errors import run_script
 
 gathers = [0]
 

@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 from test_judge import WINDOWS
 
 from sft_dialog import collate, learned_tokens, window_loss
-from supervised import add_gradients
+from support.supervised import add_gradients
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

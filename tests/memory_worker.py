@@ -14,7 +14,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
 import ppo_dialog
-from common import run_script
+from support.errors import run_script
 
 before, peaks = [], []
 

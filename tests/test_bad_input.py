@@ -30,10 +30,10 @@ import estimate
 import eval_metrics
 import ppo_dialog
 import sft_dialog
-from common import UserError, run_script
-from configuration import load_yaml
-from envs import load_dialogues
 from ppo_dialog import PPOConfig
+from support.config import load_yaml
+from support.data import load_dialogues
+from support.errors import UserError, run_script
 
 GOOD = {"dialog": ["Hi .", "Hello .", "How are you ?", "Fine .", "Good .", "Bye ."], "act": [1, 1, 2, 1, 1, 1]}
 ROWS = {  # one bad row each, after a good one

@@ -5,8 +5,15 @@ from collections import Counter, defaultdict
 
 import pytest
 
-import builtin_corpus
-from builtin_corpus import MAX_TURNS, MIN_TURNS, SPLIT_SIZES, generate_corpus, parse_situation, parsed_situations
+from support import builtin_corpus
+from support.builtin_corpus import (
+    MAX_TURNS,
+    MIN_TURNS,
+    SPLIT_SIZES,
+    generate_corpus,
+    parse_situation,
+    parsed_situations,
+)
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,7 @@ from transformers import (
 
 import chat
 from chat import ChatConfig, Conversation, open_agents
-from common import UserError
-from dialogue_agent import (
+from support.agent import (
     Agent,
     judge_name,
     load_conversation,
@@ -44,9 +43,11 @@ from dialogue_agent import (
     turn_end_of,
     views_note,
 )
-from envs import ACTS, DialogueFormat, PlainText, Sample
-from generation import reply_log_likelihoods
-from intent_classifier import IntentJudge
+from support.data import ACTS
+from support.errors import UserError
+from support.generation import reply_log_likelihoods
+from support.judge import IntentJudge
+from support.text import DialogueFormat, PlainText, Sample
 
 ROOT = Path(chat.__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "

@@ -21,10 +21,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_chat import TEMPLATE, make_model
 
-from chat_page import append_preference, check_page
-from common import UserError
-from dialogue_agent import Agent
-from envs import DialogueFormat
+from support.agent import Agent
+from support.chat_page import append_preference, check_page
+from support.errors import UserError
+from support.text import DialogueFormat
 
 ROOT = Path(__file__).parents[1]
 BOT, USER = "#chat [data-testid=bot]", "#chat [data-testid=user]"

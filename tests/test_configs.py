@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configuration import load_deepspeed, load_yaml
 from ppo_dialog import PPOConfig
+from support.config import load_deepspeed, load_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 TUTORIAL = CONFIGS[0].parents[1] / "examples" / "openrl_config.yaml"

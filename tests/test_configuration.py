@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from common import UserError
-from configuration import TUTORIAL_KEYS, TUTORIAL_VALUES, load_deepspeed, load_yaml, parse_config, save_yaml
 from ppo_dialog import PPOConfig
+from support.config import TUTORIAL_KEYS, TUTORIAL_VALUES, load_deepspeed, load_yaml, parse_config, save_yaml
+from support.errors import UserError
 
 GPT2 = "rajkumarrrk/gpt2-fine-tuned-on-daily-dialog"
 JUDGE = "rajkumarrrk/roberta-daily-dialog-intent-classifier"

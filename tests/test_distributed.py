@@ -12,8 +12,8 @@ import pytest
 from test_programs import ROOT, SHORT, flags, lines, timeless
 from test_reliability import digest, wait_for
 
-from builtin_models import builtin_model
-from checkpoint import checkpoints
+from support.builtin import builtin_model
+from support.checkpoint import checkpoints
 
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

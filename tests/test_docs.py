@@ -28,18 +28,18 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from packaging.requirements import Requirement
 
-import builtin_corpus
 import chat
 import estimate
 import eval_metrics
 import intent_classifier
 import ppo_dialog
 import report
-import results
 import sft_dialog
-from builtin_models import builtin_model
-from configuration import command_line, parse_config
 from eval_metrics import LABELS
+from reproduce import results
+from support import builtin_corpus
+from support.builtin import builtin_model
+from support.config import command_line, parse_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -55,7 +55,7 @@ CONFIGS = {
     "intent_classifier.py": intent_classifier.IntentConfig,
     "ppo_dialog.py": ppo_dialog.PPOConfig,
     "report.py": report.ReportConfig,
-    "results.py": results.ResultsConfig,
+    "reproduce/results.py": results.ResultsConfig,
     "sft_dialog.py": sft_dialog.SFTConfig,
 }
 FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
@@ -73,7 +73,7 @@ FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUS
 NOT_RUN = {
     r"^pip install": "it installs: .ci/run does that in a fresh environment",
     r"^pytest": "it runs these tests",
-    r"^bash reproduce.sh": "hours; tests/test_programs.py runs --quick",
+    r"^bash reproduce/reproduce.sh": "hours; tests/test_programs.py runs --quick",
     r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
     r"^(srun|export)\b": "several machines",
     r"-m timeit": "it measures: tests/test_rewards.py has what it calls",
@@ -188,11 +188,14 @@ def worked(tmp_path_factory) -> Path:
     return place
 
 
+FOLDERS = ("benchmarks", "configs", "docs", "examples", "reproduce", "support")
+
+
 @pytest.fixture
 def clone(worked, tmp_path, monkeypatch) -> Path:
     """The working directory."""
     for path in ROOT.iterdir():
-        if path.suffix in (".py", ".sh", ".jinja", ".txt") or path.name in "configs docs examples benchmarks".split():
+        if path.suffix in (".py", ".txt") or path.name in FOLDERS:
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "models").mkdir()
     policy, judge = builtin_model("policy"), builtin_model("judge")
@@ -417,11 +420,11 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
 
 
 def test_the_pages_exit_statuses_are_those_of_the_code():
-    import common
+    from support import errors
 
     text = (ROOT / "docs" / "watch.md").read_text()
     stated = {int(status) for status in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
-    assert stated == {0, 1, common.EXIT_USER_ERROR, common.EXIT_INTERRUPTED, 128 + 15}
+    assert stated == {0, 1, errors.EXIT_USER_ERROR, errors.EXIT_INTERRUPTED, 128 + 15}
 
 
 def test_settings_in_a_page_load(clone):

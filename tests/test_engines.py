@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_distributed import ended, launched
 from test_programs import ROOT, flags, lines, run
 
-from builtin_models import builtin_model
+from support.builtin import builtin_model
 
 CONFIGS = ROOT / "configs" / "accelerate"
 RUN = dict(total_time_steps=1, env_num=8, num_mini_batch=2, ppo_epoch=2, save_interval=1, judge_samples=40)

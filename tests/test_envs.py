@@ -21,22 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from common import UserError, load_tokenizer
-from dataset_checks import form_of, overlap_note
-from envs import (
-    Dialogue,
-    DialogueCodec,
-    DialogueFormat,
-    DialogueVectorEnv,
-    FormatOptions,
-    Sample,
-    load_dialogues,
-    load_splits,
-    make_samples,
-    without_torn,
-)
-from intent_classifier import encode_pairs
+from envs import DialogueVectorEnv
 from sft_dialog import chains_of, windows_of
+from support.data import Dialogue, load_dialogues, load_splits
+from support.data_checks import form_of, overlap_note
+from support.errors import UserError
+from support.judge import encode_pairs
+from support.pretrained import load_tokenizer
+from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, make_samples, without_torn
 
 SPLITS = ("train", "validation", "test")
 ROWS = [

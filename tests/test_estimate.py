@@ -12,10 +12,10 @@ from test_families import RUN
 from test_programs import flags, run
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from builtin_models import builtin_model
-from common import load_tokenizer
 from estimate import GIB, EstimateConfig, empty_model, estimate, kept_bytes
-from networks import load_causal_lm
+from support.builtin import builtin_model
+from support.models import load_causal_lm
+from support.pretrained import load_tokenizer
 
 SETTINGS = RUN | dict(env_num=32, total_time_steps=1, num_mini_batch=2, ppo_epoch=1, save_interval=100)
 CASES = {

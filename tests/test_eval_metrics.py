@@ -20,8 +20,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rewards
-from common import UserError
-from envs import DialogueCodec, DialogueFormat, load_dialogues, make_samples
 from eval_metrics import (
     BETTER,
     EVAL_SAMPLING,
@@ -39,7 +37,6 @@ from eval_metrics import (
     compare,
     evaluate_model,
     format_table,
-    generate_replies,
     meteor_scores,
     paired_difference,
     rouge_scores,
@@ -47,8 +44,11 @@ from eval_metrics import (
     score_answers,
     verdict,
 )
-from generation import reply_log_likelihoods
 from rewards import words
+from support.data import load_dialogues
+from support.errors import UserError
+from support.generation import generate_replies, reply_log_likelihoods
+from support.text import DialogueCodec, DialogueFormat, make_samples
 
 REPOSITORY = Path(__file__).parent.parent
 NLTK_DATA = REPOSITORY.parent / "shared" / "data" / "nltk_data"

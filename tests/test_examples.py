@@ -14,10 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from builtin_models import builtin_model
-from common import UserError, import_path
-from configuration import load_yaml, parse_config
 from ppo_dialog import PPOConfig
+from support.builtin import builtin_model
+from support.config import load_yaml, parse_config
+from support.errors import UserError, import_path
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

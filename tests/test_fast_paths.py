@@ -14,13 +14,14 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-import fast_paths
-from common import UserError, positions_of
-from fast_paths import choose_fast_paths, probe_texts
-from generation import Sampling, causal_lm_step, sample_responses
-from networks import disable_dropout, training_noise
-from packing import logits_at, packs
 from ppo_dialog import ActorCritic, Critic
+from support import fast_paths
+from support.errors import UserError
+from support.fast_paths import choose_fast_paths, probe_texts
+from support.generation import Sampling, causal_lm_step, sample_responses
+from support.models import disable_dropout, training_noise
+from support.packing import logits_at, packs
+from support.pretrained import positions_of
 
 V, PROMPT, REPLY = 60, 30, 8
 GPT = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64)

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 import chat
-import common
 import estimate
 import eval_metrics
 import intent_classifier
 import ppo_dialog
 import report
-import results
 import sft_dialog
-from configuration import command_line, headings
+from reproduce import results
+from support.config import command_line, headings
 
 GROUPS = {  # some of each, and all that there are under the headings of the source
     ppo_dialog: ("text format", "what is trained, on what", "rewards", "how much", "PPO", "engine", "results"),
@@ -122,23 +121,29 @@ PPO, READERS = ("ppo_dialog",), ("ppo_dialog", "sft_dialog", "intent_classifier"
 SPEAKERS = {  # the scripts whose options a module's messages name; a script speaks for itself, another module for all
     "chat_page": ("chat",),
     "checkpoint": PPO,
-    "configuration": ("ppo_dialog", "estimate"),
-    "dataset_checks": READERS,
-    "dialogue_agent": ("chat",),
-    "engines": PPO,
+    "config": ("ppo_dialog", "estimate"),
+    "data_checks": READERS,
+    "agent": ("chat",),
+    "distributed": PPO,
     "envs": READERS,
-    "experiment": PPO,
+    "run": PPO,
     "generation": ("ppo_dialog", "eval_metrics", "chat"),
-    "monitor": PPO,
-    "networks": PPO,
+    "live_display": PPO,
+    "models": PPO,
     "report": PPO,  # it names commands that go on with a run
     "results": PPO,
     "rewards": PPO,
+    "data": READERS,
+    "text": READERS,
+    "judge": ("ppo_dialog", "eval_metrics", "chat"),
+    "diagnostics": PPO,
     "supervised": ("sft_dialog", "intent_classifier"),
 }
+ROOT = Path(chat.__file__).parent
+SOURCES = [file for folder in ("", "support", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))]
 FIELDS = {script.__name__: {f.name for f in dataclasses.fields(config)} for script, config in CONFIGS.items()}
 for script in ("ppo_dialog", "estimate"):
-    FIELDS[script] |= {"config"}  # which configuration.py reads before the other options
+    FIELDS[script] |= {"config"}  # which support/config.py reads before the other options
 
 
 def messages_in(source: str) -> list[str]:
@@ -176,14 +181,14 @@ def unknown_options(message: str, scripts: tuple[str, ...]) -> list[str]:
 def test_every_option_that_a_message_names_exists_in_the_scripts_that_say_it():
     """A module that is not in SPEAKERS is held to the options of all scripts."""
     wrong, checked = [], 0
-    for file in sorted(Path(common.__file__).parent.glob("*.py")):
+    for file in SOURCES:
         scripts = (file.stem,) if file.stem in FIELDS and file.stem not in SPEAKERS else SPEAKERS.get(file.stem, FIELDS)
         for message in messages_in(file.read_text(encoding="utf-8")):
             checked += "--" in message
             wrong += [f"{file.name}: {option}: {message!r}" for option in unknown_options(message, tuple(scripts))]
     assert not wrong, "\n".join(wrong)
     assert checked > 40
-    assert SPEAKERS.keys() <= {file.stem for file in Path(common.__file__).parent.glob("*.py")}
+    assert SPEAKERS.keys() <= {file.stem for file in SOURCES}
 
 
 @pytest.mark.parametrize(

@@ -25,23 +25,16 @@ from transformers import (
 
 import eval_metrics
 import ppo_dialog
-from builtin_models import builtin_model
-from common import UserError
-from envs import ACTS, DialogueFormat, load_dialogues, make_samples
 from eval_metrics import EvalConfig, run_evaluation
-from intent_classifier import (
-    IntentConfig,
-    IntentJudge,
-    acts_of_classes,
-    check_judge,
-    encode_pairs,
-    load_classifier,
-    measure_judge,
-    train_intent,
-)
+from intent_classifier import IntentConfig, train_intent
 from rewards import DialogueReward, score_episodes
 from sft_dialog import collate, learned_tokens, window_loss
-from supervised import add_gradients, batches_of_steps
+from support.builtin import builtin_model
+from support.data import ACTS, load_dialogues
+from support.errors import UserError
+from support.judge import IntentJudge, acts_of_classes, check_judge, encode_pairs, load_classifier, measure_judge
+from support.supervised import add_gradients, batches_of_steps
+from support.text import DialogueFormat, make_samples
 
 QUICK = dict(limit=60, bootstrap=20, perplexity=False, greedy=True)
 POSITION = "in this order they stand for inform, question, directive, commissive"

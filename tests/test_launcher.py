@@ -17,7 +17,7 @@ from test_distributed import RUN
 from test_monitor import Terminal
 from test_programs import ROOT, flags, lines
 
-from checkpoint import checkpoints
+from support.checkpoint import checkpoints
 
 # What accelerate's launcher of one process does, with a second to die in, as the real one has after its imports
 LIKE_ACCELERATE = """
@@ -36,7 +36,7 @@ LIKE_ACCELERATE = """
 # A run in small: an "update" that a signal does not cut short, then the save
 LIKE_A_RUN = """
     import signal, sys
-    from launcher import launcher
+    from support.launcher import launcher
 
     with launcher().attended():
         asked = []
@@ -111,7 +111,7 @@ def test_a_run_can_be_suspended_continued_and_then_interrupted(tmp_path):
 
 def test_a_script_learns_who_started_it():
     """`timeout` sends its signal twice; a parent that adds no settings of Accelerate's is not its launcher."""
-    code = "import launcher; print(launcher.launcher(), launcher.signals_come_twice())"
+    code = "from support import launcher; print(launcher.launcher(), launcher.signals_come_twice())"
     for command, said in (([], "None False"), (["timeout", "60"], "None True")):
         command = [*command, sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True)

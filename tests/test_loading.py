@@ -26,14 +26,14 @@ from transformers import (
 )
 
 import chat
-import common
 import estimate
 import eval_metrics
 import intent_classifier
 import ppo_dialog
 import sft_dialog
-from common import UserError, first_line, load_pretrained, load_tokenizer, run_script
-from intent_classifier import IntentJudge
+from support.errors import UserError, first_line, run_script
+from support.judge import IntentJudge
+from support.pretrained import load_pretrained, load_tokenizer
 
 TEXT = torch.arange(12)[None]  # (1, 12) token ids
 BERT = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
@@ -405,8 +405,8 @@ LOADERS = ("from_pretrained", "from_config", "pipeline")
 
 def test_every_call_that_could_run_code_of_a_folder_says_not_to():
     """`from_pretrained` and `from_config` of transformers' Auto classes, and `pipeline`, in scripts and examples."""
-    root, calls = Path(common.__file__).parent, 0
-    for file in [f for folder in ("", "examples", "benchmarks") for f in (root / folder).glob("*.py")]:
+    root, calls = Path(chat.__file__).parent, 0
+    for file in [f for folder in ("", "support", "examples", "benchmarks") for f in (root / folder).glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue

@@ -22,13 +22,13 @@ from rich.console import Console
 from test_programs import ROOT, SHORT, flags, lines, trained
 from test_reliability import RUN, digest, resumed
 
-import experiment
-import monitor
-from builtin_models import builtin_model
-from common import UserError
-from monitor import FIRST, VALUE_AFTER, WINDOW, Monitor, clock, drawable, follow, one_line, sparkline, warnings_of
 from ppo_dialog import PPOConfig
-from rewards import meteor
+from support import live_display, run
+from support.builtin import builtin_model
+from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, warnings_of
+from support.errors import UserError
+from support.live_display import Monitor, clock, drawable, follow, one_line, sparkline
+from support.meteor import meteor
 
 CONFIG = PPOConfig()
 HEALTHY = dict(
@@ -160,7 +160,7 @@ def test_sample_dialogues_change_nothing_and_are_the_same_in_a_resumed_run(tmp_p
 def drawn(watching: Monitor, width: int, monkeypatch) -> list[str]:
     """What the monitor draws on a terminal of this width."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    monkeypatch.setattr(monitor, "console", lambda: console)
+    monkeypatch.setattr(live_display, "console", lambda: console)
     console.print(watching._draw())
     return console.file.getvalue().splitlines()
 
@@ -365,6 +365,6 @@ def read_trackio(_: Path, tmp_path: Path):
 
 
 def test_a_tracker_that_is_not_installed_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--track trackio needs the package trackio: pip install trackio"):
         trained(run_dir=str(tmp_path), total_time_steps=200, eval_limit=-1, intent_coef=0.0, track=("trackio",))

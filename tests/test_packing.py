@@ -21,11 +21,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import packing
-from common import fuse_gelu, turn_head
-from fast_paths import choose_fast_paths
-from generation import cached_pass
-from packing import cut, logits_at, packed_lengths, packs, position_ids, unpadded
+from support import packing
+from support.fast_paths import choose_fast_paths
+from support.generation import cached_pass
+from support.packing import cut, logits_at, packed_lengths, packs, position_ids, unpadded
+from support.pretrained import fuse_gelu, turn_head
 
 V = 40
 SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)

@@ -7,9 +7,9 @@ import sys
 import pytest
 from test_report import ROOT, evaluation_of, made_run, metric_rows
 
-from common import UserError
 from eval_metrics import format_table
 from report import load_run
+from support.errors import UserError
 
 sys.path.insert(0, str(ROOT / "docs"))
 import pictures  # noqa: E402

@@ -11,11 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from common import UserError
-from envs import DialogueFormat
-from fast_paths import choose_fast_paths
-from generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
-from packing import position_ids
 from ppo_dialog import (
     ActorCritic,
     BatchSizes,
@@ -37,6 +32,11 @@ from ppo_dialog import (
     value_loss,
     whiten,
 )
+from support.errors import UserError
+from support.fast_paths import choose_fast_paths
+from support.generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
+from support.packing import position_ids
+from support.text import DialogueFormat
 
 VOCABULARY = 60
 

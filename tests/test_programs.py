@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builtin_models import builtin_model
-from common import UserError
-from configuration import load_yaml
 from ppo_dialog import PPOConfig, train
-from rewards import meteor
+from support.builtin import builtin_model
+from support.config import load_yaml
+from support.errors import UserError, import_path
+from support.meteor import meteor
 
 ROOT = Path(__file__).parents[1]
 SHORT = dict(total_time_steps=1500, env_num=32, num_mini_batch=2, eval_limit=40, judge_samples=100)
@@ -151,8 +151,8 @@ def test_reinforcement_after_supervised_training_in_one_process_is_as_in_a_fresh
     short = flags(total_time_steps=200, env_num=8, eval_limit=-1, validation_limit=0, intent_coef=0.0, run_dir=tmp_path)
     code = """
         import os, sys
-        from common import quiet_libraries
-        from configuration import parse_config
+        from support.errors import quiet_libraries
+        from support.config import parse_config
         from ppo_dialog import PPOConfig, train
         from sft_dialog import SFTConfig, train_sft
 
@@ -210,7 +210,7 @@ OWN_PARTS = """
     import torch
     from torch import nn
     from ppo_dialog import ActorCritic, Critic, load_causal_lm
-    from builtin_models import resolve_model
+    from support.builtin import resolve_model
     from rewards import Reward
 
     class Politeness(Reward):
@@ -338,10 +338,10 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
     places |= dict(OUT=tmp_path / "out", RESULTS=tmp_path / "results")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {k: str(v) for k, v in places.items()} | {"PATH": path}
-    again = ["bash", "reproduce.sh", "--quick"]
+    again = ["bash", "reproduce/reproduce.sh", "--quick"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "results" / "results.json").read_text())
+    result = json.loads((tmp_path / "results" / "reproduce.results.json").read_text())
     assert [row["seed"] for row in result["seeds"]] == [0, 1] and result["samples"] == 32
     wanted = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
     for row in result["seeds"]:
@@ -372,3 +372,16 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0 and "==" not in done.stdout  # no stage is done again
     assert "By hand." in (tmp_path / "results" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("from words import words", "What 'words' held is in support.words now."),
+        ("from envs import load_dialogues", "What 'envs' held is in support.data and support.text now."),
+    ],
+)
+def test_a_file_that_imports_from_where_something_was_is_told_where_it_is(line, place, tmp_path):
+    (tmp_path / "own_reward.py").write_text(f"{line}\n\ndef reward(*args):\n    return []\n")
+    with pytest.raises(UserError, match=re.escape(place)):
+        import_path(f"{tmp_path / 'own_reward.py'}:reward", "reward")

@@ -25,15 +25,15 @@ import torch
 from accelerate import Accelerator
 from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 
-import checkpoint
-from builtin_models import builtin_model
-from checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
-from common import UserError
-from configuration import NOT_COMPUTED, parse_config, save_yaml
-from experiment import Log, checked_stats, make_stats, open_run
-from launcher import LAUNCHER_ENDED
 from ppo_dialog import PPOConfig, load_causal_lm
 from rewards import score_episodes
+from support import checkpoint
+from support.builtin import builtin_model
+from support.checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
+from support.config import NOT_COMPUTED, parse_config, save_yaml
+from support.errors import UserError
+from support.launcher import LAUNCHER_ENDED
+from support.run import Log, checked_stats, make_stats, open_run
 
 REWARD = """
     import pathlib
@@ -183,7 +183,7 @@ def test_output_that_nobody_reads_any_more_does_not_end_a_run_that_is_to_stop():
     """`| tee log`: Ctrl-C ends tee, and the run goes on to its checkpoint."""
     code = """
         import os, signal
-        from checkpoint import StopSignals
+        from support.checkpoint import StopSignals
 
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
@@ -262,8 +262,9 @@ def test_killed_at_the_worst_moments_it_becomes_the_same_run(moment, unharmed, t
     module, name, before = MOMENTS[moment]
     code = f"""
         import os, signal, sys
-        import checkpoint, ppo_dialog
-        from common import run_script
+        import ppo_dialog
+        from support import checkpoint
+        from support.errors import run_script
 
         spared, original = {before}, {module}.{name}
 
@@ -395,7 +396,7 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_owner_dies(tmp_path)
     code = f"""
         import sys
         from pathlib import Path
-        from checkpoint import FolderLock
+        from support.checkpoint import FolderLock
         lock = FolderLock(Path({str(tmp_path)!r}))
         print("held", flush=True)
         sys.stdin.read()

@@ -13,13 +13,8 @@ import pytest
 import yaml
 
 import report
-import results
-from builtin_models import builtin_model
-from common import UserError
-from configuration import parse_config
 from eval_metrics import BETTER, LABELS
-from experiment import show_results
-from ppo_dialog import PPOConfig
+from ppo_dialog import PPOConfig, show_results
 from report import (
     HEIGHT,
     LIGHT,
@@ -41,6 +36,10 @@ from report import (
     table_of,
     write_report,
 )
+from reproduce import results
+from support.builtin import builtin_model
+from support.config import parse_config
+from support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'> & \"quotes\" </script>\u2028 end"

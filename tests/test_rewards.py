@@ -14,9 +14,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from transformers import BertConfig, BertForSequenceClassification
 
 import rewards
-from common import UserError
-from envs import DialogueFormat, load_dialogues
-from intent_classifier import IntentJudge, pairs_of
+from intent_classifier import pairs_of
 from rewards import (
     REWARDS,
     AdaptiveKL,
@@ -29,13 +27,16 @@ from rewards import (
     Reward,
     last_utterance,
     make_reward,
-    meteor,
-    meteor_uses_synonyms,
     register_reward,
     score_episodes,
     token_kl,
     words,
 )
+from support.data import load_dialogues
+from support.errors import UserError
+from support.judge import IntentJudge
+from support.meteor import meteor, meteor_uses_synonyms
+from support.text import DialogueFormat
 
 RESPONSE = "It is a guide to action which ensures that the military always obeys the commands of the party"
 REFERENCE = "It is a guide to action that ensures that the military will forever heed Party commands"

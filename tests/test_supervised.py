@@ -8,14 +8,16 @@ from transformers import AutoModelForCausalLM
 
 import intent_classifier
 import sft_dialog
-from builtin_models import builtin_model
-from common import UserError, load_tokenizer
-from envs import DialogueCodec, DialogueFormat, Sample, load_dialogues
-from fast_paths import choose_fast_paths
-from generation import reply_log_likelihoods
 from intent_classifier import IntentConfig, train_intent
 from sft_dialog import SFTConfig, chains_of, collate, train_sft, window_loss, windows_of
-from supervised import state_folder
+from support.builtin import builtin_model
+from support.data import load_dialogues
+from support.errors import UserError
+from support.fast_paths import choose_fast_paths
+from support.generation import reply_log_likelihoods
+from support.pretrained import load_tokenizer
+from support.supervised import state_folder
+from support.text import DialogueCodec, DialogueFormat, Sample
 
 
 @pytest.mark.parametrize("loss_on", ["window", "reply", "dialogue"])

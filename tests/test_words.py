@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rewards
-from envs import Sample
 from eval_metrics import (
     Answers,
     DistinctN,
@@ -29,9 +28,10 @@ from eval_metrics import (
     score_answers,
 )
 from ppo_dialog import PPOConfig, train
-from results import habits
+from reproduce.results import habits
 from rewards import Commonplace, Consensus, make_reward
-from words import describe, spaced, word_tokenizer_for, words
+from support.text import Sample
+from support.words import describe, spaced, word_tokenizer_for, words
 
 REPLIES = {  # a reply of at least four words in each language, and how many words it has, punctuation among them
     "Chinese": ("你好，今天天气很好。", 10),

@@ -5,7 +5,7 @@ stand end to end in one row, with positions that begin anew at each, and attenti
 Several replies to one prompt share its tokens: the prompt stands there once, then the replies, each of which looks at
 the prompt and at itself. What is computed, gradients included, is what separate rows would give, to rounding.
 Models of transformers that take their attention from its registry (GPT-2, OPT, Llama, Qwen, ...) can do that. Batches
-of the others stay padded. fast_paths.py finds out what a model can do.
+of the others stay padded. support/fast_paths.py finds out what a model can do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCORES_KEPT = 512  # tokens of a text up to which its scores may be kept for the
 
 @dataclass(frozen=True)
 class Conventions:
-    """How a model takes its input. The defaults hold for a network that was not tried (see fast_paths.py)."""
+    """How a model takes its input. The defaults hold for a network that was not tried (see support/fast_paths.py)."""
 
     cache: str = "past_key_values"
     """Argument that takes the key/value cache; empty: replies are written without a cache."""

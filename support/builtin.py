@@ -1,9 +1,9 @@
 """The two small models of the built-in corpus, trained at first use and kept: the embedded default.
 
-    python builtin_models.py          # make both now, side by side; `policy` or `judge` makes one here
+    python -m support.builtin          # train both now, side by side
 
-Everything that takes the word `builtin` for a model comes here. They are trained by the code that sft_dialog.py and
-intent_classifier.py run, from random weights; only tokenizer, sizes and settings are this file's.
+Everything that takes the word `builtin` for a model comes here. sft_dialog.py and intent_classifier.py train them from
+random weights, as commands of their own; only tokenizer, sizes and settings are this file's.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from filelock import FileLock, Timeout
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from builtin_corpus import CORPUS_VERSION
-from common import UserError, cache_dir, is_adapter, run_script, use_all_cores, whole_folder
-from envs import DialogueFormat, load_dialogues
-from intent_classifier import IntentConfig, train_intent
-from monitor import bar, drawable, follow
-from sft_dialog import SFTConfig, train_sft
+from support.builtin_corpus import CORPUS_VERSION
+from support.data import load_dialogues
+from support.errors import UserError, run_script
+from support.files import cache_dir, whole_folder
+from support.live_display import bar, drawable, follow
+from support.pretrained import is_adapter
+from support.text import DialogueFormat
 
+SCRIPTS = Path(__file__).resolve().parents[1]
 VOCABULARY = 1200
 POLICY = dict(n_layer=2, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 POLICY_FIT = dict(lr=3e-3, weight_decay=0.1, batch_size=32, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
@@ -72,7 +74,8 @@ def _train_aside(missing: list[str]) -> None:
     draw = drawable()
     # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
     pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
-    runs = [subprocess.Popen([sys.executable, __file__, k], env=plain, **pipes) for k in missing]
+    tokenizer = train_tokenizer()
+    runs = [subprocess.Popen(_command(kind, tokenizer), env=plain, **pipes) for kind in missing]
     try:
         with contextlib.ExitStack() as bars:
             for name, run in zip(missing, runs) if draw else ():
@@ -84,6 +87,30 @@ def _train_aside(missing: list[str]) -> None:
             run.kill()
     if failed:
         raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason stands above.")
+    for kind in missing:
+        shutil.rmtree(_start_folder(kind))
+
+
+def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The command that trains one of the two, from random weights in a folder that is written here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "policy":
+            ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+            network = GPT2Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **POLICY)
+            blank = GPT2LMHeadModel(network)
+        else:
+            blank = BertForSequenceClassification(
+                BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4, **JUDGE)
+            )
+    with whole_folder(_start_folder(kind)) as part:
+        blank.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    script = "sft_dialog.py" if kind == "policy" else "intent_classifier.py"
+    options = dict(model_path=_start_folder(kind), output_dir=_folder(kind))
+    options |= POLICY_FIT | dict(eval_samples=200) if kind == "policy" else JUDGE_FIT | dict(eval_samples=500)
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, str(SCRIPTS / script), *words, "--resume"]
 
 
 def resolve_model(name: str, kind: str = "policy") -> str:
@@ -104,32 +131,12 @@ def _folder(kind: str) -> Path:
     return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
+def _start_folder(kind: str) -> Path:
+    return _folder(kind).with_name(f".{_folder(kind).name}-start")
+
+
 def _there(kind: str) -> bool:
     return (_folder(kind) / "config.json").exists()
-
-
-def train(kind: str) -> None:
-    """Train one of the two here, from random weights."""
-    tokenizer = train_tokenizer()
-    torch.manual_seed(0)
-    if kind == "policy":
-        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-        network = GPT2Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **POLICY)
-        blank = GPT2LMHeadModel(network)
-    else:
-        blank = BertForSequenceClassification(
-            BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4, **JUDGE)
-        )
-    start = _folder(kind).with_name(f".{_folder(kind).name}-start")
-    with whole_folder(start) as part:
-        blank.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    paths = dict(model_path=str(start), output_dir=str(_folder(kind)), resume=True)
-    if kind == "policy":
-        train_sft(SFTConfig(eval_samples=200, **paths, **POLICY_FIT))
-    else:
-        train_intent(IntentConfig(eval_samples=500, **paths, **JUDGE_FIT))
-    shutil.rmtree(start)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -156,13 +163,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    use_all_cores()
-    if sys.argv[1:] in (["policy"], ["judge"]):
-        train(sys.argv[1])
-    elif not sys.argv[1:]:
-        print(f"policy: {builtin_model('policy')}\njudge: {builtin_model('judge')}")
-    else:
-        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none, 'policy' or 'judge'.")
+    if sys.argv[1:]:
+        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none.")
+    print(f"policy: {builtin_model('policy')}\njudge: {builtin_model('judge')}")
 
 
 if __name__ == "__main__":

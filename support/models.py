@@ -15,9 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common import check_positions, check_vocabulary, load_pretrained
-from envs import DialogueCodec, DialogueFormat
-from fast_paths import LONGEST, choose_fast_paths
+from support.fast_paths import LONGEST, choose_fast_paths
+from support.pretrained import check_positions, check_vocabulary, load_pretrained
+from support.text import DialogueCodec, DialogueFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

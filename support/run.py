@@ -7,16 +7,12 @@ are used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import io
 import itertools
 import json
-import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,36 +24,13 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from builtin_models import resolve_model
-from checkpoint import FolderLock
-from common import (
-    UserError,
-    finite,
-    first_line,
-    import_path,
-    load_pretrained,
-    load_tokenizer,
-    raised,
-    whole_folder,
-    write_json,
-)
-from configuration import plain_values
-from envs import DialogueCodec, DialogueFormat, Sample
-from eval_metrics import EVAL_SAMPLING, Evaluation, compare, evaluate_model, format_table, generate_replies, progress
-from generation import Sampling
-from intent_classifier import IntentJudge
-from rewards import Reward
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Judge and the user's own statistics
-
-
-def judge_of(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
-    """The judge of the reward; for a reward without one, the one that the closing comparison asks, where one fits."""
-    judge = getattr(reward, "judge", None)
-    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
-        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
-    return judge
+from support.checkpoint import FolderLock
+from support.config import plain_values
+from support.errors import UserError, first_line, import_path, raised
+from support.files import whole_folder
+from support.generation import EVAL_SAMPLING, Sampling, generate_replies
+from support.pretrained import load_pretrained, load_tokenizer
+from support.text import DialogueCodec, DialogueFormat, Sample
 
 
 def check_acts(samples: Sequence[Sample]) -> None:
@@ -380,79 +353,3 @@ def sample_dialogue(
         "human": human,
         "scores": {name: {k: float(v[i]) for k, v in figures.items()} for i, name in enumerate(replies)},
     }
-
-
-def compare_with_start(
-    config: Any,
-    policy: nn.Module,
-    start: nn.Module,
-    codec: DialogueCodec,
-    samples: list[Sample],
-    score: Callable,
-    judge: IntentJudge | None,
-    run: Path,
-    main: bool = True,
-) -> None:
-    """Supervised start against the trained policy on held-out samples: table, eval.json and eval_samples.jsonl (each
-    sample with both replies and their scores), by the main process."""
-    evaluations, scores, statistics = [], [], []
-    for name, model in (("the supervised start", start), ("the PPO result", policy)):
-        if main:
-            print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        with progress(name, lines=False, main=main and config.progress != "plain") as report:
-            evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
-        columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
-        scored = score(*columns, [s.act for s in samples])
-        scores.append(scored[0])
-        statistics.append(scored[1])
-    if not main:
-        return
-    before, after = scores
-    error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
-    gain = float((after - before).mean())
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    settings = {"split": config.eval_split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
-    settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
-    result = compare(evaluations[1], evaluations[0], settings=settings)
-    result["reward"] = {
-        "policy": float(after.mean()),
-        "baseline": float(before.mean()),
-        "difference": gain,
-        "standard_error": error,
-    }
-    rows = [sample_scores(*columns) for columns in zip(evaluations, scores, statistics)]
-    with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
-        for sample, first, last in zip(samples, *rows):
-            row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
-    write_json(run / "eval.json", result)
-    print(format_table(result, headings=("supervised", "PPO")))
-    print(
-        f"{config.eval_split} reward: {before.mean():.3f} -> {after.mean():.3f}, "
-        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
-        flush=True,
-    )
-
-
-def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[str, np.ndarray]) -> list[dict]:
-    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
-    columns = statistics | evaluation.scores | {"reward": scores, "length": evaluation.scores["mean_output_length"]}
-    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
-    return [
-        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
-    ]
-
-
-def show_results(run: Path) -> None:
-    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
-    try:
-        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
-
-        print(f"report: {write_report([run])}", flush=True)
-    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
-        print(
-            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
-            f"`python report.py {run}` tries again",
-            flush=True,
-        )

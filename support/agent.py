@@ -4,7 +4,7 @@
     agent.reply("How are you ?")                   # the whole reply; agent.stream(...) gives it in pieces
     agent.reset()                                  # agent.history is what was said, user and agent in turn
 
-`respond` answers after any conversation and keeps nothing of it, which is how chat_page.py serves several at once.
+`respond` answers any conversation and keeps nothing of it, so chat_page.py can serve several at once.
 """
 
 from __future__ import annotations
@@ -30,19 +30,13 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from builtin_models import resolve_model
-from common import (
-    UserError,
-    check_vocabulary,
-    first_line,
-    first_position,
-    load_pretrained,
-    load_tokenizer,
-    positions_of,
-)
-from envs import ACTS, FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
-from generation import Sampling, log_probs_of
-from intent_classifier import IntentJudge
+from support.builtin import resolve_model
+from support.data import ACTS
+from support.errors import UserError, first_line
+from support.generation import Sampling, log_probs_of
+from support.judge import IntentJudge
+from support.pretrained import check_vocabulary, first_position, load_pretrained, load_tokenizer, positions_of
+from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
 
 TEMPLATE_NEW_TOKENS = 200  # what a chat model may say at most, where --max-new-tokens says nothing
 Messages = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...], as chat templates and TRL have them
@@ -472,7 +466,7 @@ def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[
             parts.insert(0, acts[-1])
         rows.append(f"{who}: {', '.join(parts)}")
     if human:
-        from rewards import meteor  # here, because NLTK takes a while
+        from support.meteor import meteor  # here, because NLTK takes a while
 
         equal = judge and acts[0] == acts[1] != "none"
         same = ["intent 1 (the same act)" if equal else "intent 0 (another act)"] if judge else []

@@ -25,8 +25,9 @@ from typing import Any
 
 import gradio as gr
 
-from common import UserError, count_parameters, first_line
-from dialogue_agent import Agent, messages_of, views_note
+from support.agent import Agent, messages_of, views_note
+from support.errors import UserError, first_line
+from support.pretrained import count_parameters
 
 HOST = "127.0.0.1"
 CSS = """

@@ -23,7 +23,7 @@ import pydantic
 import tyro
 import yaml
 
-from common import UserError, nearest
+from support.errors import UserError, nearest
 
 # Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
 TUTORIAL_KEYS = {

@@ -1,6 +1,6 @@
 """What is wrong with a dataset as a whole: content of another kind, rows of another form, copies across its splits.
 
-envs.py reads the data; the functions here put the fault into words and say what to do. See docs/data.md.
+data.py reads the data; the functions here put the fault into words and say what to do. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import UserError
+from support.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Content of another kind

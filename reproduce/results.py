@@ -1,6 +1,6 @@
 """The table, the figures and the dialogues of docs/results.md, from what reproduce.sh left in its folder.
 
-    python results.py runs/reproduce --results docs --seeds 0 1 2
+    python reproduce/results.py runs/reproduce --results docs --seeds 0 1 2
 
 Reads eval/*.json, replies/*.jsonl, the metrics.jsonl of each run and what the judges and the supervised start say of
 themselves; writes results.json, results-*.png and the part of results.md between its two marks. The rest of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from typing import Any
 import matplotlib
 import tyro
 
-from common import UserError, run_script, write_json
-from configuration import command_line
-from eval_metrics import LABELS, meteor_scores
-from report import draw_curves, load_run, panels_of
-from words import spaced, word_tokenizer_for
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval_metrics import LABELS, meteor_scores  # noqa: E402
+from report import draw_curves, load_run, panels_of  # noqa: E402
+from support.config import command_line  # noqa: E402
+from support.errors import UserError, run_script  # noqa: E402
+from support.files import write_json  # noqa: E402
+from support.words import spaced, word_tokenizer_for  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -297,7 +301,7 @@ def main() -> None:
     out, results = Path(config.out), Path(config.results)
     summary = summarize(out, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / "results.json", summary)
+    write_json(results / "reproduce.results.json", summary)
     draw_gains(summary, results / "results-gains.png")
     draw_runs(out, [*(f"ppo-{s}" for s in config.seeds), *summary["ablations"]], results / "results-curves.png")
     draw_supervised(summary["supervised_curve"], results / "results-supervised.png")

@@ -6,17 +6,18 @@ set of tokens it was sampled from, so that the update can price a response under
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-import packing
-from common import UserError, positions_of
-from envs import DialogueCodec, Sample
-from packing import conventions_of, logits_at, position_ids, unpadded
+from support import packing
+from support.errors import UserError
+from support.packing import conventions_of, logits_at, position_ids, unpadded
+from support.pretrained import positions_of
+from support.text import DialogueCodec, Sample
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
@@ -41,6 +42,9 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
         if self.min_new_tokens < 0:
             raise UserError(f"min_new_tokens is {self.min_new_tokens}; expected 0 or more.")
+
+
+EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
 
 
 def support_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
@@ -328,3 +332,37 @@ def inputs_of(
     keep = torch.zeros_like(attention_mask[:, 1:], dtype=torch.bool)
     keep[:, -response_mask.shape[1] :] = response_mask
     return input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep
+
+
+Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
+
+
+def generate_replies(
+    model: torch.nn.Module,
+    codec: DialogueCodec,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+    report: Report | None = None,
+) -> tuple[list[str], list[int]]:
+    """A reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
+
+    Reply i depends on the model, `seed`, i and prompt i alone, not on its batch. Turn dropout off first: model.eval().
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
+    texts, lengths = [""] * len(samples), [0] * len(samples)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        ids, mask = codec.encode_prompts([samples[i].prompt for i in chunk])
+        responses = sample_responses(
+            causal_lm_step(model), codec, ids.to(device), mask.to(device), sampling, uniforms[chunk].to(device)
+        )
+        for i, row, length in zip(chunk, responses.ids.tolist(), responses.mask.sum(-1).tolist()):
+            texts[i], lengths[i] = codec.decode_response(row[:length]), length
+        if report:
+            report(start + len(chunk), len(order))
+    return texts, lengths

@@ -2,15 +2,15 @@
 # The table of docs/results.md from nothing: two judges, a supervised start, PPO with three seeds and two ablations,
 # evaluation, plots.
 #
-#   bash reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
-#   bash reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
-#   bash reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
+#   bash reproduce/reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
+#   bash reproduce/reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
+#   bash reproduce/reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds,
 # SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every PPO run.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
@@ -101,4 +101,4 @@ for name in no-kl no-meteor; do
     stage "eval-$name" evaluate "$name"
 done
 if [[ ${#only[@]} -gt 0 ]]; then exit; fi
-python results.py "$OUT" --results "$RESULTS" --seeds $SEEDS
+python reproduce/results.py "$OUT" --results "$RESULTS" --seeds $SEEDS

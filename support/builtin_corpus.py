@@ -1,6 +1,6 @@
 """The embedded corpus: everyday dialogues written by this project, for training where no dataset can be downloaded.
 
-    python builtin_corpus.py --split test --limit 3      # read a few dialogues
+    python support/builtin_corpus.py --split test --limit 3      # read a few dialogues
 
 Every situation below is a small script: two speakers, A and B, walk through states, and the walk, the wording and the
 slots (names, times, prices...) are drawn per dialogue. Later turns repeat slots said earlier and most acts follow from
@@ -25,6 +25,8 @@ How the acts are told apart: asking for information is 2; asking for a deed or a
 ("Could you...?", "Can I have...?", "Let's..."); accepting, refusing and promising is 4 ("Sure...", "Sorry, I can't",
 "I'll...", "Let me..."); thanks, greetings and everything else is 1.
 """
+
+from __future__ import annotations
 
 import argparse
 import functools

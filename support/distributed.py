@@ -30,8 +30,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from common import UserError
-from configuration import load_deepspeed
+from support.config import load_deepspeed
+from support.errors import UserError
 
 Placement = Literal["replicated", "offloaded", "sharded"]
 # What a process may wait for the others, who wait while one of them scores the held-out samples, say

@@ -31,9 +31,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from common import EXIT_INTERRUPTED, UserError, write_json
-from engines import largest
-from launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
+from support.distributed import largest
+from support.errors import EXIT_INTERRUPTED, UserError
+from support.files import write_json
+from support.launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"

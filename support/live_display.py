@@ -7,7 +7,7 @@
         monitor.update(metrics)                    # the display, or one line; and what is to be warned of
         monitor.dialogue(row)                      # a sample dialogue: the display, and samples.jsonl
 
-`bar` and `waiting` are for the other scripts. Imports nothing of this project but common.py, so that all can use it.
+`bar` and `waiting` are for the other scripts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -37,7 +36,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from common import finite
+from support.diagnostics import FIRST, RECENT, warnings_of
+from support.files import finite, is_number
 
 ProgressMode = Literal["auto", "live", "plain"]
 REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
@@ -182,7 +182,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     """Values as a line of at most `width` small bars between their least and their largest; of more values, several
     make a bar, their mean. What is no number is left out."""
     group = -(-len(values) // width)
-    groups = [[v for v in values[i : i + group] if _number(v)] for i in range(0, len(values), group)]
+    groups = [[v for v in values[i : i + group] if is_number(v)] for i in range(0, len(values), group)]
     means = [sum(g) / len(g) if g else None for g in groups]
     numbers = [m for m in means if m is not None]
     if not numbers:
@@ -191,10 +191,6 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     flat = span <= 1e-9 * max(1.0, abs(low))
     bars = "▁▂▃▄▅▆▇█"
     return "".join(" " if m is None else bars[3 if flat else round((m - low) / span * 7)] for m in means)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def clock(seconds: float) -> str:
@@ -217,123 +213,6 @@ def statistics_of(metrics: dict[str, Any]) -> list[str]:
     if "score" not in names or "reward_kl" not in names:
         return []
     return [n for n in names[names.index("score") + 1 : names.index("reward_kl")] if not n.startswith("reward_")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Warnings. The thresholds were set beside healthy runs (five seeds of the built-in default, whose extremes are given)
-# and runs that were spoilt on purpose, see tests/test_monitor.py.
-
-RECENT = 120  # updates that are remembered, and whose trend is drawn
-WINDOW = 5  # updates, whose mean is looked at: one odd rollout is no news
-FIRST = 3  # updates that tell how the run began
-KL_FAR = 3.0  # times its target
-ENTROPY_LEFT = 0.3  # of what it was at first
-LENGTH_LEFT = 0.4  # of what it was at first
-LENGTH_FULL = 0.95  # of max_new_tokens: hardly a reply ends by itself
-DEVIATION_LEFT = 0.1  # of the scores' deviation at first: replies can no longer be told apart
-SATISFIED = 0.98  # mean of `intent`, of at most 1
-VALUE_AFTER = 30  # updates before a value function is judged, by its last VALUE_WINDOW
-VALUE_WINDOW = 20
-VALUE_LEAST = 0.02  # of the returns' variance
-CLIPPED = 0.3  # of the tokens; some 0.1 to 0.2 is what PPO is used to
-
-
-def warnings_of(
-    first: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], config: Any, max_new_tokens: int
-) -> dict[str, str]:
-    """A sentence, by name, for everything in the metrics of a run that asks for one, with what to try.
-
-    `first` are the run's FIRST updates, `recent` its last ones, WINDOW at least (with fewer there is nothing to say).
-    A metric that is missing or not finite says nothing.
-    """
-    if len(recent) < WINDOW or len(first) < FIRST:
-        return {}
-
-    def mean(name: str, rows: Sequence[dict[str, Any]]) -> float:
-        values = [row.get(name) for row in rows]
-        return sum(values) / len(values) if all(_number(v) for v in values) else float("nan")
-
-    now = lambda name: mean(name, recent[-WINDOW:])
-    then = lambda name: mean(name, first)
-    kl = now("kl_div")
-    smaller_lr = f"--lr {config.lr / (10 if kl > 10 * config.kl_target else 3):.1g}"
-    more_kl = f"--kl-coef {max(0.2, 2 * config.kl_coef):g}"
-    found: dict[str, str] = {}
-
-    if kl > KL_FAR * config.kl_target:
-        held = "nothing holds it (kl_coef is 0)" if not config.kl_coef else f"alpha is {now('alpha'):.3g}"
-        ways = more_kl if not config.kl_coef else f"{smaller_lr}, or {more_kl}"
-        found["kl_runaway"] = (
-            f"KL to the reference is {kl:.3g} nats a token, {kl / config.kl_target:.0f} times its target, and {held}: "
-            f"replies may please the reward and be no language any more. Try {ways}."
-        )
-
-    if now("entropy") < ENTROPY_LEFT * then("entropy"):
-        found["entropy_collapse"] = (
-            f"the entropy of the replies fell from {then('entropy'):.2f} to {now('entropy'):.2f} nats a token: the "
-            f"policy says the same whatever it is asked, and tries nothing else. Try --entropy-coef "
-            f"{max(0.01, 3 * config.entropy_coef):g}, or {more_kl}."
-        )
-
-    length = now("mean_output_length")
-    if length < LENGTH_LEFT * then("mean_output_length"):
-        found["length_collapse"] = (
-            f"replies fell from {then('mean_output_length'):.1f} to {length:.1f} tokens: the reward is had by saying "
-            f"little. Try --length-rate 0.3, {more_kl}, or a reward that counts length (--reward FILE.py:NAME)."
-        )
-    elif length > LENGTH_FULL * max_new_tokens:
-        found["length_cap"] = (
-            f"replies have {length:.1f} of at most {max_new_tokens} tokens: nearly all are cut off before they end, so "
-            f"no ending is learned. Try --max-new-tokens {2 * max_new_tokens}, or a supervised start that ends its "
-            "replies (sft_dialog.py)."
-        )
-
-    deviation = now("score_std")
-    if then("score_std") == deviation == 0:
-        found["reward_constant"] = (
-            f"the reward gives every reply the same score ({now('score'):.3g}): there is nothing to learn from. "
-            "Look at the replies in samples.jsonl, and at the reward."
-        )
-    elif deviation < DEVIATION_LEFT * then("score_std"):
-        found["reward_saturated"] = (
-            f"the scores of a rollout differ by {deviation:.2g} ({then('score_std'):.2g} at first): replies can hardly "
-            "be told apart, and little is left to learn. Stop here, or reward something harder (--reward "
-            "FILE.py:NAME)."
-        )
-    elif now("intent") > SATISFIED:
-        found["reward_saturated"] = (
-            f"the judge accepts {now('intent'):.3f} of the replies: the intent reward is used up, and what it still "
-            "teaches is to please this judge. Try --intent-coef 0.2 --meteor-coef 0.8, and ask a second judge "
-            "(eval_metrics.py --second-intent-model)."
-        )
-
-    explained = mean("explained_variance", recent[-VALUE_WINDOW:])
-    # with several replies to a prompt the others' mean is what a value would explain, and nothing is left of it
-    if len(recent) >= VALUE_AFTER and explained < VALUE_LEAST and config.samples_per_prompt == 1:
-        rate = config.critic_lr / 3 if explained < -VALUE_LEAST else 3 * config.critic_lr
-        found["value_blind"] = (
-            f"the value function explains {explained:.2f} of the variance of the returns (1 is all of it, 0 what their "
-            f"mean would): advantages are noise to a large part. Try --critic-lr {rate:.1g}, or "
-            f"{'--no-use-share-model' if config.use_share_model else 'a larger --env-num'}."
-        )
-
-    if now("clipfrac") > CLIPPED:
-        found["clipfrac_high"] = (
-            f"{now('clipfrac'):.2f} of the tokens are clipped: the policy moves further in an update than clip_range "
-            f"({config.clip_range:g}) lets it, and the rest is thrown away. Try {smaller_lr}"
-            + (", or --ppo-epoch 1." if config.ppo_epoch > 1 else ", or --target-kl 0.02.")
-        )
-    return found
-
-
-def judge_warning(accuracy: float, weak_below: float) -> dict[str, str]:
-    """The warning, by name, of a judge that is right too seldom."""
-    if accuracy >= weak_below:
-        return {}
-    return {
-        "judge_weak": f"the judge is right on {accuracy:.3f} of the human replies, below {weak_below}: its reward is "
-        "noise to a large part. Train a better one (intent_classifier.py), or lower --intent-coef."
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,7 +406,7 @@ class Monitor:
         table.add_column(no_wrap=True, width=trend, style=TREND)
         for label, name, form in lines:
             values = [row.get(name) for row in self.recent]
-            shown = form.format(values[-1]) if _number(values[-1]) else "-"
+            shown = form.format(values[-1]) if is_number(values[-1]) else "-"
             table.add_row(Text(label), shown, sparkline(values, trend) if trend else "")
         return table
 
@@ -549,6 +428,6 @@ class Monitor:
         for name in ("before", "now", "human"):
             reply = Text(one_line(row[name]) or "(nothing)", style=HEADING if name == "now" else "")
             values = [row["scores"].get(name, {}).get(figure) for figure in figures]
-            table.add_row(name, reply, *(f"{v:.2f}" if _number(v) else "" for v in values))
+            table.add_row(name, reply, *(f"{v:.2f}" if is_number(v) else "" for v in values))
         rule = Rule(f"validation dialogue after update {row['update']:,}", style="default", align="left")
         return Constrain(Group(rule, table), width)

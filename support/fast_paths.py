@@ -17,9 +17,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from common import UserError, first_line, positions_of
-from generation import cached_pass
-from packing import PACKED_SDPA, Conventions, packs, unpadded
+from support.errors import UserError, first_line
+from support.generation import cached_pass
+from support.packing import PACKED_SDPA, Conventions, packs, unpadded
+from support.pretrained import positions_of
 
 LONGEST = 192  # tokens of a text where nothing else is said: 128 of the prompt and 64 of the reply
 REPLY = 3  # tokens of a reply that is tried

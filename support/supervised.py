@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from common import UserError, whole_folder, write_json
-from engines import own_engine, several_on_cpus
-from monitor import ProgressMode, bar, drawable
+from support.distributed import own_engine, several_on_cpus
+from support.errors import UserError
+from support.files import whole_folder, write_json
+from support.live_display import ProgressMode, bar, drawable
 
 
 @dataclass

@@ -1,0 +1,168 @@
+"""Errors for people, and how a script ends: a sentence and a status instead of a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from support.launcher import launcher
+
+EXIT_USER_ERROR = 2  # what argparse and tyro also use for a command line they cannot take
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message is one or two sentences for them, shown without traceback."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest of `valid`, or an empty string where nothing comes close."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback.
+
+    So does a disk that is full or read-only become a sentence. Under `accelerate launch` see support/launcher.py.
+    """
+    quiet_libraries()
+    found = launcher()
+    with found.attended() if found else contextlib.nullcontext():
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+
+
+def quiet_libraries() -> None:
+    """Turn off the chatter of the libraries (progress bars of loading, advice to upgrade), not their errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import accelerate
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    # To see whether a model is DeepSpeed's, Accelerate imports all of DeepSpeed, which takes 3 s and announces itself
+    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # each retry of a name that is not there is announced
+    logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
+    # tied weights are saved once; Accelerate's loading knows
+    logging.getLogger("accelerate.utils.other").addFilter(lambda r: "Removed shared tensor" not in r.getMessage())
+    # peft still asks transformers under a name that it is about to change
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # torch warns at a barrier about a device that Accelerate chose; nothing a user can act on
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
+
+
+def import_path(path: str, what: str) -> Any:
+    """The object that `module:name` or `file.py:name` points to, looked for in the working directory first.
+
+    Raises UserError naming `what` where the form, the module or the name is wrong.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise UserError(
+            f"{what} was given as '{path}'; expected an import path 'module:Name', such as 'my_file:MyClass'."
+        )
+    if module_name.endswith(".py"):
+        file = Path(module_name)
+        if not file.is_file():
+            raise UserError(f"{what} is '{path}', but there is no file '{file}'.")
+        name = f"user_file_{file.stem}"  # a name of its own: the file may be called as one of ours is
+        folder = str(file.resolve().parent)
+        if folder not in sys.path:
+            sys.path.append(folder)  # what the file imports may stand beside it
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            said = f"{what} is '{path}', but '{file}' cannot be run: {raised(error)}."
+            raise UserError(said + _new_place(error)) from error
+    else:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name in MOVED:
+                raise UserError(f"{what} is '{path}', but {error}.{_new_place(error)}") from error
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise  # the user's module was found and one of its own imports is missing: that traceback helps
+            raise UserError(
+                f"{what} is '{path}', but no module '{module_name}' can be imported from '{os.getcwd()}'."
+            ) from error
+    if not hasattr(module, attribute):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{what} is '{path}', but '{module_name}' defines no '{attribute}'.{nearest(attribute, names)}")
+    return getattr(module, attribute)
+
+
+# Modules that stood at the top level until 2026-11-28, and those that gave names away
+MOVED = {
+    "builtin_models": "support.builtin",
+    "checkpoint": "support.checkpoint",
+    "common": "support.errors, support.files, support.machine and support.pretrained",
+    "configuration": "support.config",
+    "dialogue_agent": "support.agent",
+    "engines": "support.distributed",
+    "envs": "support.data and support.text",
+    "experiment": "support.run",
+    "generation": "support.generation",
+    "intent_classifier": "support.judge",
+    "monitor": "support.live_display and support.diagnostics",
+    "networks": "support.models",
+    "packing": "support.packing",
+    "rewards": "support.meteor",
+    "supervised": "support.supervised",
+    "words": "support.words",
+}
+
+
+def _new_place(error: Exception) -> str:
+    """A sentence about an import of the user's file that fails because this project has moved what it asks for."""
+    if isinstance(error, ImportError) and error.name in MOVED:
+        return f" What '{error.name}' held is in {MOVED[error.name]} now."
+    return ""
+
+
+def raised(error: Exception) -> str:
+    """An exception of the user's code in a few words: its kind, what it says, and where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, and the next one where that line ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])

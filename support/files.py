@@ -1,0 +1,51 @@
+"""Small files, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """Where trained built-in models are kept between runs: $PPO_DIALOG_CACHE or ~/.cache/ppo_dialog."""
+    return Path(os.environ.get("PPO_DIALOG_CACHE", "~/.cache/ppo_dialog")).expanduser()
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path):
+    """Write a folder aside and rename it to `target` when the block ends well, so that a torn one is never seen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
+        part = Path(aside) / "part"
+        part.mkdir()
+        yield part
+        if target.exists():
+            os.replace(target, Path(aside) / "old")
+        os.replace(part, target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with NaN and infinities as null (a strict reader takes it), written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON has no word for replaced by None, recursively."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
