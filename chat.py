@@ -34,10 +34,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from support.agent import Agent, AgentConfig, judge_name, load_conversation, save_conversation, scores_of, views_note
+from support.agent import (
+    Agent,
+    AgentConfig,
+    describe_scores,
+    judge_name,
+    load_conversation,
+    save_conversation,
+    views_note,
+)
 from support.builtin import resolve_model
 from support.config import command_line
-from support.errors import UserError, nearest, run_script
+from support.errors import UserError, did_you_mean, run_script
 from support.judge import IntentJudge
 from support.machine import use_all_cores
 from support.pretrained import count_parameters
@@ -175,7 +183,7 @@ class Conversation:
             case _:
                 raise UserError(
                     f"there is no command '{name}'; /help lists them, and a line that begins with a blank is said."
-                    + nearest(name, COMMANDS)
+                    + did_you_mean(name, COMMANDS)
                 )
 
     def undo(self) -> str:
@@ -202,7 +210,7 @@ class Conversation:
                     self.note("(no dialogue acts: no judge is known for this model; name one with --intent-model)")
             who = f"{name} " if len(self.agents) > 1 else ""
             with self.console.status("scoring"):  # the first METEOR reads WordNet
-                rows = scores_of(agent, self.judges[known], human)
+                rows = describe_scores(agent, self.judges[known], human)
             for row in rows:
                 self.note(f"  {who}{row}")
 

@@ -28,7 +28,7 @@ from support.config import parse_config
 from support.distributed import Placement
 from support.errors import UserError, run_script
 from support.judge import check_judge
-from support.models import disable_dropout, keep_fewer_activations, with_adapter
+from support.models import add_lora, disable_dropout, enable_gradient_checkpointing
 from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
 
 Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"]
@@ -151,9 +151,9 @@ def sizes_of(
     whole, shape = count_parameters(policy), Shape.of(config)
     if rank:
         with torch.device("meta"):
-            policy = with_adapter(policy, "", rank, alpha)
+            policy = add_lora(policy, "", rank, alpha)
     if fewer:
-        keep_fewer_activations(policy)
+        enable_gradient_checkpointing(policy)
     projections = [w for m in policy.modules() if (w := getattr(m, "weight", None)) is not None and w.dim() == 2]
     widest = max(w.numel() // shape.width for w in projections if shape.vocabulary not in w.shape)
     # in and out of the widest projection, beside the residual stream; an adapter's output is scaled and added aside

@@ -43,7 +43,7 @@ from support.builtin import resolve_model
 from support.config import command_line
 from support.data import load_dialogues
 from support.errors import UserError, first_line, run_script
-from support.files import finite, write_json
+from support.files import nan_to_none, write_json
 from support.generation import (
     EVAL_SAMPLING,
     Report,
@@ -52,7 +52,7 @@ from support.generation import (
     reply_log_likelihoods,
 )
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
-from support.live_display import bar, drawable
+from support.live_display import can_draw, show_bar
 from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
 from support.models import load_causal_lm, longest_text
@@ -104,7 +104,7 @@ def compare_with_start(
     with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
         for sample, first, last in zip(samples, *rows):
             row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n")
     write_json(run / "eval.json", result)
     print(format_table(result, headings=("supervised", "PPO")))
     print(
@@ -606,8 +606,8 @@ def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
 @contextlib.contextmanager
 def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Report]:
     """A bar on a terminal; anywhere else, where `lines` are wanted, one for each tenth of the replies."""
-    started, tenths, draw = time.perf_counter(), 0, drawable(main=main)
-    with bar(label, draw, transient=True) as move:
+    started, tenths, draw = time.perf_counter(), 0, can_draw(main=main)
+    with show_bar(label, draw, transient=True) as move:
 
         def report(done: int, total: int) -> None:
             nonlocal tenths

@@ -23,15 +23,15 @@ from support.data import ACTS, Dialogue, load_splits
 from support.data_checks import overlap_note
 from support.distributed import join_processes
 from support.errors import UserError, run_script
-from support.files import whole_folder, write_json
+from support.files import atomic_folder, write_json
 from support.judge import _scores, encode_pairs, load_classifier, pair_tokens
-from support.live_display import drawable, waiting
+from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
 from support.pretrained import count_parameters
-from support.supervised import FitConfig, fit, forget, state_folder
+from support.supervised import FitConfig, fit, remove_state, state_folder
 
 
-def pairs_of(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
+def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
     """(previous utterance, utterance, act) of every labelled utterance; before the first stands an empty one."""
     return [
         (previous, utterance, act)
@@ -73,13 +73,13 @@ def train_intent(config: IntentConfig) -> Path:
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
-    with waiting("reading the dialogues", drawable(config.progress, PartialState().is_main_process)):
+    with show_spinner("reading the dialogues", can_draw(config.progress, PartialState().is_main_process)):
         splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
     if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
         print(f"note: {note}")
     if config.half != "all":
         splits["train"] = splits["train"][config.half == "odd" :: 2]
-    pairs = {split: pairs_of(dialogues) for split, dialogues in splits.items()}
+    pairs = {split: labelled_pairs(dialogues) for split, dialogues in splits.items()}
     for split, rows in pairs.items():
         if not rows:
             raise UserError(f"the {split} split of '{config.data_path}' has no dialogue acts to learn from.")
@@ -127,7 +127,7 @@ def train_intent(config: IntentConfig) -> Path:
     )
     final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))
     if PartialState().is_main_process:
-        with whole_folder(output) as folder:
+        with atomic_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             report = {"config": dataclasses.asdict(config), "validation": final, "history": history}
@@ -136,7 +136,7 @@ def train_intent(config: IntentConfig) -> Path:
             f"judge: {count_parameters(model):,} parameters, accuracy {final['accuracy']:.3f} and macro-F1 "
             f"{final['macro_f1']:.3f} on {len(pairs['validation'])} validation utterances, written to {output}"
         )
-        forget(output)
+        remove_state(output)
     PartialState().wait_for_everyone()
     return output
 

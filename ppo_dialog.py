@@ -31,62 +31,62 @@ from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
 from eval_metrics import compare_with_start
-from rewards import PRICE, AdaptiveKL, LengthPrice, Reward, make_reward, score_episodes, token_kl
+from rewards import PRICE, AdaptiveKL, LengthController, Reward, make_reward, score_episodes, token_kl
 from support.builtin import resolve_model
 from support.checkpoint import (
     FolderLock,
     StopSignals,
-    check_room,
-    cut_metrics,
+    check_disk_space,
+    fail_together,
+    is_peer_failure,
     load_checkpoint,
-    lost_process,
     resume_point,
     save_checkpoint,
-    together_or_not,
+    truncate_metrics,
 )
 from support.config import HIDDEN, NamedValues, parse_config, save_yaml
 from support.data import SPLITS, load_splits
 from support.data_checks import overlap_note
-from support.diagnostics import judge_warning
+from support.diagnostics import warn_of_judge
 from support.distributed import (
     Placement,
-    at_hand,
-    largest,
+    full_state_dict,
+    inference,
     make_accelerator,
+    max_over_processes,
+    on_device,
     own_engine,
     place,
-    placement_of,
+    placement_from,
     prepare,
-    ready,
-    whole_state,
 )
 from support.errors import UserError, first_line, import_path, run_script
-from support.files import finite
+from support.files import nan_to_none
 from support.generation import (
     Sampling,
-    alone,
     cached_pass,
-    inputs_of,
-    log_probs_of,
-    restrict,
+    keep_candidates,
+    no_lockstep,
     sample_responses,
+    shifted_inputs,
+    token_log_probs,
 )
 from support.judge import WEAK_JUDGE, IntentJudge, check_judge, judge_sentence, measure_judge
 from support.launcher import launcher
 from support.live_display import Monitor, ProgressMode
 from support.machine import peak_memory_mb, use_all_cores
 from support.models import (
-    AdapterOff,
+    ReferenceWithoutAdapter,
+    add_lora,
     check_model,
     disable_dropout,
-    keep_fewer_activations,
+    enable_gradient_checkpointing,
     load_causal_lm,
     load_trunk,
     longest_text,
     training_noise,
-    with_adapter,
 )
-from support.packing import conventions_of, cut, logits_at, packed_lengths, unpadded
+from support.packing import get_conventions, logits_at, pack, packed_lengths, split_by_tokens
 from support.pretrained import (
     check_name,
     check_positions,
@@ -99,8 +99,9 @@ from support.run import (
     SHOWN,
     Log,
     check_acts,
-    checked_stats,
-    make_stats,
+    check_reward,
+    compute_stats,
+    load_stats,
     mean_length,
     open_run,
     sample_dialogue,
@@ -108,7 +109,6 @@ from support.run import (
     save_merged,
     start_trackers,
     tracker_ids,
-    try_reward,
     validation_reward,
 )
 from support.text import DialogueCodec, FormatOptions, count_of_samples, make_samples
@@ -118,7 +118,7 @@ from support.words import WordTokenizer, describe, word_tokenizer_for
 # Judge and the user's own statistics
 
 
-def judge_of(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
+def load_judge(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
     """The judge of the reward; for a reward without one, the one that the closing comparison asks, where one fits."""
     judge = getattr(reward, "judge", None)
     if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
@@ -380,7 +380,7 @@ class PPOConfig(FormatOptions):
                 raise UserError(f"{name} needs other replies to the same prompt: set samples_per_prompt to 2 or more.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         self.kl_controller()
-        LengthPrice(self.length_rate, self.length_ratio)
+        LengthController(self.length_rate, self.length_ratio)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -395,8 +395,8 @@ class PPOConfig(FormatOptions):
     @property
     def placements(self) -> tuple[Placement, Placement]:
         """Where reference and judge are kept."""
-        ref = placement_of(self.ref_ds_config) if self.ref_ds_config else self.ref_placement
-        return ref, placement_of(self.intent_ds_config) if self.intent_ds_config else self.intent_placement
+        ref = placement_from(self.ref_ds_config) if self.ref_ds_config else self.ref_placement
+        return ref, placement_from(self.intent_ds_config) if self.intent_ds_config else self.intent_placement
 
     @property
     def run_folder(self) -> Path:
@@ -448,7 +448,7 @@ class BatchSizes:
         """This process's rows of a rollout (n, group) in each mini-batch of a pass, drawn anew for each `stream`."""
         rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
         shuffled = [
-            block[torch.randperm(len(block), generator=generator_of(*stream, self.first_block + i))]
+            block[torch.randperm(len(block), generator=make_generator(*stream, self.first_block + i))]
             for i, block in enumerate(rows)
         ]
         return [torch.cat(parts) for parts in zip(*(block.tensor_split(self.num_mini_batch) for block in shuffled))]
@@ -483,7 +483,7 @@ class ActorCritic(nn.Module):
 
         input_ids, attention_mask (B, S), padded on either side: what is padding costs nothing, see support/packing.py.
         """
-        inputs, select = unpadded(self.policy, input_ids, attention_mask, keep)
+        inputs, select = pack(self.policy, input_ids, attention_mask, keep)
         logits = select(self.policy(**inputs, use_cache=False).logits)
         if self.critic is not None:
             return logits, self.values_of(input_ids, attention_mask, keep)
@@ -504,7 +504,7 @@ class ActorCritic(nn.Module):
 
     def values_of(self, input_ids, attention_mask, keep) -> torch.Tensor:
         """A separate critic's values (n,) at the kept positions."""
-        inputs, select = unpadded(self.critic, input_ids, attention_mask, keep, head=False)
+        inputs, select = pack(self.critic, input_ids, attention_mask, keep, head=False)
         return select(self.critic(**inputs)).float()
 
     def value_parameters(self) -> list[nn.Parameter]:
@@ -516,7 +516,7 @@ class Critic(nn.Module):
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
-        self.trunk, self.config, self.conventions = trunk, trunk.config, conventions_of(trunk)
+        self.trunk, self.config, self.conventions = trunk, trunk.config, get_conventions(trunk)
         text = trunk.config.get_text_config(decoder=True)
         # OPT-350m projects its last hidden state to another width
         self.value_head = value_head(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
@@ -551,9 +551,9 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
     how = config.weights, longest_text(config.dialogue_format(name))
     policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name, *how)
     if config.lora_rank:
-        policy = with_adapter(policy, name, config.lora_rank, config.lora_alpha)
+        policy = add_lora(policy, name, config.lora_rank, config.lora_alpha)
     if config.gradient_checkpointing:
-        keep_fewer_activations(policy)
+        enable_gradient_checkpointing(policy)
     if config.critic_class:
         critic = make(config.critic_class, "critic_class")
     elif config.use_share_model:
@@ -566,7 +566,7 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
     else:
         trunk = load_trunk(name, *how)
         if config.gradient_checkpointing:
-            keep_fewer_activations(trunk)
+            enable_gradient_checkpointing(trunk)
         critic = Critic(trunk)
     return ActorCritic(policy, critic)
 
@@ -585,7 +585,7 @@ class Rollout:
     logprobs: torch.Tensor  # (N, T) under the distribution sampled from
     kl: torch.Tensor  # (N, T) log pi - log pi_ref of the sampled token
     values: torch.Tensor  # (N, T) of the state before each token, in units of reward
-    support: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p left, see generation.support_of
+    candidates: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p left, see generation.choose_candidates
     scores: torch.Tensor  # (N,) the reward of the whole reply
     statistics: dict[str, torch.Tensor]  # (N,) what the reward had to tell
     prompts: list[str]
@@ -622,7 +622,7 @@ def collect(
     uniforms: torch.Tensor,
     micro_batch: int,
     device: torch.device,
-    together: Callable[[int], int] = alone,
+    together: Callable[[int], int] = no_lockstep,
 ) -> tuple[Rollout, dict[str, Any]]:
     """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
 
@@ -651,10 +651,10 @@ def collect(
         lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
         passes = min(together(-(-int(lengths.sum()) // micro_batch)), len(lengths))
         groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
-        for rows in map(torch.flatten, cut(groups, lengths, passes)):
+        for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
             mask = out.mask[rows]
-            inputs = inputs_of(input_ids[rows], attention_mask[rows], mask)
-            logprobs = log_probs_of(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
+            inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
+            logprobs = token_log_probs(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
             ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
             if values is not out.values:
                 values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
@@ -672,7 +672,7 @@ def collect(
                 logprobs=out.logprobs,
                 kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
                 values=value_scale.denormalize(values) * out.mask,
-                support=out.support,
+                candidates=out.candidates,
                 scores=as_column(scores),
                 statistics={name: as_column(final[name]) for name in env.statistics},
                 prompts=list(final["prompt"]),
@@ -693,17 +693,17 @@ def join(parts: list[Rollout]) -> Rollout:
         prompt, response = x[:, : -rollout.response_length], x[:, -rollout.response_length :]
         return torch.cat([F.pad(prompt, (width - prompt.shape[1], 0)), pad_right(response, length)], dim=-1)
 
-    support = None
-    if parts[0].support is not None:
-        most = max(r.support.shape[-1] for r in parts)
-        support = torch.cat([pad_right(pad_right(r.support, most, -1, dim=2), length, -1) for r in parts])
+    candidates = None
+    if parts[0].candidates is not None:
+        most = max(r.candidates.shape[-1] for r in parts)
+        candidates = torch.cat([pad_right(pad_right(r.candidates, most, -1, dim=2), length, -1) for r in parts])
     return Rollout(
         **{name: torch.cat([text(r, getattr(r, name)) for r in parts]) for name in ("input_ids", "attention_mask")},
         **{
             name: torch.cat([pad_right(getattr(r, name), length) for r in parts])
             for name in ("mask", "logprobs", "kl", "values")
         },
-        support=support,
+        candidates=candidates,
         scores=torch.cat([r.scores for r in parts]),
         statistics={name: torch.cat([r.statistics[name] for r in parts]) for name in parts[0].statistics},
         **{name: [x for r in parts for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
@@ -729,7 +729,7 @@ def token_rewards(rollout: Rollout, kl_coef: float, scores: torch.Tensor) -> tor
     return rewards
 
 
-def above_the_others(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+def leave_one_out(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
     """Scores (N,) less the mean score of the other replies to the same prompt, which stand beside it.
 
     How good replies to a prompt are on average says nothing about which of them to prefer (RLOO, Ahmadian et al.,
@@ -830,9 +830,9 @@ def value_loss(
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def entropy_of(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
+def token_entropy(logits: torch.Tensor, temperature: float, candidates: torch.Tensor | None) -> torch.Tensor:
     """Entropy (n,), in nats, of the distribution that is sampled from."""
-    logprobs = restrict(logits.float() / temperature, support).log_softmax(-1)
+    logprobs = keep_candidates(logits.float() / temperature, candidates).log_softmax(-1)
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
 
 
@@ -876,7 +876,7 @@ def update(
             # Accelerate divides by the parts (DeepSpeed by those it was made with), data parallelism by the processes
             divided = sizes.parts if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
             scale = divided * accelerator.num_processes / tokens
-            for rows in map(torch.flatten, cut(mini_batch, tokens_of_groups, parts)):
+            for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
                     stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
@@ -919,16 +919,16 @@ def token_stats(
     """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
     mask = rollout.mask[rows]
     at_tokens = lambda x: x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
-    support = None if rollout.support is None else at_tokens(rollout.support)
-    logits, values = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
-    logprobs = log_probs_of(logits, at_tokens(rollout.response_ids), config.temperature, support)
+    candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
+    logits, values = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+    logprobs = token_log_probs(logits, at_tokens(rollout.response_ids), config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
     losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(advantages), config.clip_range)
     stats |= {
         "policy_loss": losses,
         "value_loss": value_loss(values, at_tokens(old_values), at_tokens(targets), config.value_clip_range),
         # without a bonus on it, the sampled tokens' own log-probabilities estimate the entropy, and cost nothing
-        "entropy": entropy_of(logits, config.temperature, support) if config.entropy_coef else -old_logprobs,
+        "entropy": token_entropy(logits, config.temperature, candidates) if config.entropy_coef else -old_logprobs,
     }
     return {name: x.sum() for name, x in stats.items()}
 
@@ -1034,7 +1034,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     # The reference, and the optimizer
     monitor.stage("loading the models")
     if config.lora_rank:
-        ref_model = AdapterOff(model.policy)
+        ref_model = ReferenceWithoutAdapter(model.policy)
         if ref_placement != "replicated":
             say(
                 f"note: ref_placement {ref_placement} has no meaning with lora_rank: the reference is the policy itself"
@@ -1064,23 +1064,23 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
     reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
     score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
-    judge, judged = judge_of(reward, config, accelerator.device), {}
+    judge, judged = load_judge(reward, config, accelerator.device), {}
     frozen = [ref_model]
     if judge is not None:
         frozen.append(place(judge.model, intent_placement, accelerator))
     monitor.stage("asking the reward about two replies")
-    with at_hand(*frozen[1:], once=config.gather):
-        try_reward(score, samples["train"][0], config.samples_per_prompt)
+    with on_device(*frozen[1:], once=config.gather):
+        check_reward(score, samples["train"][0], config.samples_per_prompt)
     if judge is not None:
         monitor.stage("measuring the judge")
         if judge.note:
             say(f"note: {judge.note}")
-        with at_hand(judge.model, once=config.gather):
+        with on_device(judge.model, once=config.gather):
             for split in ("validation", "train"):  # the latter where the former has no acts
                 if judged := measure_judge(judge, samples[split], config.judge_samples):
                     say(judge_sentence(judged, split))
                     break
-    controller, length_price = config.kl_controller(), LengthPrice(config.length_rate, config.length_ratio)
+    controller, length_price = config.kl_controller(), LengthController(config.length_rate, config.length_ratio)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -1092,7 +1092,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     )
 
     # Where results go, and where a stopped run goes on
-    user_stats = make_stats(config.stats)
+    user_stats = load_stats(config.stats)
     value_scale = RunningMoments(config.normalize_values)
     progress = Progress()
     point = resume_point(run, accelerator) if config.resume else None
@@ -1105,9 +1105,9 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
     if main:
         at_end.callback(open_run(run, keep=config.resume).release)
-        cut_metrics(run / "metrics.jsonl", progress.updates)
+        truncate_metrics(run / "metrics.jsonl", progress.updates)
         save_yaml(replace(config, resume=False), run / "config.yaml")
-        if warning := check_room(run, 8 * parameters + 8 * trained, config.keep_checkpoints):
+        if warning := check_disk_space(run, 8 * parameters + 8 * trained, config.keep_checkpoints):
             say(warning)
     start_trackers(config, accelerator, run, progress.trackers, progress.updates)
     progress.trackers = tracker_ids(accelerator)
@@ -1123,14 +1123,14 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     single = accelerator.num_processes == 1
     # a network that is not gathered is only there for all processes at once
     in_step = not (single or config.gather)
-    together = (lambda n: largest(n, accelerator)) if in_step else alone
-    networks = lambda: ready(accelerator, model, frozen, config.gather)
+    together = (lambda n: max_over_processes(n, accelerator)) if in_step else no_lockstep
+    networks = lambda: inference(accelerator, model, frozen, config.gather)
     sum_over_processes = lambda x: x if single else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
     validation = samples["validation"][: config.validation_limit]
     shown = samples["validation"][:: -(-len(samples["validation"]) // SHOWN)]  # from all over the split
     observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
     saved = progress.updates
-    weak = judge_warning(judged["accuracy"], WEAK_JUDGE) if judged else {}
+    weak = warn_of_judge(judged["accuracy"], WEAK_JUDGE) if judged else {}
     monitor.begin(run, progress.updates, fmt.max_new_tokens, weak)
     if config.length_rate and not length_price.start:
         monitor.stage("measuring the length of replies")
@@ -1143,9 +1143,9 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
     def checkpoint(best: bool = False) -> None:
         """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
         nonlocal saved
-        state = whole_state(accelerator, model)
+        state = full_state_dict(accelerator, model)
         try:
-            with together_or_not(accelerator):
+            with fail_together(accelerator):
                 for folder in (run, run / "best")[: 1 + best] if main else ():
                     save(unwrapped, codec, value_scale, folder, state)
             # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
@@ -1158,7 +1158,9 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         asked, between_updates = 0, True  # between updates, the run's state is one to go on from
         try:
             # all processes leave after the same update, whichever was asked to stop
-            while progress.env_steps < config.total_time_steps and not (asked := largest(stop.asked, accelerator)):
+            while progress.env_steps < config.total_time_steps and not (
+                asked := max_over_processes(stop.asked, accelerator)
+            ):
                 started = time.perf_counter()
                 fraction_left = 1 - progress.env_steps / config.total_time_steps
                 for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
@@ -1167,7 +1169,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                 # 1. collect replies, with their score and their KL to the reference
                 monitor.stage("collecting replies")
                 shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
-                uniforms = torch.rand(shape, generator=generator_of(config.seed, progress.updates, 0))[:, env.slots]
+                uniforms = torch.rand(shape, generator=make_generator(config.seed, progress.updates, 0))[:, env.slots]
                 unwrapped.eval()
                 with networks():
                     rollout, observations = collect(
@@ -1189,7 +1191,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                     earned = rollout.scores - controller.coef * rollout.kl.sum(-1)
                     lengths = rollout.mask.sum(-1), earned, config.samples_per_prompt
                     rollout.statistics[PRICE] = -length_price.of(*lengths, sum_over_processes)
-                scores = above_the_others(rollout.rewarded, config.samples_per_prompt)
+                scores = leave_one_out(rollout.rewarded, config.samples_per_prompt)
                 rewards = token_rewards(rollout, controller.coef, scores)
                 advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
                 old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
@@ -1215,7 +1217,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                     )
 
                 # 4. account for it
-                figures = rollout_figures(rollout, returns, controller.coef, sum_over_processes)
+                figures = rollout_metrics(rollout, returns, controller.coef, sum_over_processes)
                 controller.update(figures["kl_div"])
                 if config.length_rate:
                     length_price.update(figures["mean_output_length"])
@@ -1239,7 +1241,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                     "peak_memory_mb": peak_memory_mb(accelerator.device),
                 }
                 if user_stats is not None:
-                    metrics |= checked_stats(user_stats, rollout, metrics)
+                    metrics |= compute_stats(user_stats, rollout, metrics)
                 due, best = progress.updates % config.save_interval == 0, False
                 if due and validation:
                     with networks():
@@ -1256,7 +1258,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
                             log.dialogues(monitor.dialogues, progress.updates)
                 if main:
                     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(finite(metrics)) + "\n")
+                        file.write(json.dumps(nan_to_none(metrics)) + "\n")
                 monitor.update(metrics)
                 if progress.updates % config.log_interval == 0:
                     log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
@@ -1268,7 +1270,7 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         except Exception as error:  # a reward that failed, say
             if between_updates and single and progress.updates > saved:  # else the last checkpoint has to do
                 checkpoint()
-            if lost_process(error):
+            if is_peer_failure(error):
                 raise UserError(
                     "another process of this run has ended, and none can go on alone; what it said is above or in its "
                     "own log. Go on from the last checkpoint with --resume."
@@ -1320,13 +1322,13 @@ def build_reward(
     return make_reward(config.reward, args, device, eou_marker, word_tokenizer)
 
 
-def generator_of(*stream: int) -> torch.Generator:
+def make_generator(*stream: int) -> torch.Generator:
     """A generator of its own for each purpose and update: nothing random depends on what ran before."""
     state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def rollout_figures(rollout: Rollout, returns: torch.Tensor, alpha: float, reduce: Callable) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, returns: torch.Tensor, alpha: float, reduce: Callable) -> dict[str, float]:
     """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score.
 
     A statistic's mean is over the replies that have it; the others are NaN.

@@ -33,7 +33,7 @@ from eval_metrics import BETTER, LABELS, verdict
 from support.config import command_line
 from support.data import ACTS
 from support.errors import UserError, first_line, run_script
-from support.live_display import statistics_of
+from support.live_display import reward_statistics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -331,7 +331,7 @@ def panels_of(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[Panel, list[str
             if not set(shown) <= set(constant):
                 titled = replace(panel, title=title_of(panel, shown))
                 sections.setdefault(section, []).append((titled, shown))
-    of_reward = {n for run in runs for row in run.metrics[:1] for n in statistics_of(row)}
+    of_reward = {n for run in runs for row in run.metrics[:1] for n in reward_statistics(row)}
     own = [(Panel(n, n, start=n in of_reward), [n]) for n in left if n not in constant]
     drawn = {n for panels in sections.values() for _, shown in panels for n in shown}
     return sections | ({"Your own figures": own} if own else {}), {n: v for n, v in constant.items() if n not in drawn}
@@ -550,7 +550,7 @@ def replies_of(runs: Sequence[Run]) -> list[Replies]:
     return starts + results
 
 
-def scores_of(columns: list[Replies]) -> list[str]:
+def describe_scores(columns: list[Replies]) -> list[str]:
     """The scores that single replies have, in the order in which they are shown."""
     found = dict.fromkeys(n for c in columns for row in c.rows.values() for n, v in row.items() if number(v))
     return sorted(set(found) - MUCH_LIKE_ROUGE1, key=lambda n: (*SCORES, *found).index(n))
@@ -562,7 +562,7 @@ def shown_dialogues(columns: list[Replies]) -> tuple[list[dict[str, Any]], dict[
     common = [key for key in columns[0].rows if all(key in c.rows for c in columns)] if columns else []
     picked = sorted(random.Random(0).sample(common, min(DIALOGUES, len(common))))
     results = [c for c in columns if c.start]
-    cards, sorts, names = [], {}, scores_of(columns)
+    cards, sorts, names = [], {}, describe_scores(columns)
     for key in picked:
         keys = {}
         for k, column in enumerate(results):
@@ -772,7 +772,7 @@ def make_page(runs: Sequence[Run]) -> str:
         evaluated=evaluated_on(runs),
         sections={s: [curve_chart(p, n, runs) for p, n in panels] for s, panels in sections.items()},
         constant=constant,
-        histograms=[chart for name in scores_of(columns) if (chart := histogram_chart(name, columns))],
+        histograms=[chart for name in describe_scores(columns) if (chart := histogram_chart(name, columns))],
         cards=cards,
         sorts=sorts,
         total=total,

@@ -12,7 +12,7 @@ A reward looks at whole replies, a batch at a time:
 
 The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply, and a KL penalty for each
 token with an adaptive coefficient (`token_kl`, `AdaptiveKL`), which PPO adds whatever the reward is, as it does a price
-of length (`LengthPrice`) where one is asked for.
+of length (`LengthController`) where one is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from support.errors import UserError, import_path, nearest, raised
+from support.errors import UserError, describe_exception, did_you_mean, import_path
 from support.judge import IntentJudge
 from support.meteor import _meteor_parts, meteor
 from support.words import WordTokenizer, words
@@ -98,7 +98,7 @@ def make_reward(
     else:
         raise UserError(
             f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, or the import path of your own, "
-            f"such as my_rewards:Politeness.{nearest(name, REWARDS)}"
+            f"such as my_rewards:Politeness.{did_you_mean(name, REWARDS)}"
         )
 
     def check_arguments(target: Callable[..., Any], positional: list[None]) -> None:
@@ -200,7 +200,7 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     if isinstance(outcome[0], Exception):
-        raise UserError(f"the reward raised {raised(outcome[0])}.") from outcome[0]
+        raise UserError(f"the reward raised {describe_exception(outcome[0])}.") from outcome[0]
     return outcome[0]
 
 
@@ -249,14 +249,14 @@ class Meteor(Reward):
         return scores, {"meteor": scores}
 
 
-class Consensus(Meteor):
+class MBRConsensus(Meteor):
     """Mean METEOR of the response against the other replies to its prompt.
 
     One human reply is a noisy judge of what fits a prompt: nearly all that it says of a reply's words is chance. The
     policy's own replies are many. A reply that is close to them is the one to give when METEOR is to be high on
     average over what people may say: the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020), as a reward.
-    By itself it leads to one reply for all prompts, see `Commonplace`. Replies to a prompt stand side by side; a single
-    one has 0.
+    By itself it leads to one reply for all prompts, see `CrossPromptOverlap`. Replies to a prompt stand side by side; a
+    single one has 0.
     """
 
     def __call__(self, prompts, responses, references, acts):
@@ -268,7 +268,7 @@ class Consensus(Meteor):
         return scores, {"consensus": scores}
 
 
-class Commonplace(Reward):
+class CrossPromptOverlap(Reward):
     """What replies share with those to other prompts: minus the share of a reply's pairs of neighbouring words that
     stand in them, what distinct-2 falls by. Of a reply without others to its prompt beside it: 0.
     """
@@ -309,8 +309,8 @@ class DialogueReward(Reward):
         parts = {
             "intent": (intent_coef, lambda: Intent(intent_model)),
             "meteor": (meteor_coef, Meteor),
-            "consensus": (consensus_coef, Consensus),
-            "commonplace": (commonplace_coef, Commonplace),
+            "consensus": (consensus_coef, MBRConsensus),
+            "commonplace": (commonplace_coef, CrossPromptOverlap),
         }
         self.parts = {name: (weight, make()) for name, (weight, make) in parts.items() if weight}
 
@@ -364,7 +364,7 @@ class AdaptiveKL:
         self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
 
 
-class LengthPrice:
+class LengthController:
     """What a reply pays for its tokens, so that their mean number stays `ratio` times that of the start.
 
     METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a

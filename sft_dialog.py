@@ -28,9 +28,9 @@ from support.data import Dialogue, load_splits
 from support.data_checks import overlap_note
 from support.distributed import join_processes
 from support.errors import UserError, run_script
-from support.files import whole_folder, write_json
-from support.generation import log_probs_of, reply_log_likelihoods
-from support.live_display import drawable, waiting
+from support.files import atomic_folder, write_json
+from support.generation import reply_log_likelihoods, token_log_probs
+from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
 from support.models import load_causal_lm, longest_text
 from support.packing import logits_at
@@ -42,7 +42,7 @@ from support.pretrained import (
     load_tokenizer,
     positions_of,
 )
-from support.supervised import FitConfig, fit, forget, state_folder
+from support.supervised import FitConfig, fit, remove_state, state_folder
 from support.text import DialogueCodec, FormatOptions, Sample, make_samples
 
 
@@ -77,13 +77,13 @@ def train_sft(config: SFTConfig) -> Path:
     fmt = config.dialogue_format(start)
     codec = DialogueCodec(tokenizer, fmt)
     check_positions(load_pretrained(AutoConfig, start, "model"), fmt, start)
-    draw = drawable(config.progress, PartialState().is_main_process)
-    with waiting("loading the model", draw):
+    draw = can_draw(config.progress, PartialState().is_main_process)
+    with show_spinner("loading the model", draw):
         model = load_causal_lm(start, longest=longest_text(fmt))
     check_vocabulary(tokenizer, model, start)
     model.to(PartialState().device)
 
-    with waiting("reading the dialogues", draw):
+    with show_spinner("reading the dialogues", draw):
         marker = fmt.eou_marker.strip()
         splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [marker])
     if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
@@ -98,12 +98,12 @@ def train_sft(config: SFTConfig) -> Path:
                 "--context-utterances for short dialogues."
             )
     positions = positions_of(model.config)
-    with waiting("tokenizing the dialogues", draw):
+    with show_spinner("tokenizing the dialogues", draw):
         if config.loss_on == "dialogue":
             limit = min(2 * fmt.max_prompt_tokens, positions or 2 * fmt.max_prompt_tokens)
-            windows = chains_of(splits["train"], codec, limit)
+            windows = make_chains(splits["train"], codec, limit)
         else:
-            windows = windows_of(samples["train"], codec, positions)
+            windows = make_windows(samples["train"], codec, positions)
     looked_at = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
@@ -124,18 +124,18 @@ def train_sft(config: SFTConfig) -> Path:
         state_folder(output),
     )
     if PartialState().is_main_process:
-        with whole_folder(output) as folder:
+        with atomic_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             fmt.save(folder)
             write_json(folder / "sft.json", {"config": dataclasses.asdict(config), "history": history})
         print(f"sft: {count_parameters(model):,} parameters written to {output}")
-        forget(output)
+        remove_state(output)
     PartialState().wait_for_everyone()
     return output
 
 
-def windows_of(
+def make_windows(
     samples: list[Sample], codec: DialogueCodec, positions: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample, in at most `positions` tokens."""
@@ -148,7 +148,7 @@ def windows_of(
     return [(p, t[: min(most, room)]) for p, t in zip(prompts, targets)]
 
 
-def chains_of(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[tuple[list[int], list[int]]]:
+def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[tuple[list[int], list[int]]]:
     """Tokens of whole dialogues, each a prompt without reply; one of more than `limit` tokens is several.
 
     A dialogue is written as windows one after the other: prompt, reply, prompt, reply, so that each utterance is there
@@ -193,7 +193,7 @@ def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     """Mean cross-entropy of the learned tokens; only the positions before them reach the vocabulary."""
     learned = batch["labels"][:, 1:] != -100
     logits = logits_at(model, batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], learned)
-    return -log_probs_of(logits, batch["labels"][:, 1:][learned], temperature=1.0).mean()
+    return -token_log_probs(logits, batch["labels"][:, 1:][learned], temperature=1.0).mean()
 
 
 def learned_tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 
 import ppo_dialog
-from ppo_dialog import BatchSizes, PPOConfig, Rollout, above_the_others, whiten
+from ppo_dialog import BatchSizes, PPOConfig, Rollout, leave_one_out, whiten
 from support.config import parse_config
 from support.errors import UserError, run_script
-from support.generation import inputs_of, restrict
-from support.packing import cut, packed_lengths
+from support.generation import keep_candidates, shifted_inputs
+from support.packing import packed_lengths, split_by_tokens
 
 
 @dataclass
@@ -55,21 +55,23 @@ def gradients(model, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> 
     """The gradient, flat, of each part: of the mean log-probability of the tokens, weighed by their advantages."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     advantages = {
-        name: whiten(above_the_others(x, sizes.group)[:, None] * rollout.mask, rollout.mask)
+        name: whiten(leave_one_out(x, sizes.group)[:, None] * rollout.mask, rollout.mask)
         for name, x in parts_of(rollout).items()
     }
     sums = {name: [torch.zeros_like(p) for p in parameters] for name in advantages}
     width = rollout.input_ids.shape[1] - rollout.response_length
     lengths = packed_lengths(rollout.attention_mask, width, sizes.group)
     groups = torch.arange(len(rollout.mask), device=rollout.mask.device).view(-1, sizes.group)
-    for rows in map(torch.flatten, cut(groups, lengths, min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch)))):
+    for rows in map(
+        torch.flatten, split_by_tokens(groups, lengths, min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch)))
+    ):
         mask = rollout.mask[rows]
-        support = None if rollout.support is None else rollout.support[rows][mask]
-        logits, _ = model(*inputs_of(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
-        # generation.log_probs_of gives its memory away in the backward pass, of which there is one for each part here
-        logprobs = restrict(logits.float() / config.temperature, support).log_softmax(-1)
+        candidates = None if rollout.candidates is None else rollout.candidates[rows][mask]
+        logits, _ = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+        # token_log_probs frees its memory in the backward pass, and there is one backward pass for each part here
+        logprobs = keep_candidates(logits.float() / config.temperature, candidates).log_softmax(-1)
         chosen = rollout.response_ids[rows][mask].unsqueeze(-1)
-        place = chosen if support is None else (support == chosen).int().argmax(-1, keepdim=True)
+        place = chosen if candidates is None else (candidates == chosen).int().argmax(-1, keepdim=True)
         logprobs = logprobs.gather(-1, place).squeeze(-1)
         for last, (name, weights) in zip([*[False] * (len(sums) - 1), True], advantages.items()):
             of_part = (logprobs * weights[rows][mask]).sum() / rollout.mask.sum()

@@ -94,13 +94,13 @@ def each_alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 # Measures against waste, each of which can be taken back to see what it brings: (module, name, what stands in for it)
 MEASURES = {
     "packing": (models, "choose_fast_paths", lambda model, longest: False),
-    "kept_memory": (machine, "keep_freed_memory", lambda: None),
+    "kept_memory": (machine, "tune_malloc", lambda: None),
     "huge_pages": None,  # read by torch before anything runs: see main
     "fused_gelu": (pretrained, "fuse_gelu", lambda model: None),
-    "turned_head": (pretrained, "turn_head", lambda model: None),
+    "turned_head": (pretrained, "transpose_lm_head", lambda model: None),
     "one_buffer": (generation, "_TokenLogProbs", CrossEntropy),
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
-    "shared_prompts": (packing, "first_of_equals", each_alone),  # with --samples-per-prompt
+    "shared_prompts": (packing, "first_equal_rows", each_alone),  # with --samples-per-prompt
     "spelled_out": (packing, "SPELLED_OUT", ()),  # with --mixed-precision bf16 on a CPU
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
 }

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from support.builtin import resolve_model
 from support.data import ACTS
 from support.errors import UserError, first_line
-from support.generation import Sampling, log_probs_of
+from support.generation import Sampling, token_log_probs
 from support.judge import IntentJudge
 from support.pretrained import check_vocabulary, first_position, load_pretrained, load_tokenizer, positions_of
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
@@ -287,7 +287,7 @@ class Agent:
         target = target[: min(most or len(target), self.positions - len(prompt))]
         ids = torch.tensor([prompt + target], device=self.model.device)
         logits = self.model(ids[:, :-1]).logits[0, len(prompt) - 1 :]  # (T, V)
-        return log_probs_of(logits, ids[0, len(prompt) :], temperature=1.0).mean().item()
+        return token_log_probs(logits, ids[0, len(prompt) :], temperature=1.0).mean().item()
 
     def _generate(self, prompt: list[int]) -> Iterator[str]:
         """Text of the model as it comes, word by word; its special tokens are left out."""
@@ -447,13 +447,13 @@ def judge_name(path: str, intent_model: str = "") -> str:
     return judge if judge != "builtin" or data == "builtin" else ""  # the built-in judge knows its own corpus alone
 
 
-def act_of(judge: IntentJudge, previous: str, reply: str) -> str:
+def reply_act(judge: IntentJudge, previous: str, reply: str) -> str:
     """The dialogue act of a reply, by the judge; "none" for an empty one, or one whose likeliest class is no act."""
     act = judge.acts([previous], [reply])[0] if reply else 0
     return ACTS[act - 1] if act else "none"
 
 
-def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[str]:
+def describe_scores(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[str]:
     """Lines about the last reply: its act, its log-probability; with `human` that reply's as well, and METEOR."""
     *history, reply = agent.history
     rows, acts = [], []
@@ -462,7 +462,7 @@ def scores_of(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[
             continue
         parts = [f"log-probability {agent.log_probability(history, said, most):.2f} a token"]
         if judge:
-            acts.append(act_of(judge, history[-1], said))
+            acts.append(reply_act(judge, history[-1], said))
             parts.insert(0, acts[-1])
         rows.append(f"{who}: {', '.join(parts)}")
     if human:

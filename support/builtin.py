@@ -26,8 +26,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from support.builtin_corpus import CORPUS_VERSION
 from support.data import load_dialogues
 from support.errors import UserError, run_script
-from support.files import cache_dir, whole_folder
-from support.live_display import bar, drawable, follow
+from support.files import atomic_folder, cache_dir
+from support.live_display import can_draw, follow, show_bar
 from support.pretrained import is_adapter
 from support.text import DialogueFormat
 
@@ -71,7 +71,7 @@ def _train_aside(missing: list[str]) -> None:
         plain.pop(name, None)
     plain["TORCH_NUM_THREADS"] = "1"
     plain["PPO_DIALOG_PROGRESS"] = "plain"
-    draw = drawable()
+    draw = can_draw()
     # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
     pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
     tokenizer = train_tokenizer()
@@ -79,7 +79,7 @@ def _train_aside(missing: list[str]) -> None:
     try:
         with contextlib.ExitStack() as bars:
             for name, run in zip(missing, runs) if draw else ():
-                move = bars.enter_context(bar(f"built-in {name}".ljust(15), draw, transient=True))
+                move = bars.enter_context(show_bar(f"built-in {name}".ljust(15), draw, transient=True))
                 threading.Thread(target=follow, args=(run.stdout, move), daemon=True).start()
             failed = [k for k, run in zip(missing, runs) if run.wait() != 0]
     finally:
@@ -103,7 +103,7 @@ def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
             blank = BertForSequenceClassification(
                 BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4, **JUDGE)
             )
-    with whole_folder(_start_folder(kind)) as part:
+    with atomic_folder(_start_folder(kind)) as part:
         blank.save_pretrained(part)
         tokenizer.save_pretrained(part)
     script = "sft_dialog.py" if kind == "policy" else "intent_classifier.py"

@@ -31,7 +31,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from support.distributed import largest
+from support.distributed import max_over_processes
 from support.errors import EXIT_INTERRUPTED, UserError
 from support.files import write_json
 from support.launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
@@ -45,14 +45,14 @@ PROGRESS = "progress.json"
 
 
 @contextlib.contextmanager
-def together_or_not(accelerator: Accelerator) -> Iterator[None]:
+def fail_together(accelerator: Accelerator) -> Iterator[None]:
     """A block that writes: where it fails on one process (OSError), it fails on all, so that none waits for another."""
     trouble = ""
     try:
         yield
     except (OSError, RuntimeError) as error:  # safetensors and torch report a full disk as errors of their own
         trouble = str(error) or type(error).__name__
-    if largest(int(bool(trouble)), accelerator):
+    if max_over_processes(int(bool(trouble)), accelerator):
         raise OSError(trouble or "another process could not write")
 
 
@@ -61,20 +61,20 @@ def save_checkpoint(accelerator: Accelerator, run: Path, update: int, progress: 
 
     Raises OSError, on all processes, where it cannot be written (a full disk): what is there already stays as it is.
     """
-    final = folder_of(run, update)
+    final = checkpoint_folder(run, update)
     aside = final.with_name(f".{final.name}.part")
     main = accelerator.is_main_process
     try:
-        with together_or_not(accelerator):
+        with fail_together(accelerator):
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-        with together_or_not(accelerator):
+        with fail_together(accelerator):
             accelerator.save_state(str(aside))
-        with together_or_not(accelerator):
+        with fail_together(accelerator):
             if main:
                 write_json(aside / PROGRESS, progress)
-                write_json(aside / MANIFEST, {f.relative_to(aside).as_posix(): fingerprint(f) for f in files_of(aside)})
+                write_json(aside / MANIFEST, {f.relative_to(aside).as_posix(): fingerprint(f) for f in files_in(aside)})
                 remove(final)
                 aside.rename(final)
     except OSError:
@@ -86,7 +86,7 @@ def save_checkpoint(accelerator: Accelerator, run: Path, update: int, progress: 
     return final
 
 
-def folder_of(run: Path, update: int) -> Path:
+def checkpoint_folder(run: Path, update: int) -> Path:
     return run / "checkpoints" / f"update-{update:06d}"
 
 
@@ -95,7 +95,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("update-*"))
 
 
-def files_of(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
 
 
@@ -120,7 +120,7 @@ def remove(folder: Path) -> None:
 # Reading
 
 
-def fault_of(folder: Path) -> str:
+def checkpoint_error(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words; empty where it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -134,11 +134,11 @@ def fault_of(folder: Path) -> str:
     return "" if PROGRESS in manifest else f"{PROGRESS} is missing"
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+def latest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
     refused = []
     for folder in reversed(checkpoints(run)):
-        fault = fault_of(folder)
+        fault = checkpoint_error(folder)
         if not fault:
             return folder, refused
         refused.append(f"checkpoint {folder} is damaged and not used: {fault}")
@@ -147,7 +147,7 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
 
 def resume_point(run: Path, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from, the same on every process; None to begin at the beginning."""
-    found, refused = newest_whole(run) if accelerator.is_main_process else (None, [])
+    found, refused = latest_valid_checkpoint(run) if accelerator.is_main_process else (None, [])
     for sentence in refused:
         accelerator.print(f"WARNING: {sentence}", flush=True)
     if accelerator.is_main_process and found is None:
@@ -170,7 +170,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
 
 
-def cut_metrics(file: Path, updates: int) -> None:
+def truncate_metrics(file: Path, updates: int) -> None:
     """Leave the lines of the first `updates` updates in metrics.jsonl: what came after is done again."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines[:updates] if line.endswith("\n")]
@@ -306,14 +306,14 @@ class StopSignals:
             print(text, file=sys.stderr, flush=True)
 
 
-def lost_process(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether a collective operation failed because another process of the run has ended."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
     )
 
 
-def check_room(run: Path, checkpoint_bytes: int, keep: int) -> str:
+def check_disk_space(run: Path, checkpoint_bytes: int, keep: int) -> str:
     """What is said of the room for checkpoints: weights, two Adam moments and the policy by itself, 4 bytes each.
 
     UserError where not even one checkpoint fits on the disk; a warning, or nothing, where not all of them do."""

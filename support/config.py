@@ -23,7 +23,7 @@ import pydantic
 import tyro
 import yaml
 
-from support.errors import UserError, nearest
+from support.errors import UserError, did_you_mean
 
 # Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
 TUTORIAL_KEYS = {
@@ -230,7 +230,9 @@ def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any]
                     f"'{file}' sets {path} to {value!r}; expected keys of its own under it, such as 'id: ...'."
                 )
             valid = fields | {p.split(".")[0] for p in TUTORIAL_KEYS}
-            raise UserError(f"'{file}' sets '{path}', which is not a setting.{nearest(path.split('.')[-1], valid)}")
+            raise UserError(
+                f"'{file}' sets '{path}', which is not a setting.{did_you_mean(path.split('.')[-1], valid)}"
+            )
 
     for key, value in tree.items():
         visit(str(key), value)

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from support import builtin_corpus
-from support.data_checks import check_content, check_json_lines, form_of, line_hint, same_words
-from support.errors import UserError, first_line, nearest
+from support.data_checks import check_content, check_json_lines, describe_form, line_hint, normalized_text
+from support.errors import UserError, did_you_mean, first_line
 
 ACTS = ("inform", "question", "directive", "commissive")  # dialogue act k of DailyDialog is ACTS[k - 1]
 SPLITS = ("train", "validation", "test")
@@ -84,7 +84,9 @@ def load_splits(
     """Several splits at once, as load_dialogues gives each of them. A file that is cut into splits is read once."""
     for split in splits:
         if split not in SPLITS:
-            raise UserError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
+            raise UserError(
+                f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
+            )
     uncut = _uncut_rows(str(data_path))
     if uncut is not None:
         checked = _check_rows(uncut, skip_bad_rows, markers)
@@ -140,7 +142,7 @@ def _advice(fault: str, row: dict[str, Any], bad: int, rows: int) -> str:
     if fault.endswith("is not valid UTF-8"):
         recode = " Text in Latin-1 or Windows-1252 becomes UTF-8 with 'iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW'."
     if bad >= 0.9 * rows:
-        hint = row.get("_hint") or form_of({k: _parsed(v) for k, v in row.items() if not str(k).startswith("_")})
+        hint = row.get("_hint") or describe_form({k: _parsed(v) for k, v in row.items() if not str(k).startswith("_")})
         also = f"{bad} of {rows} rows are malformed." + recode
         return f"{also} {hint}." if hint else also if recode else f"{also} Correct the file as a whole."
     if bad == 1:
@@ -307,7 +309,7 @@ def _cut(rows: list[Checked]) -> dict[str, list[Checked]]:
 def _same_dialogue(row: Checked) -> str:
     """The same for all copies of a dialogue; a bad row has no copies."""
     where, dialogue = row
-    return same_words(dialogue.utterances) if isinstance(dialogue, Dialogue) else f"\0\0{where}"
+    return normalized_text(dialogue.utterances) if isinstance(dialogue, Dialogue) else f"\0\0{where}"
 
 
 def _different(rows: list[Checked]) -> int:

@@ -108,7 +108,7 @@ def check_json_lines(file: Path, text: str) -> None:
         if rest.startswith(","):
             what += ", without a comma after it"
         what += ", or all of them as one array [...]"
-        if "dialog" not in value and (form := form_of(value)):
+        if "dialog" not in value and (form := describe_form(value)):
             what += f". {form}"
     if what:
         raise UserError(f"{file}, line 1: expected a JSON object on each line, or one array of objects; found {what}.")
@@ -144,11 +144,11 @@ def _container(value: dict[str, Any]) -> str:
         return f"one object with several lists ({', '.join(inside)}). Write a file for each, train.jsonl and so on"
     if inside:
         name = next(iter(inside))
-        form = "" if "dialog" in inside[name][0] else form_of(inside[name][0])
+        form = "" if "dialog" in inside[name][0] else describe_form(inside[name][0])
         found = f"one object with the rows in its list '{name}'. Write that list: json.load(open(OLD))[\"{name}\"]"
         return f"{found}. {form}" if form else found
     values = list(value.values())
-    if values and all(isinstance(v, dict) and ("dialog" in v or form_of(v)) for v in values):
+    if values and all(isinstance(v, dict) and ("dialog" in v or describe_form(v)) for v in values):
         return "one object with a dialogue under each name. Write its values: list(json.load(open(OLD)).values())"
     if len(values) > 1 and all(isinstance(v, list) and v and all(isinstance(u, str) for u in v) for v in values):
         return 'one object with a dialogue under each name. Write {"dialog": [...]} for each of its values'
@@ -165,7 +165,7 @@ SECOND = ("completion", "chosen", "response", "output", "answer", "reply", "assi
 MESSAGE_ID = re.compile(r"(conv\w*|dialog\w*|chat|thread|session|ticket)[ _-]?(id|no|number)|id", re.IGNORECASE)
 
 
-def form_of(row: Mapping[str, Any]) -> str:
+def describe_form(row: Mapping[str, Any]) -> str:
     """What a row without a usable column `dialog` looks like, and what makes one of it; "" for an unknown form.
 
     Text cells that hold a list must have been parsed.
@@ -284,7 +284,7 @@ def copies_in(train: Sequence[Any], held_out: Sequence[Any]) -> dict[int, tuple[
         text = _words(dialogue.utterances)
         for i in whole.get(text, ()):
             if i not in found or not found[i][1]:
-                exact = same_words(dialogue.utterances) == same_words(held_out[i].utterances)
+                exact = normalized_text(dialogue.utterances) == normalized_text(held_out[i].utterances)
                 if exact or i not in found:
                     found[i] = (j, exact)
         parts = text.split("\0")
@@ -296,6 +296,6 @@ def copies_in(train: Sequence[Any], held_out: Sequence[Any]) -> dict[int, tuple[
     return found
 
 
-def same_words(utterances: Sequence[str]) -> str:
+def normalized_text(utterances: Sequence[str]) -> str:
     """What two copies of a dialogue have in common, whatever their blanks and labels."""
     return "".join("\0".join(utterances).split())

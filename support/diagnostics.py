@@ -25,7 +25,7 @@ VALUE_LEAST = 0.02  # of the returns' variance
 CLIPPED = 0.3  # of the tokens; some 0.1 to 0.2 is what PPO is used to
 
 
-def warnings_of(
+def find_warnings(
     first: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], config: Any, max_new_tokens: int
 ) -> dict[str, str]:
     """A sentence, by name, for everything in the metrics of a run that asks for one, with what to try.
@@ -113,7 +113,7 @@ def warnings_of(
     return found
 
 
-def judge_warning(accuracy: float, weak_below: float) -> dict[str, str]:
+def warn_of_judge(accuracy: float, weak_below: float) -> dict[str, str]:
     """The warning, by name, of a judge that is right too seldom."""
     if accuracy >= weak_below:
         return {}

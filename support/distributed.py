@@ -1,8 +1,8 @@
 """What carries a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was told.
 
-The rest of a run asks three things of it: `make_accelerator`, the parameters of a network at hand for many passes
-(`gathered`: a sharded network is gathered once, not in each pass), and all of its weights to save (`whole_state`).
-Frozen models have a place of their own, whatever carries the policy: `place` and `at_hand`.
+A run needs three things of it: `make_accelerator`; `gathered_parameters`, so that a sharded network is gathered once
+instead of in each pass; and `full_state_dict`, all weights of a network to save.
+Frozen models have a place of their own, whatever carries the policy: `place` and `on_device`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         kwargs_handlers=[groups],
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settle_deepspeed(accelerator, config)
+        complete_deepspeed_config(accelerator, config)
     return accelerator
 
 
@@ -160,7 +160,7 @@ def deepspeed_plugin(config: Any, mixed_precision: str | None) -> DeepSpeedPlugi
     return DeepSpeedPlugin(hf_ds_config=settings)
 
 
-def settle_deepspeed(accelerator: Accelerator, config: Any) -> None:
+def complete_deepspeed_config(accelerator: Accelerator, config: Any) -> None:
     """What DeepSpeed wants to know and only this project can tell it, whoever set it up."""
     plugin = accelerator.deepspeed_plugin
     settings = plugin.deepspeed_config
@@ -224,7 +224,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
 
 
 @contextlib.contextmanager
-def gathered(accelerator: Accelerator, model: nn.Module, once: bool = True) -> Iterator[None]:
+def gathered_parameters(accelerator: Accelerator, model: nn.Module, once: bool = True) -> Iterator[None]:
     """All of a network's parameters on each process for the block, gathered once: no pass in it waits for another
     process, however many passes each of them makes.
 
@@ -265,14 +265,14 @@ def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> It
             part.set_reshard_after_forward(reshard, recurse=False)
 
 
-def largest(number: int, accelerator: Accelerator) -> int:
+def max_over_processes(number: int, accelerator: Accelerator) -> int:
     """The largest of the numbers that the processes have."""
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
+def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Every weight of a sharded network on the main process, for all processes to call; None where nothing is cut, as
     the module itself has them."""
     if zero_stage(accelerator) == 3 or accelerator.is_fsdp2:
@@ -310,7 +310,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def at_hand(*models: Any, once: bool = True) -> Iterator[None]:
+def on_device(*models: Any, once: bool = True) -> Iterator[None]:
     """Frozen models on the device for the block, and whole, where they are gathered `once`; every process enters it."""
     with contextlib.ExitStack() as stack:
         for model in models:
@@ -323,16 +323,18 @@ def at_hand(*models: Any, once: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ready(accelerator: Accelerator, model: nn.Module, frozen: list[Any], once: bool = True) -> Iterator[None]:
-    """The block with the trained network and the frozen ones ready for passes without gradients, see `gathered`; all
-    of them in one precision, or rounding would look like KL."""
+def inference(accelerator: Accelerator, model: nn.Module, frozen: list[Any], once: bool = True) -> Iterator[None]:
+    """Gather the trained network and the frozen ones for passes without gradients (see `gathered_parameters`).
+
+    All of them compute in one precision, or rounding would look like KL.
+    """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)
-    with autocast, gathered(accelerator, model, once), at_hand(*frozen, once=once):
+    with autocast, gathered_parameters(accelerator, model, once), on_device(*frozen, once=once):
         yield
 
 
-def placement_of(file: str) -> Placement:
+def placement_from(file: str) -> Placement:
     """Where a DeepSpeed file for a frozen model (the tutorial's `ref_ds_config`) wants it kept."""
     zero = load_deepspeed(file).get("zero_optimization") or {}
     if zero.get("stage") == 3:

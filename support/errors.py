@@ -26,7 +26,7 @@ class UserError(Exception):
     """Something the user gave cannot be used; the message is one or two sentences for them, shown without traceback."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `valid`, or an empty string where nothing comes close."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
@@ -104,7 +104,7 @@ def import_path(path: str, what: str) -> Any:
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            said = f"{what} is '{path}', but '{file}' cannot be run: {raised(error)}."
+            said = f"{what} is '{path}', but '{file}' cannot be run: {describe_exception(error)}."
             raise UserError(said + _new_place(error)) from error
     else:
         if os.getcwd() not in sys.path:
@@ -121,7 +121,9 @@ def import_path(path: str, what: str) -> Any:
             ) from error
     if not hasattr(module, attribute):
         names = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{what} is '{path}', but '{module_name}' defines no '{attribute}'.{nearest(attribute, names)}")
+        raise UserError(
+            f"{what} is '{path}', but '{module_name}' defines no '{attribute}'.{did_you_mean(attribute, names)}"
+        )
     return getattr(module, attribute)
 
 
@@ -153,7 +155,7 @@ def _new_place(error: Exception) -> str:
     return ""
 
 
-def raised(error: Exception) -> str:
+def describe_exception(error: Exception) -> str:
     """An exception of the user's code in a few words: its kind, what it says, and where it was raised."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"

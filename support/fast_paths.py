@@ -19,7 +19,7 @@ from torch import nn
 
 from support.errors import UserError, first_line
 from support.generation import cached_pass
-from support.packing import PACKED_SDPA, Conventions, packs, unpadded
+from support.packing import PACKED_SDPA, Conventions, is_packed, pack
 from support.pretrained import positions_of
 
 LONGEST = 192  # tokens of a text where nothing else is said: 128 of the prompt and 64 of the reply
@@ -58,7 +58,7 @@ def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
                 flush=True,
             )
     packed, conventions = _known[key]
-    if packed != packs(model):
+    if packed != is_packed(model):
         model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
     model.conventions = conventions
     return packed
@@ -86,10 +86,10 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
         for conventions in _candidates(model, head):
             model.conventions = conventions
             try:
-                if packed != packs(model):
+                if packed != is_packed(model):
                     model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
-                inputs, select = unpadded(model, ids, mask, keep, head)
-                right = packed == packs(model)  # some models keep their own attention (Falcon)
+                inputs, select = pack(model, ids, mask, keep, head)
+                right = packed == is_packed(model)  # some models keep their own attention (Falcon)
                 right = right and _close(select(model(**inputs, use_cache=False)[0]).view_as(reference), reference)
                 right = right and (not head or _written_right(model, ids, mask, reference))
             except Exception:  # whatever a model of transformers raises at input that it does not know

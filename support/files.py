@@ -17,7 +17,7 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path):
+def atomic_folder(target: Path):
     """Write a folder aside and rename it to `target` when the block ends well, so that a torn one is never seen."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
@@ -33,16 +33,16 @@ def write_json(path: Path, value: Any) -> None:
     """JSON with NaN and infinities as null (a strict reader takes it), written aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(nan_to_none(value), indent=2) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
-def finite(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """`value` with every float that JSON has no word for replaced by None, recursively."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: nan_to_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [nan_to_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from support import packing
 from support.errors import UserError
-from support.packing import conventions_of, logits_at, position_ids, unpadded
+from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
 from support.text import DialogueCodec, Sample
 
@@ -47,7 +47,7 @@ class Sampling:
 EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
 
 
-def support_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+def choose_candidates(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
     """The token ids (B, K), int32, that top-k and top-p leave to sample from; -1 fills rows with fewer. None: all.
 
     Nucleus sampling keeps the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al.,
@@ -64,20 +64,20 @@ def support_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
     return ids.to(torch.int32)
 
 
-def log_probs_of(
-    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, support: torch.Tensor | None = None
+def token_log_probs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, candidates: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Log-probabilities (...) of `tokens` (...) under softmax(logits / temperature), logits (..., V).
 
-    With `support` (..., K) the softmax is over those ids alone (-1 is filler).
+    With `candidates` (..., K) the softmax is over those ids alone (-1 is filler).
     """
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    if support is None:
+    if candidates is None:
         return _TokenLogProbs.apply(logits, tokens)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - restrict(logits, support).logsumexp(-1)
+    return chosen - keep_candidates(logits, candidates).logsumexp(-1)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -102,15 +102,15 @@ class _TokenLogProbs(torch.autograd.Function):
         return weights.mul_(-grad / total).scatter_add_(-1, tokens.unsqueeze(-1), grad), None
 
 
-def restrict(logits: torch.Tensor, support: torch.Tensor | None) -> torch.Tensor:
-    """The logits (..., K) of the ids in `support`, minus infinity for filler; all of them where there is none."""
-    if support is None:
+def keep_candidates(logits: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+    """The logits (..., K) of the ids in `candidates`, minus infinity for filler; all of them where there is none."""
+    if candidates is None:
         return logits
-    return logits.gather(-1, support.long().clamp(min=0)).masked_fill(support < 0, float("-inf"))
+    return logits.gather(-1, candidates.long().clamp(min=0)).masked_fill(candidates < 0, float("-inf"))
 
 
-def draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, support: torch.Tensor | None
+def sample_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, candidates: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (B,) by inverting the cumulative distribution at `uniforms` (B,) in [0, 1), and their log-probabilities.
 
@@ -119,14 +119,14 @@ def draw(
     """
     if sampling.greedy:
         token = logits.argmax(-1)
-        return token, log_probs_of(logits, token, sampling.temperature, support)
-    logits = restrict(logits.float(), support)
+        return token, token_log_probs(logits, token, sampling.temperature, candidates)
+    logits = keep_candidates(logits.float(), candidates)
     probs = (logits if sampling.temperature == 1.0 else logits / sampling.temperature).softmax(-1)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not pick what follows the last likely token
     index = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
-    token = index if support is None else support.long().gather(-1, index)
+    token = index if candidates is None else candidates.long().gather(-1, index)
     return token.squeeze(-1), probs.gather(-1, index).log().squeeze(-1)
 
 
@@ -137,7 +137,7 @@ class Responses:
     ids (B, T) int64, filler is the pad token; mask (B, T) bool, True up to and including the token that ended it;
     logprobs (B, T) of the distribution sampled from, full_logprobs (B, T) without top-k and top-p (the same
     tensor where neither is set), values (B, T) of the state before each token, all 0 where masked;
-    support (B, T, K) int32 or None, see `support_of`.
+    candidates (B, T, K) int32 or None, see `choose_candidates`.
     """
 
     ids: torch.Tensor
@@ -145,10 +145,10 @@ class Responses:
     logprobs: torch.Tensor
     full_logprobs: torch.Tensor
     values: torch.Tensor
-    support: torch.Tensor | None
+    candidates: torch.Tensor | None
 
 
-def alone(number: int) -> int:
+def no_lockstep(number: int) -> int:
     """The largest of a number over processes where none waits for another."""
     return number
 
@@ -161,7 +161,7 @@ def sample_responses(
     prompt_mask: torch.Tensor,
     sampling: Sampling,
     uniforms: torch.Tensor,
-    together: Callable[[int], int] = alone,
+    together: Callable[[int], int] = no_lockstep,
 ) -> Responses:
     """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
 
@@ -173,12 +173,12 @@ def sample_responses(
     ids = torch.full((batch, max_new), pad, dtype=torch.long, device=device)
     mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
     logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
-    supports: list[torch.Tensor] = []
+    candidate_sets: list[torch.Tensor] = []
     forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
 
     alive, length = torch.arange(batch, device=device), 0
     # a prompt that several rows answer is read once
-    first = packing.first_of_equals(prompt_ids, prompt_mask)
+    first = packing.first_equal_rows(prompt_ids, prompt_mask)
     leaders, copies = first.unique(return_inverse=True)
     tokens, attention, past = prompt_ids[leaders], prompt_mask[leaders], None
     for t in range(max_new):
@@ -195,20 +195,20 @@ def sample_responses(
         if t < sampling.min_new_tokens:
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
-        support = support_of(logits, sampling)
-        token, logprobs[alive, t] = draw(logits, uniforms[alive, t], sampling, support)
+        candidates = choose_candidates(logits, sampling)
+        token, logprobs[alive, t] = sample_tokens(logits, uniforms[alive, t], sampling, candidates)
         ids[alive, t], mask[alive, t] = token, True
         if value is not None:
             values[alive, t] = value.float()
-        if support is not None:
-            full_logprobs[alive, t] = log_probs_of(logits, token, sampling.temperature)
-            supports.append(torch.full((batch, support.shape[1]), -1, dtype=torch.int32, device=device))
-            supports[-1][alive] = support
+        if candidates is not None:
+            full_logprobs[alive, t] = token_log_probs(logits, token, sampling.temperature)
+            candidate_sets.append(torch.full((batch, candidates.shape[1]), -1, dtype=torch.int32, device=device))
+            candidate_sets[-1][alive] = candidates
 
-        candidates = [i for i, last in enumerate(token.tolist()) if codec.can_end(last)]
-        texts = ids[alive[candidates], : t + 1].tolist() if candidates else []
+        maybe_ended = [i for i, last in enumerate(token.tolist()) if codec.can_end(last)]
+        texts = ids[alive[maybe_ended], : t + 1].tolist() if maybe_ended else []
         going = torch.ones_like(alive, dtype=torch.bool)
-        going[[i for i, text in zip(candidates, texts) if codec.ended(text)]] = False
+        going[[i for i, text in zip(maybe_ended, texts) if codec.ended(text)]] = False
         if not going.any():
             length = t + 1
             if not together(0):
@@ -223,19 +223,19 @@ def sample_responses(
             alive = alive[going]
             past.reorder_cache(going.nonzero().squeeze(-1))
     length = length or max_new
-    support = None
-    if not supports:
+    candidates = None
+    if not candidate_sets:
         full_logprobs = logprobs
     else:
-        width = max(s.shape[1] for s in supports)
-        support = torch.stack([F.pad(s, (0, width - s.shape[1]), value=-1) for s in supports], dim=1)
+        width = max(s.shape[1] for s in candidate_sets)
+        candidates = torch.stack([F.pad(s, (0, width - s.shape[1]), value=-1) for s in candidate_sets], dim=1)
     return Responses(
         ids[:, :length],
         mask[:, :length],
         logprobs[:, :length],
         full_logprobs[:, :length],
         values[:, :length],
-        support,
+        candidates,
     )
 
 
@@ -248,15 +248,15 @@ def cached_pass(
     input of the model's head. Prompts are read without their padding where the model packs; no two that are neighbours
     may be equal then. A model without a usable cache reads the whole text again, see `Tokens`.
     """
-    conventions = conventions_of(model)
-    packed = past is None and packing.packs(model)
+    conventions = get_conventions(model)
+    packed = past is None and packing.is_packed(model)
     if packed or not conventions.cache:
         if not conventions.cache:
             past = Tokens(input_ids if past is None else torch.cat([past.ids, input_ids], dim=-1))
             input_ids = past.ids
         keep = torch.zeros_like(attention_mask, dtype=torch.bool)
         keep[:, -1] = True
-        inputs, last = unpadded(model, input_ids, attention_mask, keep)
+        inputs, last = pack(model, input_ids, attention_mask, keep)
     else:
         new = input_ids.shape[1]
         inputs, last = dict(input_ids=input_ids, logits_to_keep=1), lambda x: x[:, -1]
@@ -269,7 +269,7 @@ def cached_pass(
     if conventions.cache:
         past = getattr(out, conventions.cache)
         if packed:
-            packing.spread(past, attention_mask)
+            packing.unpack_cache(past, attention_mask)
     return last(out.logits), past, last
 
 
@@ -313,15 +313,17 @@ def reply_log_likelihoods(
         targets = [torch.tensor(codec.encode_target(samples[i].reply)[:room]) for i in chunk]
         reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
         reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
-        inputs = inputs_of(torch.cat([prompt_ids, reply_ids], -1), torch.cat([prompt_mask, reply_mask], -1), reply_mask)
+        inputs = shifted_inputs(
+            torch.cat([prompt_ids, reply_ids], -1), torch.cat([prompt_mask, reply_mask], -1), reply_mask
+        )
         logits = logits_at(model, *(x.to(device) for x in inputs))
-        flat = log_probs_of(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
+        flat = token_log_probs(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
         sums[chunk] = torch.stack([logprobs.sum() for logprobs in flat.split(reply_mask.sum(-1).tolist())])
         counts[chunk] = reply_mask.sum(-1).float()
     return sums, counts
 
 
-def inputs_of(
+def shifted_inputs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a network reads to price responses: input_ids, attention_mask and the positions to keep, (B, S - 1) each.

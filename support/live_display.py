@@ -7,7 +7,7 @@
         monitor.update(metrics)                    # the display, or one line; and what is to be warned of
         monitor.dialogue(row)                      # a sample dialogue: the display, and samples.jsonl
 
-`bar` and `waiting` are for the other scripts.
+`show_bar` and `show_spinner` are for the other scripts.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from support.diagnostics import FIRST, RECENT, warnings_of
-from support.files import finite, is_number
+from support.diagnostics import FIRST, RECENT, find_warnings
+from support.files import is_number, nan_to_none
 
 ProgressMode = Literal["auto", "live", "plain"]
 REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
@@ -51,7 +51,7 @@ WIDEST, TWO_COLUMNS = 110, 76  # characters
 # Where something can be drawn
 
 
-def drawable(mode: ProgressMode = "auto", main: bool = True) -> bool:
+def can_draw(mode: ProgressMode = "auto", main: bool = True) -> bool:
     """Whether to draw a display rather than print lines: `auto` draws on a terminal that can move its cursor, and not
     in CI; of several processes only the main one draws. $PPO_DIALOG_PROGRESS stands in for `auto`."""
     if mode == "auto":
@@ -73,7 +73,7 @@ def console() -> Console:
     return Console(file=stdout, highlight=False, force_terminal=True)
 
 
-def drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Live:
+def live_drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Live:
     """A display of what `renderable` gives, which other prints appear above. stderr stays its own where it is no
     terminal."""
     return Live(
@@ -106,14 +106,14 @@ class SystemExitOnSigterm:
 
 
 @contextlib.contextmanager
-def waiting(text: str, draw: bool) -> Iterator[None]:
+def show_spinner(text: str, draw: bool) -> Iterator[None]:
     """The block with a spinner and the seconds that it takes."""
     if not draw:
         yield
         return
     started = time.monotonic()
     spinner = Spinner("dots", style=TREND)
-    with SystemExitOnSigterm(), drawing(lambda: _spinning(spinner, text, started), transient=True):
+    with SystemExitOnSigterm(), live_drawing(lambda: _spinning(spinner, text, started), transient=True):
         yield
 
 
@@ -123,7 +123,7 @@ def _spinning(spinner: Spinner, text: str, started: float) -> RenderableType:
 
 
 @contextlib.contextmanager
-def bar(label: str, draw: bool, done: float = 0.0, transient: bool = False) -> Iterator[Callable[..., None]]:
+def show_bar(label: str, draw: bool, done: float = 0.0, transient: bool = False) -> Iterator[Callable[..., None]]:
     """The block with a bar and the time left, moved by what it yields: a function of the share that is done (0 to 1)
     and, where there is news, a note. A `transient` one is gone with the block."""
     if not draw:
@@ -207,7 +207,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def statistics_of(metrics: dict[str, Any]) -> list[str]:
+def reward_statistics(metrics: dict[str, Any]) -> list[str]:
     """The reward's own statistics: rollout_figures puts them between the score and the KL penalty."""
     names = list(metrics)
     if "score" not in names or "reward_kl" not in names:
@@ -239,7 +239,7 @@ def keep_rows(file: Path, updates: int) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(finite(row), ensure_ascii=False) + "\n"
+    return json.dumps(nan_to_none(row), ensure_ascii=False) + "\n"
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:
@@ -277,9 +277,9 @@ class Monitor:
 
     def start(self, main: bool) -> None:
         self.main = main
-        if drawable(self.config.progress, main):
+        if can_draw(self.config.progress, main):
             self.guard.__enter__()
-            self.live = drawing(self._draw)
+            self.live = live_drawing(self._draw)
             self.live.start(refresh=True)
 
     def close(self) -> None:
@@ -319,7 +319,7 @@ class Monitor:
         self._remember(metrics)
         if self.live is None and metrics["update"] % self.config.log_interval == 0:
             print(progress_line(metrics, self.config.total_time_steps), flush=True)
-        found = warnings_of(self.first, list(self.recent), self.config, self.max_new_tokens)
+        found = find_warnings(self.first, list(self.recent), self.config, self.max_new_tokens)
         self._warn(found, metrics["update"], metrics["env_steps"])
 
     def dialogue_due(self, update: int) -> bool:
@@ -383,7 +383,7 @@ class Monitor:
         """The figures of the last update with their trends, in two columns where there is room."""
         now = self.recent[-1]
         left = [("score", "score", "{:.3f}")]
-        left += [(f"  {one_line(name)}", name, "{:.3f}") for name in statistics_of(now)[:4]]
+        left += [(f"  {one_line(name)}", name, "{:.3f}") for name in reward_statistics(now)[:4]]
         left += [(f"KL, target {self.config.kl_target:g}", "kl_div", "{:.4f}"), ("alpha", "alpha", "{:.3f}")]
         right = [
             (f"length, max {self.max_new_tokens}", "mean_output_length", "{:.1f}"),

@@ -19,10 +19,10 @@ def use_all_cores(num_processes: int = 1) -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(int(os.environ.get("TORCH_NUM_THREADS", max(1, cores // num_processes))))
-    keep_freed_memory()
+    tune_malloc()
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let the C library keep what torch frees on the CPU, where it is glibc's.
 
     It hands large blocks back to the system at once, and every activation and gradient then pays for fresh pages:

@@ -45,7 +45,7 @@ def longest_text(fmt: DialogueFormat) -> int:
     return fmt.max_prompt_tokens + max(64, fmt.max_new_tokens)
 
 
-def keep_fewer_activations(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Gradient checkpointing: the update computes a layer's activations again rather than keep them."""
     # the name that it has in transformers 6, and in those before 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -110,7 +110,7 @@ def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
 # LoRA (Hu et al., 2021)
 
 
-def with_adapter(policy: nn.Module, name: str, rank: int, alpha: int) -> nn.Module:
+def add_lora(policy: nn.Module, name: str, rank: int, alpha: int) -> nn.Module:
     """The policy with a LoRA adapter on every linear layer but the vocabulary's; all else is frozen."""
     from peft import LoraConfig, get_peft_model
 
@@ -129,7 +129,7 @@ def with_adapter(policy: nn.Module, name: str, rank: int, alpha: int) -> nn.Modu
     return adapted
 
 
-class AdapterOff:
+class ReferenceWithoutAdapter:
     """A policy with an adapter as it was before: the frozen reference, without a second copy of the weights."""
 
     def __init__(self, policy: nn.Module):

@@ -39,11 +39,11 @@ class Conventions:
     model depends on what follows it, so this holds for all of them."""
 
 
-def conventions_of(model: nn.Module) -> Conventions:
+def get_conventions(model: nn.Module) -> Conventions:
     return getattr(model, "conventions", Conventions())
 
 
-def packs(model: nn.Module) -> bool:
+def is_packed(model: nn.Module) -> bool:
     """Whether the model takes packed rows."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == PACKED_SDPA
 
@@ -53,7 +53,7 @@ def position_ids(attention_mask: torch.Tensor, first: int = 0) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0) + first
 
 
-def unpadded(
+def pack(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: torch.Tensor, head: bool = True
 ) -> tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]:
     """Keyword arguments for one pass of `model` over a padded batch, and what to do with the output.
@@ -62,8 +62,8 @@ def unpadded(
     an output of the model (logits or hidden states) into (n, ...), row after row. Where `head` is set, the model has a
     language-model head, and it is asked for the kept positions alone.
     """
-    conventions = conventions_of(model)
-    if not packs(model):
+    conventions = get_conventions(model)
+    if not is_packed(model):
         if conventions.pad_right:
             order = (1 - attention_mask).argsort(dim=-1, stable=True)  # text first, then padding
             input_ids, attention_mask, keep = (x.gather(1, order) for x in (input_ids, attention_mask, keep))
@@ -78,7 +78,7 @@ def unpadded(
     positions = position_ids(attention_mask, conventions.first_position)
     real, width = attention_mask.bool(), int(keep.any(0).nonzero()[0]) + 1  # width: columns of the prompts
     row = torch.arange(len(real), device=real.device)
-    first = first_of_equals(input_ids[:, :width], attention_mask[:, :width]) if width > 1 else row
+    first = first_equal_rows(input_ids[:, :width], attention_mask[:, :width]) if width > 1 else row
     owner = None  # of each token: 0 for the prompt's, else which of the rows that share it
     if not torch.equal(first, row):
         real = real.clone()
@@ -89,12 +89,12 @@ def unpadded(
     place[:, :width] = place[first, :width]
     kept = place[keep]  # (n,)
     lengths = torch.zeros_like(row).index_add(0, first, real.sum(-1))
-    texts = Texts(lengths[first == row], owner)
+    texts = PackedTexts(lengths[first == row], owner)
     inputs = dict(input_ids=input_ids[real][None], position_ids=positions[real][None], texts=texts)
     return inputs | ({"logits_to_keep": kept} if head else {}), lambda x: x.squeeze(0) if head else x[0, kept]
 
 
-def spread(cache: Any, attention_mask: torch.Tensor) -> None:
+def unpack_cache(cache: Any, attention_mask: torch.Tensor) -> None:
     """Turn the keys and values of a packed row, (1, H, N, D) in each layer, into those of its batch, (B, H, P, D).
 
     attention_mask (B, P) is the batch's, in which no two neighbours are equal: each row has tokens of its own in the
@@ -105,7 +105,7 @@ def spread(cache: Any, attention_mask: torch.Tensor) -> None:
         layer.keys, layer.values = (x[0][:, place].transpose(0, 1) for x in (layer.keys, layer.values))
 
 
-def first_of_equals(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def first_equal_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """For each row (B,), the first of the run of equal rows that it stands in; input_ids, attention_mask (B, S)."""
     rows = torch.arange(len(input_ids), device=input_ids.device)
     real = attention_mask.bool()
@@ -117,12 +117,12 @@ def first_of_equals(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> to
 def logits_at(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: torch.Tensor
 ) -> torch.Tensor:
-    """A causal LM's logits (n, V) at the n kept positions, see `unpadded`."""
-    inputs, select = unpadded(model, input_ids, attention_mask, keep)
+    """A causal LM's logits (n, V) at the n kept positions, see `pack`."""
+    inputs, select = pack(model, input_ids, attention_mask, keep)
     return select(model(**inputs, use_cache=False).logits)
 
 
-class Texts:
+class PackedTexts:
     """Which tokens of the packed row (N,) belong to each of B texts, and which of those they may look at.
 
     lengths (B,). owner (N,) where replies share prompts: 0 for a prompt's token, k for the k-th reply's.
@@ -160,7 +160,7 @@ class Texts:
         return self._masks[dtype]
 
 
-def spelled_out(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+def matmul_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one text as products of matrices: query (1, H, n, D) -> (1, n, H, D), mask (..., n, n) added.
 
     The same as the fused kernel, whose gradient in bf16 takes a CPU longer (docs/performance.md).
@@ -176,7 +176,7 @@ def spelled_out(module, query, key, value, mask, scaling=None, dropout=0.0, **kw
     return output.view(1, heads, n, size).transpose(1, 2), None
 
 
-def packed_sdpa(module, query, key, value, attention_mask, texts: Texts | None = None, **kwargs):
+def packed_sdpa(module, query, key, value, attention_mask, texts: PackedTexts | None = None, **kwargs):
     """Scaled dot-product attention (transformers' own), of each text with itself where `texts` says that they are
     packed: query (1, H, N, D) -> (1, N, H, D)."""
     if texts is None:
@@ -187,7 +187,7 @@ def packed_sdpa(module, query, key, value, attention_mask, texts: Texts | None =
         mask_of_text = lambda i, n: None if masks is None else masks[i : i + 1, :, :n, :n]
         one_text = sdpa_attention_forward
         if value.dtype in SPELLED_OUT and max(texts.lengths) <= SCORES_KEPT:
-            one_text = spelled_out
+            one_text = matmul_attention
             if masks is None:
                 causal = texts.causal(value.dtype)
                 mask_of_text = lambda i, n: causal[:n, :n]
@@ -218,7 +218,7 @@ def packed_lengths(attention_mask: torch.Tensor, prompt_width: int, group: int) 
     return prompts[::group] + replies.view(-1, group).sum(-1)
 
 
-def cut(rows: torch.Tensor, lengths: torch.Tensor, parts: int) -> list[torch.Tensor]:
+def split_by_tokens(rows: torch.Tensor, lengths: torch.Tensor, parts: int) -> list[torch.Tensor]:
     """`rows` (n, ...), the shorter first, in `parts` (at most n) parts of about equal numbers of tokens, none empty.
 
     lengths (n,) belongs to rows. Rows of a length keep each other company: little is padded where padding there is.

@@ -94,7 +94,7 @@ def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any
     model = _load(auto_class, name, what, kwargs)
     if isinstance(model, torch.nn.Module):
         fuse_gelu(model)
-        turn_head(model)
+        transpose_lm_head(model)
     return model
 
 
@@ -287,7 +287,7 @@ def fuse_gelu(model: torch.nn.Module) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
-def turn_head(model: torch.nn.Module) -> None:
+def transpose_lm_head(model: torch.nn.Module) -> None:
     """Let the language-model head of a model on the CPU multiply its weight with the tokens, not the tokens with its
     weight: with few tokens and a large vocabulary the matrix library is half as fast the other way round."""
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from support.checkpoint import FolderLock
 from support.config import plain_values
-from support.errors import UserError, first_line, import_path, raised
-from support.files import whole_folder
+from support.errors import UserError, describe_exception, first_line, import_path
+from support.files import atomic_folder
 from support.generation import EVAL_SAMPLING, Sampling, generate_replies
 from support.pretrained import load_pretrained, load_tokenizer
 from support.text import DialogueCodec, DialogueFormat, Sample
@@ -42,7 +42,7 @@ def check_acts(samples: Sequence[Sample]) -> None:
         )
 
 
-def try_reward(score: Callable, sample: Sample, group: int) -> None:
+def check_reward(score: Callable, sample: Sample, group: int) -> None:
     """Ask the reward about a human reply and an empty one, so that its faults show before the first rollout.
 
     Both reply to one prompt, `group` times in all where that is more than two. `score` is a checked call of the
@@ -52,14 +52,14 @@ def try_reward(score: Callable, sample: Sample, group: int) -> None:
     replies = replies[: max(2, group)]
     repeat = lambda value: [value] * len(replies)
     try:
-        with random_states_kept():
+        with keep_random_states():
             score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))
     except UserError as error:
         raise UserError(f"{error} (Before training, it was asked about a human reply and an empty one.)") from error
 
 
 @contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
+def keep_random_states() -> Iterator[None]:
     """The global generators of Python, NumPy and torch are after the block as they were before it."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -70,7 +70,7 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def make_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]] | None:
+def load_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]] | None:
     """The user's own statistics: a function of (rollout, metrics) -> {name: number}, or a class made once."""
     if not path:
         return None
@@ -85,14 +85,14 @@ def make_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]]
     return stats
 
 
-def checked_stats(make: Callable[..., Any], rollout: Any, metrics: dict[str, float]) -> dict[str, float]:
+def compute_stats(make: Callable[..., Any], rollout: Any, metrics: dict[str, float]) -> dict[str, float]:
     """What the user's statistics give, as numbers under names that are still free; UserError otherwise."""
     try:
         stats = make(rollout, dict(metrics))
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"stats raised {raised(error)}.") from error
+        raise UserError(f"stats raised {describe_exception(error)}.") from error
     if not isinstance(stats, dict):
         raise UserError(f"stats returned a {type(stats).__name__}; expected a dict of name and number.")
     taken = sorted(set(stats) & set(metrics))
@@ -270,7 +270,7 @@ def save(
     of_policy = state and {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
     for tied in getattr(policy, "all_tied_weights_keys", ()) if state else ():  # saved once, under its other name
         of_policy.pop(tied, None)
-    with whole_folder(run / "policy") as folder:
+    with atomic_folder(run / "policy") as folder:
         if hasattr(policy, "save_pretrained"):
             policy.save_pretrained(folder, **({"state_dict": of_policy} if state else {}))
         elif state:
@@ -292,7 +292,7 @@ def save_merged(run: Path) -> None:
         load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model"),
         load_tokenizer(str(run / "policy")),
     )
-    with whole_folder(run / "merged") as folder:
+    with atomic_folder(run / "merged") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         DialogueFormat.load(run / "policy").save(folder)

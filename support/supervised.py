@@ -22,8 +22,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from support.distributed import own_engine, several_on_cpus
 from support.errors import UserError
-from support.files import whole_folder, write_json
-from support.live_display import ProgressMode, bar, drawable
+from support.files import atomic_folder, write_json
+from support.live_display import ProgressMode, can_draw, show_bar
 
 
 @dataclass
@@ -153,14 +153,14 @@ def fit(
             best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         losses = []
         if accelerator.is_main_process:
-            with whole_folder(state) as folder:
+            with atomic_folder(state) as folder:
                 accelerator.save_state(str(folder))
                 save_file(best, folder / "best.safetensors")
                 kept = dict(step=step, epoch=epoch, batches=batches, minutes=minutes(), history=history)
                 write_json(folder / "fit.json", kept)
 
-    draw = drawable(config.progress, accelerator.is_main_process)
-    with bar(label, draw, step / total) as move:
+    draw = can_draw(config.progress, accelerator.is_main_process)
+    with show_bar(label, draw, step / total) as move:
         if not history:
             look()
         trained.train()
@@ -238,6 +238,6 @@ def state_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}-unfinished")
 
 
-def forget(output: Path) -> None:
+def remove_state(output: Path) -> None:
     """Remove what a run went on from, once its output is written."""
     shutil.rmtree(state_folder(output), ignore_errors=True)

@@ -148,7 +148,7 @@ class PlainText:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=spelled).input_ids
 
 
-def put_before(tokenizer: Any) -> list[int]:
+def special_prefix(tokenizer: Any) -> list[int]:
     """The ids that a tokenizer puts before a text, such as BOS. What it puts after a text has no place in a prompt that
     is to be continued."""
     with_special, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
@@ -156,7 +156,7 @@ def put_before(tokenizer: Any) -> list[int]:
     return list(with_special[: next(starts, 0)])
 
 
-def without_torn_characters(text: str) -> str:
+def drop_torn_characters(text: str) -> str:
     """Decoded text without U+FFFD, which stands for bytes that are no whole character: a reply that was cut, say."""
     return text.replace("\ufffd", "")
 
@@ -167,7 +167,7 @@ class DialogueCodec:
     def __init__(self, tokenizer: Any, fmt: DialogueFormat):
         self.tokenizer, self.format = tokenizer, fmt
         self.eos_token_id = tokenizer.eos_token_id
-        self.text, self.prefix = PlainText(tokenizer, fmt.eou_marker.strip()), put_before(tokenizer)
+        self.text, self.prefix = PlainText(tokenizer, fmt.eou_marker.strip()), special_prefix(tokenizer)
         # The marker may come as several tokens, and merged with what stands before it (".<" + "EOU" + ">"), so its end
         # is found in the decoded text; only after a token that holds the marker's last character can it be complete.
         last = fmt.eou_marker.rstrip()[-1]
@@ -220,11 +220,11 @@ class DialogueCodec:
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
         marker = self.format.eou_marker.strip()
-        text, *after = without_torn_characters(self.tokenizer.decode(ids)).split(marker)
-        return (text if after else without_torn(text, marker)).strip()
+        text, *after = drop_torn_characters(self.tokenizer.decode(ids)).split(marker)
+        return (text if after else drop_torn_marker(text, marker)).strip()
 
 
-def without_torn(text: str, marker: str) -> str:
+def drop_torn_marker(text: str, marker: str) -> str:
     """Without the beginning of a marker that the limit of tokens has cut: it belongs to no word of the reply.
 
     A marker that begins with a letter is only taken for one where it stands by itself.

@@ -25,11 +25,11 @@ def counted(function):
 for name in ("all_gather_into_tensor", "all_gather", "_all_gather_base"):
     setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
 
-ready = ppo_dialog.ready
+ready = ppo_dialog.inference
 
 
 def watched(*args):
-    """`ready`, with the number of gathers from its beginning to its end."""
+    """`inference`, with the number of gathers from its beginning to its end."""
     block, before = ready(*args), gathers[0]
 
     class Block:
@@ -43,7 +43,7 @@ def watched(*args):
     return Block()
 
 
-ppo_dialog.ready = watched
+ppo_dialog.inference = watched
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
 

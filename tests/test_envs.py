@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from envs import DialogueVectorEnv
-from sft_dialog import chains_of, windows_of
+from sft_dialog import make_chains, make_windows
 from support.data import Dialogue, load_dialogues, load_splits
-from support.data_checks import form_of, overlap_note
+from support.data_checks import describe_form, overlap_note
 from support.errors import UserError
 from support.judge import encode_pairs
 from support.pretrained import load_tokenizer
-from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, make_samples, without_torn
+from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, drop_torn_marker, make_samples
 
 SPLITS = ("train", "validation", "test")
 ROWS = [
@@ -557,7 +557,7 @@ def test_rows_of_another_form_are_answered_with_what_makes_dialogues_of_them(for
 
 def test_the_page_converts_other_forms_as_the_errors_say(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    said = {re.search("write `(.*)` as 'dialog'", form_of(row))[1] for row, _ in ROW_FORMS.values()}
+    said = {re.search("write `(.*)` as 'dialog'", describe_form(row))[1] for row, _ in ROW_FORMS.values()}
     table = re.findall(r"^\| `.*\| `(.*)` \|$", page[page.index("## Other forms") :], re.MULTILINE)
     assert len(table) >= 7 and set(table) <= said
     monkeypatch.chdir(tmp_path)
@@ -783,10 +783,10 @@ def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_prompt_that_goes_on(spec
     assert both.prompt_ids(prompts)[1] == [0, *plain.prompt_ids(prompts)[1][1:]]  # what is cut stands after BOS
     assert closing.encode_target("Sure .") == both.encode_target("Sure .") == plain.encode_target("Sure .")
     samples = [Sample(("Hi",), prompts[0], "Sure .", 0)]
-    assert windows_of(samples, closing) == windows_of(samples, plain)
+    assert make_windows(samples, closing) == make_windows(samples, plain)
     dialogues = [Dialogue(("Hi .", "Hello .", "Well ?"), (0,) * 3, (0,) * 3)]
-    assert chains_of(dialogues, closing, 100) == chains_of(dialogues, plain, 100)
-    assert chains_of(dialogues, both, 100)[0][0] == [0, *chains_of(dialogues, plain, 100)[0][0]]
+    assert make_chains(dialogues, closing, 100) == make_chains(dialogues, plain, 100)
+    assert make_chains(dialogues, both, 100)[0][0] == [0, *make_chains(dialogues, plain, 100)[0][0]]
 
 
 def test_an_utterance_that_holds_the_marker_is_a_bad_row(tmp_path):
@@ -863,12 +863,12 @@ def test_decoding_drops_marker_padding_and_what_follows(codec):
     "torn, whole", [("Sure . <E", "Sure ."), ("Sure.<EOU", "Sure."), ("<", ""), ("1 < 2", "1 < 2")]
 )
 def test_a_marker_that_the_limit_cuts_is_no_part_of_the_reply(torn, whole):
-    assert without_torn(torn, "<EOU>").strip() == whole
+    assert drop_torn_marker(torn, "<EOU>").strip() == whole
 
 
 def test_a_marker_of_letters_is_torn_off_where_it_stands_alone():
-    assert without_torn("Sure . EN", "END") == "Sure . "
-    assert without_torn("Open the door . FINE", "END") == "Open the door . FINE"
+    assert drop_torn_marker("Sure . EN", "END") == "Sure . "
+    assert drop_torn_marker("Open the door . FINE", "END") == "Open the door . FINE"
 
 
 def test_a_marker_of_ones_own():

@@ -20,7 +20,7 @@ from support.errors import UserError
 from support.fast_paths import choose_fast_paths, probe_texts
 from support.generation import Sampling, causal_lm_step, sample_responses
 from support.models import disable_dropout, training_noise
-from support.packing import logits_at, packs
+from support.packing import is_packed, logits_at
 from support.pretrained import positions_of
 
 V, PROMPT, REPLY = 60, 30, 8
@@ -100,7 +100,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_what_is_chosen_for_a_family_gives_what_each_text_gives_alone(name):
     kind, settings, packed, cache, first = FAMILIES[name]
     model = family(kind, settings)
-    assert choose_fast_paths(model, PROMPT + REPLY) == packs(model) == packed
+    assert choose_fast_paths(model, PROMPT + REPLY) == is_packed(model) == packed
     assert (model.conventions.cache, model.conventions.first_position) == (cache, first)
     disable_dropout(model)
     ids, mask = batch()
@@ -166,7 +166,7 @@ def test_a_second_model_of_the_same_configuration_is_not_tried_again(monkeypatch
     choose_fast_paths(family("llama", GROUPED | dict(num_hidden_layers=3)))
     monkeypatch.setattr(fast_paths, "_try_out", None)
     model = family("llama", GROUPED | dict(num_hidden_layers=3))
-    assert choose_fast_paths(model) and packs(model) and model.conventions.cache
+    assert choose_fast_paths(model) and is_packed(model) and model.conventions.cache
 
 
 # --- dropout

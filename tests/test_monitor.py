@@ -25,9 +25,9 @@ from test_reliability import RUN, digest, resumed
 from ppo_dialog import PPOConfig
 from support import live_display, run
 from support.builtin import builtin_model
-from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, warnings_of
+from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, find_warnings
 from support.errors import UserError
-from support.live_display import Monitor, clock, drawable, follow, one_line, sparkline
+from support.live_display import Monitor, can_draw, clock, follow, one_line, sparkline
 from support.meteor import meteor
 
 CONFIG = PPOConfig()
@@ -50,7 +50,7 @@ def rows(updates: int, **changes) -> list[dict]:
 
 
 def found(then: dict, now: dict, config: PPOConfig = CONFIG, updates: int = VALUE_AFTER) -> dict[str, str]:
-    return warnings_of(rows(FIRST, **then), rows(updates, **now), config, max_new_tokens=20)
+    return find_warnings(rows(FIRST, **then), rows(updates, **now), config, max_new_tokens=20)
 
 
 # --- warnings
@@ -94,7 +94,7 @@ def test_warnings_follow_the_configuration_and_take_what_is_no_number():
     assert found({}, dict.fromkeys(HEALTHY, float("nan"))) == {}
     one_odd = rows(VALUE_AFTER)
     one_odd[-1] |= {"kl_div": 0.4, "clipfrac": 0.9}
-    assert warnings_of(rows(FIRST), one_odd, CONFIG, 20) == {}
+    assert find_warnings(rows(FIRST), one_odd, CONFIG, 20) == {}
 
 
 def test_a_warning_is_said_once_and_not_again_by_a_resumed_run(tmp_path, capsys):
@@ -260,12 +260,12 @@ def test_where_nothing_can_be_drawn_there_are_lines(spoilt, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", Screen())
-    assert drawable() and not drawable(main=False) and not drawable("plain")
+    assert can_draw() and not can_draw(main=False) and not can_draw("plain")
     for name, value in spoilt.items():
         monkeypatch.setenv(name, value)
-    assert not drawable() and drawable("live")
+    assert not can_draw() and can_draw("live")
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # a file
-    assert not drawable()
+    assert not can_draw()
 
 
 def test_small_parts():

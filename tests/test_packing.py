@@ -24,8 +24,8 @@ from transformers import (
 from support import packing
 from support.fast_paths import choose_fast_paths
 from support.generation import cached_pass
-from support.packing import cut, logits_at, packed_lengths, packs, position_ids, unpadded
-from support.pretrained import fuse_gelu, turn_head
+from support.packing import is_packed, logits_at, pack, packed_lengths, position_ids, split_by_tokens
+from support.pretrained import fuse_gelu, transpose_lm_head
 
 V = 40
 SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -79,7 +79,7 @@ def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, way):
     ids, mask, keep = batch()
     expected, gradients = of_each_alone(model, ids, mask, keep)
 
-    assert choose_fast_paths(model) and packs(model)
+    assert choose_fast_paths(model) and is_packed(model)
     logits = logits_at(model, ids, mask, keep)
     assert torch.allclose(logits, expected, atol=1e-5)
     logits.square().sum().backward()
@@ -112,7 +112,7 @@ def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, way):
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
-    inputs, _ = unpadded(model, ids, mask, keep)
+    inputs, _ = pack(model, ids, mask, keep)
     alone = mask.sum() - mask[1, :5].sum() - mask[2, :5].sum() - mask[5, :5].sum()
     assert inputs["input_ids"].shape == (1, int(alone))  # each prompt is read once
     assert torch.equal(packed_lengths(mask[:3], 5, 3), mask[0, :5].sum()[None] + mask[:3, 5:].sum())
@@ -123,7 +123,7 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     calls = []
-    for name in ("spelled_out", "sdpa_attention_forward"):
+    for name in ("matmul_attention", "sdpa_attention_forward"):
         function = getattr(packing, name)
         counted = lambda *args, name=name, function=function, **kwargs: calls.append(name) or function(*args, **kwargs)
         monkeypatch.setattr(packing, name, counted)
@@ -131,7 +131,7 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
         model.set_attn_implementation("sdpa")
         expected, gradients = of_each_alone(model, *texts)
         assert choose_fast_paths(model)
-        for longest, name in ((512, "spelled_out"), (4, "sdpa_attention_forward")):
+        for longest, name in ((512, "matmul_attention"), (4, "sdpa_attention_forward")):
             monkeypatch.setattr(packing, "SCORES_KEPT", longest)
             calls.clear()
             with torch.autocast("cpu", torch.bfloat16):  # rotary positions leave keys in fp32, values are bf16
@@ -149,9 +149,9 @@ def test_attention_spelled_out_drops_weights_where_the_model_asks_for_it():
     torch.manual_seed(0)
     query, key, value = torch.rand(1, 4, 6, 8), torch.rand(1, 2, 6, 8), torch.ones(1, 2, 6, 8)
     mask = torch.full((6, 6), float("-inf")).triu(1)
-    kept = packing.spelled_out(None, query, key, value, mask)[0]
+    kept = packing.matmul_attention(None, query, key, value, mask)[0]
     assert torch.allclose(kept, torch.ones(1, 6, 4, 8))  # weights sum to one
-    dropped = packing.spelled_out(None, query, key, value, mask, dropout=0.5)[0]
+    dropped = packing.matmul_attention(None, query, key, value, mask, dropout=0.5)[0]
     assert (dropped - kept).abs().max() > 0.1
 
 
@@ -210,7 +210,7 @@ def test_models_that_cannot_pack_stay_padded_with_the_same_results():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=4)).eval()
     ids, mask, keep = batch()
     for model in (window, bloom):
-        assert not choose_fast_paths(model) and not packs(model)
+        assert not choose_fast_paths(model) and not is_packed(model)
         with torch.no_grad():
             logits = logits_at(model, ids, mask, keep)
             expected = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[keep]
@@ -219,7 +219,7 @@ def test_models_that_cannot_pack_stay_padded_with_the_same_results():
 
 def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
     ids, mask, keep = batch()
-    inputs, select = unpadded(torch.nn.Linear(1, 1), ids[2:3], mask[2:3], keep[2:3] | (mask[2:3] > 0))
+    inputs, select = pack(torch.nn.Linear(1, 1), ids[2:3], mask[2:3], keep[2:3] | (mask[2:3] > 0))
     assert inputs["input_ids"].shape == (1, 5) and inputs["logits_to_keep"] == 5
     assert select(torch.arange(5)[None]).tolist() == [0, 1, 2, 3, 4]
 
@@ -229,7 +229,7 @@ def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
 def test_cut_keeps_every_row_once_in_parts_of_like_size(lengths, parts):
     parts = min(parts, len(lengths))
     rows = torch.arange(len(lengths)) + 100
-    pieces = cut(rows, torch.tensor(lengths), parts)
+    pieces = split_by_tokens(rows, torch.tensor(lengths), parts)
     assert len(pieces) == parts and all(len(piece) for piece in pieces)
     assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
     together = [lengths[int(i) - 100] for i in torch.cat(pieces)]
@@ -247,7 +247,7 @@ def test_faster_kernels_are_the_same_functions():
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
     fuse_gelu(model)
-    turn_head(model)
+    transpose_lm_head(model)
     assert type(model.transformer.h[0].mlp.act) is torch.nn.GELU
     logits = model(input_ids=ids).logits
     assert logits.shape == expected.shape and torch.allclose(logits, expected, atol=1e-6)

@@ -18,14 +18,14 @@ from ppo_dialog import (
     PPOConfig,
     Rollout,
     RunningMoments,
-    above_the_others,
     disable_dropout,
-    entropy_of,
     gae,
+    leave_one_out,
     masked_moments,
     pad_right,
     policy_loss,
-    rollout_figures,
+    rollout_metrics,
+    token_entropy,
     token_rewards,
     token_stats,
     update,
@@ -34,7 +34,14 @@ from ppo_dialog import (
 )
 from support.errors import UserError
 from support.fast_paths import choose_fast_paths
-from support.generation import Sampling, draw, inputs_of, log_probs_of, sample_responses, support_of
+from support.generation import (
+    Sampling,
+    choose_candidates,
+    sample_responses,
+    sample_tokens,
+    shifted_inputs,
+    token_log_probs,
+)
 from support.packing import position_ids
 from support.text import DialogueFormat
 
@@ -86,7 +93,7 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
     values = out.values
     if model.critic is not None:
         with torch.no_grad():
-            flat = model.values_of(*inputs_of(input_ids, attention, out.mask))
+            flat = model.values_of(*shifted_inputs(input_ids, attention, out.mask))
         values = torch.zeros(out.mask.shape).masked_scatter(out.mask, flat)
     generator = torch.Generator().manual_seed(seed + 1)
     return Rollout(
@@ -96,7 +103,7 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
         logprobs=out.logprobs,
         kl=torch.randn(out.mask.shape, generator=generator) * 0.1 * out.mask,
         values=values * out.mask,
-        support=out.support,
+        candidates=out.candidates,
         scores=torch.rand(len(ids), generator=generator),
         statistics={},
         prompts=[],
@@ -184,7 +191,7 @@ def test_inputs_keep_the_position_before_each_reply_token_and_end_before_the_las
         span = slice(width - len(prompt), width + len(reply))
         ids[row, span], mask[row, span] = torch.tensor(prompt + reply), 1
         response_mask[row, : len(reply)] = True
-    inputs, attention, keep = inputs_of(ids, mask, response_mask)
+    inputs, attention, keep = shifted_inputs(ids, mask, response_mask)
     for row, (prompt, reply) in enumerate(texts):
         assert inputs[row][attention[row].bool()].tolist() == (prompt + reply)[:-1]
         assert inputs[row][keep[row]].tolist() == (prompt + reply)[len(prompt) - 1 : -1]
@@ -203,9 +210,9 @@ def test_token_rewards_put_the_score_on_the_last_token():
 
 def test_scores_are_measured_against_the_other_replies_to_the_prompt():
     scores = torch.tensor([1.0, 0.0, 2.0, 5.0, 5.0, 5.0])
-    assert torch.allclose(above_the_others(scores, 3), torch.tensor([0.0, -1.5, 1.5, 0.0, 0.0, 0.0]))
-    assert torch.allclose(above_the_others(scores, 2), torch.tensor([1.0, -1.0, -3.0, 3.0, 0.0, 0.0]))
-    assert above_the_others(scores, 1) is scores
+    assert torch.allclose(leave_one_out(scores, 3), torch.tensor([0.0, -1.5, 1.5, 0.0, 0.0, 0.0]))
+    assert torch.allclose(leave_one_out(scores, 2), torch.tensor([1.0, -1.0, -3.0, 3.0, 0.0, 0.0]))
+    assert leave_one_out(scores, 1) is scores
 
 
 def test_whitening_looks_at_real_tokens_only():
@@ -264,10 +271,10 @@ def test_value_loss_by_hand():
 def test_entropy_matches_torch_and_support():
     logits = torch.randn(3, 4, 20)
     expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
-    assert torch.allclose(entropy_of(logits, 0.7, None), expected, atol=1e-5)
-    support = support_of(logits.view(12, 20), Sampling(top_k=5)).view(3, 4, 5)
+    assert torch.allclose(token_entropy(logits, 0.7, None), expected, atol=1e-5)
+    candidates = choose_candidates(logits.view(12, 20), Sampling(top_k=5)).view(3, 4, 5)
     top = torch.distributions.Categorical(logits=logits.topk(5).values)
-    assert torch.allclose(entropy_of(logits, 1.0, support), top.entropy(), atol=1e-5)
+    assert torch.allclose(token_entropy(logits, 1.0, candidates), top.entropy(), atol=1e-5)
 
 
 # --- sampling
@@ -276,32 +283,34 @@ def test_entropy_matches_torch_and_support():
 def test_draw_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.3, 0.0]]).clamp(min=1e-30)).expand(4000, 4)
     uniforms = (torch.arange(4000) + 0.5) / 4000
-    counts = torch.bincount(draw(logits, uniforms, Sampling(), None)[0], minlength=4)
+    counts = torch.bincount(sample_tokens(logits, uniforms, Sampling(), None)[0], minlength=4)
     assert counts.tolist() == pytest.approx([2000, 800, 1200, 0], abs=2)
-    assert (draw(logits, uniforms, Sampling(greedy=True), None)[0] == 0).all()
-    assert draw(logits[:1], torch.tensor([1 - 2**-24]), Sampling(), None)[0].item() == 2  # never probability zero
+    assert (sample_tokens(logits, uniforms, Sampling(greedy=True), None)[0] == 0).all()
+    assert (
+        sample_tokens(logits[:1], torch.tensor([1 - 2**-24]), Sampling(), None)[0].item() == 2
+    )  # never probability zero
 
 
 def test_support_is_top_k_then_nucleus():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.97, 0.01, 0.01, 0.01]]))
-    assert support_of(logits, Sampling()) is None
-    assert support_of(logits, Sampling(top_k=2))[0].tolist() == [0, 1]
-    nucleus = support_of(logits, Sampling(top_p=0.7))
+    assert choose_candidates(logits, Sampling()) is None
+    assert choose_candidates(logits, Sampling(top_k=2))[0].tolist() == [0, 1]
+    nucleus = choose_candidates(logits, Sampling(top_p=0.7))
     assert nucleus.tolist() == [[0, 1], [0, -1]]  # the smallest set that reaches 0.7
-    assert support_of(logits, Sampling(top_k=9)).shape == (2, 4)  # more than there are
+    assert choose_candidates(logits, Sampling(top_k=9)).shape == (2, 4)  # more than there are
 
 
-def test_log_probs_of_is_log_softmax():
+def test_token_log_probs_is_log_softmax():
     logits, tokens = torch.randn(2, 3, 10), torch.randint(0, 10, (2, 3))
     expected = (logits / 0.5).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    assert torch.allclose(log_probs_of(logits, tokens, 0.5), expected, atol=1e-5)
+    assert torch.allclose(token_log_probs(logits, tokens, 0.5), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as computed", "turned"])
-def test_log_probs_of_has_cross_entropys_gradient(turned):
+def test_token_log_probs_has_cross_entropys_gradient(turned):
     logits, tokens, weights = torch.randn(10, 6, dtype=torch.float32) * 30, torch.randint(0, 10, (6,)), torch.randn(6)
     logits = (logits.t() if turned else logits.t().contiguous()).requires_grad_()
-    log_probs = log_probs_of(logits, tokens, 0.7)
+    log_probs = token_log_probs(logits, tokens, 0.7)
     (expected,) = torch.autograd.grad(
         (-F.cross_entropy(logits / 0.7, tokens, reduction="none") * weights).sum(), logits
     )
@@ -352,9 +361,9 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
     mask = rollout.mask
     with torch.no_grad():
         stats = token_stats(model, rollout, torch.arange(6), zeros, rollout.values, rollout.values, config)
-        logits, values = model(*inputs_of(rollout.input_ids, rollout.attention_mask, mask))
-        support = None if rollout.support is None else rollout.support[mask]
-        logprobs = log_probs_of(logits, rollout.response_ids[mask], sampling.temperature, support)
+        logits, values = model(*shifted_inputs(rollout.input_ids, rollout.attention_mask, mask))
+        candidates = None if rollout.candidates is None else rollout.candidates[mask]
+        logprobs = token_log_probs(logits, rollout.response_ids[mask], sampling.temperature, candidates)
     assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
     assert stats["value_loss"].item() == pytest.approx(0, abs=1e-6)
     assert torch.allclose(logprobs, rollout.logprobs[mask], atol=1e-4)
@@ -508,7 +517,7 @@ def test_rollout_figures_add_up():
     rollout = rolled(shared(), Sampling())
     rollout.statistics = {"reward_intent": torch.full((6,), 0.3), "intent": torch.full((6,), 0.6)}
     rewards = token_rewards(rollout, 0.2, rollout.scores)
-    figures = rollout_figures(rollout, rewards, 0.2, lambda x: x)
+    figures = rollout_metrics(rollout, rewards, 0.2, lambda x: x)
     assert figures["episode_reward"] == pytest.approx(
         (rollout.scores - 0.2 * rollout.kl.sum(-1)).mean().item(), abs=1e-5
     )

@@ -29,11 +29,19 @@ from ppo_dialog import PPOConfig, load_causal_lm
 from rewards import score_episodes
 from support import checkpoint
 from support.builtin import builtin_model
-from support.checkpoint import FolderLock, StopSignals, check_room, cut_metrics, fault_of, newest_whole, save_checkpoint
+from support.checkpoint import (
+    FolderLock,
+    StopSignals,
+    check_disk_space,
+    checkpoint_error,
+    latest_valid_checkpoint,
+    save_checkpoint,
+    truncate_metrics,
+)
 from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
-from support.run import Log, checked_stats, make_stats, open_run
+from support.run import Log, compute_stats, load_stats, open_run
 
 REWARD = """
     import pathlib
@@ -174,7 +182,7 @@ def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path)
     assert process.returncode == status and "Traceback" not in errors
     done = len(lines(folder))
     assert "stopping after this update" in errors and f"stopped after update {done}" in printed
-    point, refused = newest_whole(folder)
+    point, refused = latest_valid_checkpoint(folder)
     assert point.name == f"update-{done:06d}" and not refused
     assert (folder / "policy" / "model.safetensors").exists()
 
@@ -318,7 +326,7 @@ def test_only_the_newest_are_kept_and_random_states_come_back(engine, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["update-000004", "update-000005"]
     weights = model.weight.detach().clone()
     torch.nn.init.zeros_(model.weight)
-    point, _ = newest_whole(tmp_path)
+    point, _ = latest_valid_checkpoint(tmp_path)
     assert checkpoint.load_checkpoint(accelerator, point) == {"updates": 5}
     assert torch.equal(model.weight, weights)
     assert (
@@ -332,7 +340,7 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_used(engine, 
     accelerator, _ = engine
     for update in (1, 2):
         save_checkpoint(accelerator, tmp_path, update, {"updates": update}, keep=2)
-    file = checkpoint.folder_of(tmp_path, 2) / name
+    file = checkpoint.checkpoint_folder(tmp_path, 2) / name
     content = bytearray(file.read_bytes())
     if harm == "truncated":
         file.write_bytes(content[: len(content) // 2])
@@ -341,17 +349,17 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_used(engine, 
         file.write_bytes(content)
     else:
         file.unlink()
-    point, refused = newest_whole(tmp_path)
-    assert point == checkpoint.folder_of(tmp_path, 1)
+    point, refused = latest_valid_checkpoint(tmp_path)
+    assert point == checkpoint.checkpoint_folder(tmp_path, 1)
     assert len(refused) == 1 and "update-000002" in refused[0] and name in refused[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"model.safetensors": 3}'])
 def test_a_manifest_that_is_none_is_no_checkpoint(engine, text, tmp_path):
     save_checkpoint(engine[0], tmp_path, 1, {}, keep=1)
-    (checkpoint.folder_of(tmp_path, 1) / "manifest.json").write_text(text)
-    assert fault_of(checkpoint.folder_of(tmp_path, 1))
-    assert newest_whole(tmp_path)[0] is None
+    (checkpoint.checkpoint_folder(tmp_path, 1) / "manifest.json").write_text(text)
+    assert checkpoint_error(checkpoint.checkpoint_folder(tmp_path, 1))
+    assert latest_valid_checkpoint(tmp_path)[0] is None
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(engine, tmp_path):
@@ -366,27 +374,27 @@ def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(engine, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    assert newest_whole(tmp_path) == (checkpoint.folder_of(tmp_path, 1), [])
+    assert latest_valid_checkpoint(tmp_path) == (checkpoint.checkpoint_folder(tmp_path, 1), [])
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-000001"]
     save_checkpoint(accelerator, tmp_path, 2, {}, keep=2)
-    assert newest_whole(tmp_path)[0] == checkpoint.folder_of(tmp_path, 2)
+    assert latest_valid_checkpoint(tmp_path)[0] == checkpoint.checkpoint_folder(tmp_path, 2)
 
 
 def test_room_is_looked_at_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    assert check_room(tmp_path, 2**30, keep=2) == ""
-    assert "lower --keep-checkpoints" in check_room(tmp_path, 4 * 2**30, keep=2)
+    assert check_disk_space(tmp_path, 2**30, keep=2) == ""
+    assert "lower --keep-checkpoints" in check_disk_space(tmp_path, 4 * 2**30, keep=2)
     with pytest.raises(UserError, match="10.0 GiB of disk left and a checkpoint takes 11.0 GiB"):
-        check_room(tmp_path, 11 * 2**30, keep=1)
+        check_disk_space(tmp_path, 11 * 2**30, keep=1)
 
 
 def test_metrics_are_cut_to_the_checkpoint_and_a_changed_file_is_refused(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"update": 1}\n{"update": 2}\n{"upd')  # the last line was being written
-    cut_metrics(file, 1)
+    truncate_metrics(file, 1)
     assert file.read_text() == '{"update": 1}\n'
     with pytest.raises(UserError, match="has 1 updates but the checkpoint is of update 2"):
-        cut_metrics(file, 2)
+        truncate_metrics(file, 2)
 
 
 # --- folders and signals
@@ -548,7 +556,7 @@ def test_statistics_that_fail_are_said_in_a_sentence(stats, fault, tmp_path):
     """
     file.write_text(textwrap.dedent(code))
     with pytest.raises(UserError, match=fault):
-        checked_stats(make_stats(f"{file}:{stats}"), None, {"score": 1.0})
+        compute_stats(load_stats(f"{file}:{stats}"), None, {"score": 1.0})
 
 
 def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_path):
@@ -557,7 +565,7 @@ def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_pat
         trained(**settings | dict(lr=1e30, critic_lr=1e30, max_skipped_steps=1))
     folder = tmp_path / "ppo_dialog"
     if checkpoint.checkpoints(folder):  # whatever was saved is of before the numbers went
-        assert not newest_whole(folder)[1]
+        assert not latest_valid_checkpoint(folder)[1]
 
 
 def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(capsys):

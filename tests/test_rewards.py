@@ -14,15 +14,15 @@ from nltk.translate.meteor_score import single_meteor_score
 from transformers import BertConfig, BertForSequenceClassification
 
 import rewards
-from intent_classifier import pairs_of
+from intent_classifier import labelled_pairs
 from rewards import (
     REWARDS,
     AdaptiveKL,
-    Commonplace,
-    Consensus,
+    CrossPromptOverlap,
     DialogueReward,
     Intent,
-    LengthPrice,
+    LengthController,
+    MBRConsensus,
     Meteor,
     Reward,
     last_utterance,
@@ -262,7 +262,7 @@ def test_last_utterance():
 
 def test_pairs_of_leaves_out_unlabelled_utterances():
     dialogue = SimpleNamespace(utterances=("a", "b", "c"), acts=(1, 0, 3))
-    assert pairs_of([dialogue]) == [("", "a", 1), ("b", "c", 3)]
+    assert labelled_pairs([dialogue]) == [("", "a", 1), ("b", "c", 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     responses = ["the cat sat", "the cat ran", "a dog", "The cat", "the cat", "the cat"]
     episodes = prompts, responses, references, [0] * 6
     pair = lambda i, j: rewards.meteor(responses[i], responses[j])
-    consensus, statistics = Consensus()(*episodes)
+    consensus, statistics = MBRConsensus()(*episodes)
     assert consensus[:3] == pytest.approx(
         [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
     )
@@ -299,10 +299,10 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     assert consensus[3] == consensus[4] == pair(3, 4) > 0.9
     assert consensus[5] == 0  # the only one of its kind beside it
     assert statistics["consensus"] is consensus
-    price, statistics = Commonplace()(*episodes)
+    price, statistics = CrossPromptOverlap()(*episodes)
     # "the cat" stands elsewhere, "cat sat" does not; the last has no other reply to its prompt beside it
     assert statistics["commonplace"].tolist() == (-price).tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]
-    for part in (Consensus(), Commonplace()):
+    for part in (MBRConsensus(), CrossPromptOverlap()):
         assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0])[0].any()  # no pairs, no matches
 
     args = dict(intent_model="/no/such/judge", intent_coef=0, consensus_coef=2.0, commonplace_coef=0.3)
@@ -557,23 +557,26 @@ def test_the_price_of_length_takes_away_what_length_as_such_earns():
     lengths = torch.tensor([3, 5, 10, 8, 12, 10])
     of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # says nothing about length
     scores = of_prompt + 0.25 * lengths
-    net = scores - LengthPrice(1.0, start=8.0).of(lengths, scores, 3)
+    net = scores - LengthController(1.0, start=8.0).of(lengths, scores, 3)
     assert net.view(2, 3).std(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
     random = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    net = random - LengthPrice(1.0, start=8.0).of(lengths, random, 3)
+    net = random - LengthController(1.0, start=8.0).of(lengths, random, 3)
     apart = [(x.view(2, 3) - x.view(2, 3).mean(-1, keepdim=True)).flatten() for x in (net, lengths.float())]
     assert apart[0] @ apart[1] == pytest.approx(0, abs=1e-5) and not torch.allclose(net, random)
     same = torch.tensor([4, 4])
-    assert LengthPrice(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [0, 0]  # nothing to tell them by
+    assert LengthController(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [
+        0,
+        0,
+    ]  # nothing to tell them by
     # the sums of two processes give the price of one
     halves = []
-    LengthPrice(1.0, start=8.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
-    price = LengthPrice(1.0, start=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
-    assert torch.allclose(price, LengthPrice(1.0, start=8.0).of(lengths, random, 3)[3:])
+    LengthController(1.0, start=8.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
+    price = LengthController(1.0, start=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
+    assert torch.allclose(price, LengthController(1.0, start=8.0).of(lengths, random, 3)[3:])
 
 
 def test_the_price_of_length_holds_the_mean_at_its_target():
-    price = LengthPrice(rate=2.0, start=12.0)
+    price = LengthController(rate=2.0, start=12.0)
     of = lambda length: price.of(torch.tensor([length]), torch.tensor([1.0])).item()
     price.update(12.0)
     assert of(3) == of(20) == 0
@@ -589,10 +592,10 @@ def test_the_price_of_length_holds_the_mean_at_its_target():
         length += -0.1 - 2 * price.price
         price.update(length)
     assert 11 < length < 12 and price.price < 0
-    given = LengthPrice(rate=0.5, ratio=1.25, start=8.0)
+    given = LengthController(rate=0.5, ratio=1.25, start=8.0)
     given.update(12.0)
     assert given.target == 10 and given.price == pytest.approx(0.4 * 0.5 * 0.2)
     with pytest.raises(UserError, match="length_rate is -1"):
-        LengthPrice(-1)
+        LengthController(-1)
     with pytest.raises(UserError, match="length_ratio is -2"):
-        LengthPrice(1, ratio=-2)
+        LengthController(1, ratio=-2)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import intent_classifier
 import sft_dialog
 from intent_classifier import IntentConfig, train_intent
-from sft_dialog import SFTConfig, chains_of, collate, train_sft, window_loss, windows_of
+from sft_dialog import SFTConfig, collate, make_chains, make_windows, train_sft, window_loss
 from support.builtin import builtin_model
 from support.data import load_dialogues
 from support.errors import UserError
@@ -39,7 +39,7 @@ def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
 def test_a_window_has_no_more_tokens_than_the_model_has_positions(tiny_lm):
     codec = DialogueCodec(load_tokenizer(tiny_lm), DialogueFormat(max_prompt_tokens=30))
     samples = [Sample((), "Hello there . " * 20, "Fine , thanks . " * 40, 0), Sample((), "Hi . ", "Hello . ", 0)]
-    lengths = lambda positions: [(len(p), len(t)) for p, t in windows_of(samples, codec, positions)]
+    lengths = lambda positions: [(len(p), len(t)) for p, t in make_windows(samples, codec, positions)]
     assert lengths(None) == lengths(94) and lengths(94)[0] == (30, 64)
     assert lengths(50)[0] == (30, 20) and lengths(50)[1] == lengths(None)[1]
 
@@ -48,7 +48,7 @@ def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
     fmt = DialogueFormat(context_utterances=3)
     codec = DialogueCodec(load_tokenizer(tiny_lm), fmt)
     dialogues = list(load_dialogues("builtin", "train"))[:30]
-    chains = [chain for chain, reply in chains_of(dialogues, codec, 10_000) if not reply]
+    chains = [chain for chain, reply in make_chains(dialogues, codec, 10_000) if not reply]
     assert len(chains) == len(dialogues)
     seen = 0
     for number, (dialogue, chain) in enumerate(zip(dialogues, chains)):
@@ -62,7 +62,7 @@ def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
             seen += 1
     assert seen > 30
 
-    pieces = [piece for piece, _ in chains_of(dialogues, codec, 128)]
+    pieces = [piece for piece, _ in make_chains(dialogues, codec, 128)]
     assert max(map(len, pieces)) <= 128 and len(pieces) > len(chains)
     assert sum(pieces, []) == sum(chains, [])
 

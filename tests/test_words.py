@@ -29,7 +29,7 @@ from eval_metrics import (
 )
 from ppo_dialog import PPOConfig, train
 from reproduce.results import habits
-from rewards import Commonplace, Consensus, make_reward
+from rewards import CrossPromptOverlap, MBRConsensus, make_reward
 from support.text import Sample
 from support.words import describe, spaced, word_tokenizer_for, words
 
@@ -157,7 +157,7 @@ def test_rewards_count_the_words_that_the_run_chose():
     assert statistics["commonplace"].tolist() == [0.5, 0, 1, 0]  # 很好 stands in replies to both prompts
     _, before = make_reward("default", args, "cpu", "<EOU>", "english")(*episodes)
     assert before["meteor"].tolist() == [0.5, 0, 0, 0] and not before["consensus"].any()
-    for part in (Consensus, Commonplace):
+    for part in (MBRConsensus, CrossPromptOverlap):
         assert part().word_tokenizer == "unicode"
 
 
