@@ -521,6 +521,67 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# During a run of PPO
+
+
+def validation_reward(
+    policy: nn.Module, codec: DialogueCodec, samples: list[Sample], reward: Callable, seed: int
+) -> float:
+    """Mean reward of replies to validation prompts, sampled as the closing comparison samples, with the same seed."""
+    policy.eval()
+    texts, _ = generate_replies(policy, codec, samples, EVAL_SAMPLING, seed)
+    columns = [s.prompt for s in samples], texts, [s.reply.strip() for s in samples], [s.act for s in samples]
+    return float(reward(*columns)[0].mean())
+
+
+LENGTH_PROMPTS = 256  # their mean is within 2% of that of all, with lengths that vary by a third
+
+
+def mean_length(policy: nn.Module, codec: DialogueCodec, samples: list[Sample], sampling: Sampling, seed: int) -> float:
+    """Tokens, on average, of a reply to each of LENGTH_PROMPTS prompts from all over `samples`."""
+    policy.eval()
+    spread = samples[:: -(-len(samples) // LENGTH_PROMPTS)]
+    _, lengths = generate_replies(policy, codec, spread, sampling, seed)
+    return sum(lengths) / len(lengths)
+
+
+SHOWN = 8  # validation dialogues that the sample dialogues are taken from
+
+
+def sample_dialogue(
+    policy: nn.Module,
+    start: nn.Module,
+    codec: DialogueCodec,
+    samples: list[Sample],
+    score: Callable,
+    config: Any,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """A line of samples.jsonl: one of `samples`, by turns, with what `start` and `policy` reply to it and their scores.
+
+    Sampled as the closing comparison samples, both with the same random numbers, which are their own: training does
+    not notice.
+    """
+    count = -(-metrics["update"] // max(1, config.sample_interval)) if metrics["update"] > 1 else 0
+    sample = samples[count % len(samples)]
+    replies = {}
+    for name, model in (("before", start), ("now", policy)):
+        model.eval()
+        replies[name] = generate_replies(model, codec, [sample], EVAL_SAMPLING, config.seed)[0][0]
+    human = sample.reply.strip()
+    scores, statistics = score([sample.prompt] * 2, list(replies.values()), [human] * 2, [sample.act] * 2)
+    figures = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}
+    return {
+        "update": metrics["update"],
+        "env_steps": metrics["env_steps"],
+        "context": [utterance.strip() for utterance in sample.context],
+        **replies,
+        "human": human,
+        "scores": {name: {k: float(v[i]) for k, v in figures.items()} for i, name in enumerate(replies)},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command
 
 

@@ -12,12 +12,11 @@ of the options below, and those given on the command line override the file.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,27 +29,26 @@ from torch import nn
 from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
-from eval_metrics import compare_with_start
-from rewards import PRICE, AdaptiveKL, LengthController, Reward, make_reward, score_episodes, token_kl
-from support.builtin import resolve_model
-from support.checkpoint import (
-    FolderLock,
-    StopSignals,
-    check_disk_space,
-    fail_together,
-    is_peer_failure,
-    load_checkpoint,
-    resume_point,
-    save_checkpoint,
-    truncate_metrics,
+from eval_metrics import SHOWN, compare_with_start, mean_length, sample_dialogue, validation_reward
+from rewards import (
+    PRICE,
+    AdaptiveKL,
+    LengthController,
+    Reward,
+    Scores,
+    check_acts,
+    check_reward,
+    make_reward,
+    score_episodes,
+    token_kl,
 )
-from support.config import HIDDEN, NamedValues, parse_config, save_yaml
+from support.builtin import resolve_model
+from support.checkpoint import save_merged
+from support.config import HIDDEN, NamedValues, parse_config
 from support.data import SPLITS, load_splits
 from support.data_checks import overlap_note
-from support.diagnostics import warn_of_judge
 from support.distributed import (
     Placement,
-    full_state_dict,
     inference,
     make_accelerator,
     max_over_processes,
@@ -61,7 +59,6 @@ from support.distributed import (
     prepare,
 )
 from support.errors import UserError, first_line, import_path, run_script
-from support.files import nan_to_none
 from support.generation import (
     Sampling,
     cached_pass,
@@ -71,10 +68,9 @@ from support.generation import (
     shifted_inputs,
     token_log_probs,
 )
-from support.judge import WEAK_JUDGE, IntentJudge, check_judge, judge_sentence, measure_judge
-from support.launcher import launcher
-from support.live_display import Monitor, ProgressMode
-from support.machine import peak_memory_mb, use_all_cores
+from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
+from support.live_display import ProgressMode
+from support.machine import peak_memory_mb
 from support.models import (
     ReferenceWithoutAdapter,
     add_lora,
@@ -91,53 +87,15 @@ from support.pretrained import (
     check_name,
     check_positions,
     check_vocabulary,
-    count_parameters,
     load_pretrained,
     load_tokenizer,
 )
-from support.run import (
-    SHOWN,
-    Log,
-    check_acts,
-    check_reward,
-    compute_stats,
-    load_stats,
-    mean_length,
-    open_run,
-    sample_dialogue,
-    save,
-    save_merged,
-    start_trackers,
-    tracker_ids,
-    validation_reward,
-)
-from support.text import DialogueCodec, FormatOptions, count_of_samples, make_samples
+from support.run import Run, compute_stats, load_stats
+from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, count_of_samples, make_samples
 from support.words import WordTokenizer, describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judge and the user's own statistics
-
-
-def load_judge(reward: Reward, config: Any, device: torch.device) -> IntentJudge | None:
-    """The judge of the reward; for a reward without one, the one that the closing comparison asks, where one fits."""
-    judge = getattr(reward, "judge", None)
-    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
-        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
-    return judge
-
-
-def show_results(run: Path) -> None:
-    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
-    try:
-        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
-
-        print(f"report: {write_report([run])}", flush=True)
-    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
-        print(
-            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
-            f"`python report.py {run}` tries again",
-            flush=True,
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,8 +337,7 @@ class PPOConfig(FormatOptions):
             if getattr(self, name) and self.samples_per_prompt == 1:
                 raise UserError(f"{name} needs other replies to the same prompt: set samples_per_prompt to 2 or more.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
-        self.kl_controller()
-        LengthController(self.length_rate, self.length_ratio)
+        TrainState(self)  # so do the controllers
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be shared out to so many processes."""
@@ -406,8 +363,10 @@ class PPOConfig(FormatOptions):
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def kl_controller(self) -> AdaptiveKL:
-        return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_rate, self.kl_clip)
+    @property
+    def rewards_intent(self) -> bool:
+        """Whether the reward asks the judge."""
+        return self.reward == "default" and self.intent_coef != 0
 
 
 @dataclass(frozen=True)
@@ -594,11 +553,6 @@ class Rollout:
     seconds: dict[str, float]  # rollout and scoring
 
     @property
-    def rewarded(self) -> torch.Tensor:
-        """(N,) the score less the price of the reply's length, where it has one."""
-        return self.scores + self.statistics.get(PRICE, 0.0)
-
-    @property
     def response_length(self) -> int:
         return self.mask.shape[1]
 
@@ -611,24 +565,31 @@ class Rollout:
         return self.input_ids[:, -self.response_length :]
 
 
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How replies are collected."""
+
+    sampling: Sampling
+    micro_batch: int  # tokens of finished replies that are read at a time
+    device: torch.device
+    together: Callable[[int], int] = no_lockstep  # as for sample_responses
+
+
 @torch.no_grad()
 def collect(
     model: ActorCritic,
     ref_model: nn.Module,
     env: DialogueVectorEnv,
     observations: dict[str, Any],
-    sampling: Sampling,
-    value_scale: RunningMoments,
     uniforms: torch.Tensor,
-    micro_batch: int,
-    device: torch.device,
-    together: Callable[[int], int] = no_lockstep,
+    value_scale: RunningMoments,
+    settings: RolloutSettings,
 ) -> tuple[Rollout, dict[str, Any]]:
-    """One rollout, a reply in each of the env's dialogues for each round, and the observations that come next.
+    """Collect a reply in each of the env's dialogues for each round; also return the next observations.
 
-    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness; finished replies are read
-    `micro_batch` tokens at a time. `together` as for sample_responses.
+    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
     """
+    sampling, device, together = settings.sampling, settings.device, settings.together
     parts: list[Rollout] = []
     for round_uniforms in uniforms:
         # 1. prompts, without the columns that are padding in all of them
@@ -649,7 +610,7 @@ def collect(
         if getattr(model, "critic", None) is not None:
             values = torch.zeros_like(out.values)
         lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
-        passes = min(together(-(-int(lengths.sum()) // micro_batch)), len(lengths))
+        passes = min(together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
         groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
         for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
             mask = out.mask[rows]
@@ -803,6 +764,35 @@ class RunningMoments:
         return x * self.std + self.mean
 
 
+@dataclass
+class Batch:
+    """A rollout with all that the update needs of it. N replies, T tokens; 0 where masked."""
+
+    rollout: Rollout
+    advantages: torch.Tensor  # (N, T), whitened if normalize_advantages
+    returns: torch.Tensor  # (N, T) in units of the score
+    targets: torch.Tensor  # (N, T) the returns in the units that the value network predicts
+    old_values: torch.Tensor  # (N, T) the values of the rollout, in the units they were predicted in
+    length_penalty: torch.Tensor | None  # (N,) what each reply pays for its length
+
+
+def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: Callable) -> Batch:
+    """Compute token rewards, advantages and returns; move the scale of the values. `reduce` sums over processes."""
+    penalty, scores = None, rollout.scores
+    if config.length_rate:
+        earned = scores - state.kl.coef * rollout.kl.sum(-1)
+        penalty = state.length.of(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
+        scores = scores - penalty
+    scores = leave_one_out(scores, config.samples_per_prompt)
+    rewards = token_rewards(rollout, state.kl.coef, scores)
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
+    old_values = state.values.normalize(rollout.values)  # before the scale moves
+    state.values.update(*masked_moments(returns, rollout.mask, reduce))
+    if config.normalize_advantages:
+        advantages = whiten(advantages, rollout.mask, reduce)
+    return Batch(rollout, advantages, returns, state.values.normalize(returns), old_values, penalty)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
@@ -844,19 +834,16 @@ def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-    rollout: Rollout,
-    advantages: torch.Tensor,
-    targets: torch.Tensor,
-    old_values: torch.Tensor,
+    batch: Batch,
     config: PPOConfig,
     sizes: BatchSizes,
     stream: tuple[int, ...],
 ) -> dict[str, float]:
-    """`ppo_epoch` passes over the rollout; means of what happened in them, over tokens and processes.
+    """Make `ppo_epoch` passes over the batch; return means of losses and statistics over tokens and processes.
 
-    advantages, targets (returns) and old_values are (N, T), the last two in the units that the network predicts.
     `stream` numbers what is random: how each pass is cut into mini-batches.
     """
+    rollout = batch.rollout
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, skipped, passes = 0, 0, 0
@@ -878,7 +865,7 @@ def update(
             scale = divided * accelerator.num_processes / tokens
             for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
-                    stats = token_stats(model, rollout, rows, advantages, targets, old_values, config)
+                    stats = token_stats(model, batch, rows, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
                     loss = loss - config.entropy_coef * stats["entropy"]
                     accelerator.backward(loss * scale)
@@ -907,26 +894,21 @@ def update(
     return dict(zip(names, means)) | {"grad_norm": grad_norm, "passes": passes, "skipped_steps": skipped}
 
 
-def token_stats(
-    model: nn.Module,
-    rollout: Rollout,
-    rows: torch.Tensor,
-    advantages: torch.Tensor,
-    targets: torch.Tensor,
-    old_values: torch.Tensor,
-    config: PPOConfig,
-) -> dict[str, torch.Tensor]:
+def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOConfig) -> dict[str, torch.Tensor]:
     """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
+    rollout = batch.rollout
     mask = rollout.mask[rows]
     at_tokens = lambda x: x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
     candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
     logits, values = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
     logprobs = token_log_probs(logits, at_tokens(rollout.response_ids), config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
-    losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(advantages), config.clip_range)
+    losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(batch.advantages), config.clip_range)
     stats |= {
         "policy_loss": losses,
-        "value_loss": value_loss(values, at_tokens(old_values), at_tokens(targets), config.value_clip_range),
+        "value_loss": value_loss(
+            values, at_tokens(batch.old_values), at_tokens(batch.targets), config.value_clip_range
+        ),
         # without a bonus on it, the sampled tokens' own log-probabilities estimate the entropy, and cost nothing
         "entropy": token_entropy(logits, config.temperature, candidates) if config.entropy_coef else -old_logprobs,
     }
@@ -937,150 +919,126 @@ def token_stats(
 # Training
 
 
+class TrainState:
+    """Counters, controllers and the value scale: all that a checkpoint adds to weights, optimizer and random states."""
+
+    COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
+
+    def __init__(self, config: PPOConfig):
+        vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which tell the dialogues at hand
+        self.best_reward: float | None = None  # on the validation samples
+        self.trackers: dict[str, str] = {}  # their ids, so that a resumed run goes on in the same ones
+        self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
+        self.length = LengthController(config.length_rate, config.length_ratio)
+        self.values = RunningMoments(config.normalize_values)
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = {name: getattr(self, name) for name in (*self.COUNTERS, "best_reward", "trackers")}
+        return counters | {
+            "kl_coef": self.kl.coef,
+            "length_price": dict(price=self.length.price, start=self.length.start),
+            "value_scale": dict(vars(self.values)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in (*self.COUNTERS, "best_reward", "trackers"):
+            setattr(self, name, state[name])
+        self.kl.coef = state["kl_coef"]
+        vars(self.length).update({name: state["length_price"].get(name, 0.0) for name in ("price", "start")})
+        vars(self.values).update(state["value_scale"])
+
+    def advance(self, metrics: dict[str, float], config: PPOConfig, seconds: float, rounds: int) -> None:
+        """Count an update and adapt the coefficients to it. `metrics` are those of rollout_metrics and update."""
+        self.kl.update(metrics["kl_div"])
+        if config.length_rate:
+            self.length.update(metrics["mean_output_length"])
+        self.updates, self.rounds = self.updates + 1, rounds
+        self.env_steps += int(metrics["tokens"])
+        self.episodes += int(metrics["episodes"])
+        self.training_seconds += seconds
+        self.skipped_steps += metrics["skipped_steps"]
+        if self.skipped_steps > config.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_steps} optimizer steps had a loss or gradient that is not finite "
+                f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or go on from "
+                "the last checkpoint with --resume."
+            )
+
+
 @dataclass
-class Progress:
-    """What a checkpoint holds beside weights, optimizer and random states: with it, a run goes on to the digit."""
+class Parts:
+    """What a run computes with."""
 
-    updates: int = 0
-    env_steps: int = 0
-    episodes: int = 0
-    training_seconds: float = 0.0
-    skipped_steps: int = 0
-    best_reward: float | None = None  # on the validation samples
-    rounds: int = 0  # steps of the environment: which dialogues are at hand
-    kl_coef: float = 0.0
-    length_price: dict[str, float] = field(default_factory=dict)
-    value_scale: dict[str, Any] = field(default_factory=dict)
-    trackers: dict[str, str] = field(default_factory=dict)
+    accelerator: Accelerator
+    codec: DialogueCodec
+    samples: dict[str, list[Sample]]
+    actor_critic: ActorCritic
+    model: nn.Module  # what the engine made of actor_critic
+    optimizer: torch.optim.Optimizer
+    ref_model: nn.Module
+    score: Callable[..., Scores]  # the reward, whose answers are checked
+    judge: IntentJudge | None
+    judged: dict[str, float]  # of measure_judge
+    stats: Callable[..., dict[str, float]] | None  # the user's own
+    env: DialogueVectorEnv
+    sizes: BatchSizes
+    gather: bool
+
+    @property
+    def policy(self) -> nn.Module:
+        return getattr(self.actor_critic, "policy", self.actor_critic)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether each pass needs all processes: a network that is not gathered is whole only for all at once."""
+        return self.accelerator.num_processes > 1 and not self.gather
+
+    @property
+    def generates(self) -> bool:
+        """Whether this process generates when the main one does."""
+        return self.accelerator.is_main_process or self.lockstep
+
+    def rollout_settings(self, sampling: Sampling) -> RolloutSettings:
+        together = no_lockstep
+        if self.lockstep:
+            together = lambda number: max_over_processes(number, self.accelerator)
+        return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, together)
+
+    def inference(self) -> contextlib.AbstractContextManager[None]:
+        """All networks, ready for passes without gradients."""
+        frozen = [self.ref_model] if self.judge is None else [self.ref_model, self.judge.model]
+        return inference(self.accelerator, self.model, frozen, self.gather)
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over processes."""
+        if self.accelerator.num_processes == 1:
+            return x
+        return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum").cpu()
 
 
-@own_engine()
-def train(config: PPOConfig, notes: list[str] | None = None) -> Path:
-    """The whole run: load, train, compare, save. Returns the run's folder."""
-    streams = contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr)
-    with contextlib.ExitStack() as at_end, Monitor(config) as monitor:
-        for stream in streams:
-            at_end.enter_context(stream)  # as they were, in the end: StopSignals replaces them
-        return train_under(monitor, at_end, config, notes or [])
-
-
-def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfig, notes: list[str]) -> Path:
-    """`train`, shown by a monitor; `at_end` is left however the run ends."""
-    config.check()
-    run = config.run_folder
-    accelerator = make_accelerator(config, run)
-    config.check_processes(accelerator.num_processes)
-    ref_placement, intent_placement = config.placements
-    main = accelerator.is_main_process
-    if main and run.is_dir():
-        FolderLock(run).release()  # a folder in use is refused before anything is loaded
-    say = lambda text: accelerator.print(text, flush=True)
-    use_all_cores(accelerator.num_processes)
-    set_seed(config.seed)
-    for note in notes:
-        say(f"note: {note}")
-    monitor.start(main)
-    monitor.stage("looking for the models")
-
-    # Data and text format
-    model_folder = resolve_model(config.model_path)
-    for what, name in (("model", model_folder), ("ref_model", config.ref_model), ("intent model", config.intent_model)):
-        if name and name != "builtin":  # a mistyped path is said before the data is read
-            check_name(what, resolve_model(name))
-    asks_judge = config.reward == "default" and config.intent_coef != 0
-    if asks_judge and config.intent_model != "builtin":
-        check_judge(resolve_model(config.intent_model, "judge"))
-    fmt = config.dialogue_format(model_folder)
-    ref_folder = resolve_model(config.ref_model) if config.ref_model else model_folder
+def build(config: PPOConfig, accelerator: Accelerator, run: Run) -> Parts:
+    """Load models and dialogues, and build reward and environment. UserError for what does not fit together."""
+    run.stage("looking for the models")
+    name = resolve_model(config.model_path)
+    check_model_names(config, name)
+    fmt = config.dialogue_format(name)
     sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
     if sizes.num_mini_batch < config.num_mini_batch:
-        say(
+        run.say(
             f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.num_mini_batch} "
             f"{'prompts' if sizes.group > 1 else 'replies'} of a rollout: using that"
         )
-    tokenizer = load_tokenizer(config.tokenizer_path or model_folder)
-    codec = DialogueCodec(tokenizer, fmt)
-
-    # What is trained: a model that cannot be is refused before the data is read
-    monitor.stage("loading the models")
-    check_positions(load_pretrained(AutoConfig, ref_folder, "ref_model"), fmt, ref_folder)
-    model = build_model(config, model_folder)
-    check_model(model, codec, model_folder)
-    disable_dropout(model)
-    if (noise := training_noise(model)) > 1e-3:
-        say(
-            f"WARNING: in training mode the policy's log-probabilities change by up to {noise:.2g}: it has dropout or "
-            "other noise that cannot be turned off here. Turn it off in its class, or PPO's ratios are not exact."
-        )
-
-    needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
-    monitor.stage("reading the dialogues")
-    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
-    if main and (note := overlap_note(config.data_path, dialogues)):
-        say(f"note: {note}")
-    samples = {s: make_samples(d, fmt) for s, d in dialogues.items()}
-    for split in needed:
-        skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
-        say(f"{split}: {len(dialogues[split])} dialogues, {count_of_samples(samples[split])}{skipped}")
-        if not samples[split]:
-            raise UserError(
-                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
-                "--context-utterances for short dialogues."
-            )
-
-    if asks_judge:
-        check_acts(samples["train"])
-
-    # The reference, and the optimizer
-    monitor.stage("loading the models")
-    if config.lora_rank:
-        ref_model = ReferenceWithoutAdapter(model.policy)
-        if ref_placement != "replicated":
-            say(
-                f"note: ref_placement {ref_placement} has no meaning with lora_rank: the reference is the policy itself"
-            )
-    else:
-        ref_model = load_causal_lm(ref_folder, config.ref_weights, longest_text(fmt)).eval().requires_grad_(False)
-        check_vocabulary(tokenizer, ref_model, ref_folder)
-        place(ref_model, ref_placement, accelerator)
-    value_parameters = model.value_parameters()
-    of_value = {id(p) for p in value_parameters}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in of_value], "lr": config.lr},
-            {"params": value_parameters, "lr": config.critic_lr},
-        ],
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
-    parameters, trained = count_parameters(model), count_parameters(model, trained=True)
-    unwrapped = model  # as it is within what the engine makes of it
-    model, optimizer = prepare(accelerator, model, optimizer, methods=("decode", "values_of"))
-    policy = getattr(unwrapped, "policy", unwrapped)
-
-    # Reward and its judge
-    word_tokenizer = word_tokenizer_for(s.reply for s in samples["train"])
-    if word_tokenizer != "english":
-        say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
-    reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
-    score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
-    judge, judged = load_judge(reward, config, accelerator.device), {}
-    frozen = [ref_model]
-    if judge is not None:
-        frozen.append(place(judge.model, intent_placement, accelerator))
-    monitor.stage("asking the reward about two replies")
-    with on_device(*frozen[1:], once=config.gather):
-        check_reward(score, samples["train"][0], config.samples_per_prompt)
-    if judge is not None:
-        monitor.stage("measuring the judge")
-        if judge.note:
-            say(f"note: {judge.note}")
-        with on_device(judge.model, once=config.gather):
-            for split in ("validation", "train"):  # the latter where the former has no acts
-                if judged := measure_judge(judge, samples[split], config.judge_samples):
-                    say(judge_sentence(judged, split))
-                    break
-    controller, length_price = config.kl_controller(), LengthController(config.length_rate, config.length_ratio)
+    codec = DialogueCodec(load_tokenizer(config.tokenizer_path or name), fmt)
+    run.stage("loading the models")
+    actor_critic = load_actor_critic(config, name, codec, run)  # a model that cannot be trained is refused first
+    run.stage("reading the dialogues")
+    samples = load_samples(config, fmt, run)
+    run.stage("loading the models")
+    ref_model = load_reference(config, name, actor_critic, codec, accelerator, run)
+    optimizer = make_optimizer(config, actor_critic, accelerator)
+    run.describe(actor_critic, sizes.replies, sizes.num_mini_batch)
+    model, optimizer = prepare(accelerator, actor_critic, optimizer, methods=("decode", "values_of"))
+    score, judge, judged = load_reward(config, fmt, samples, accelerator, run)
     env = DialogueVectorEnv(
         samples["train"],
         codec,
@@ -1090,225 +1048,269 @@ def train_under(monitor: Monitor, at_end: contextlib.ExitStack, config: PPOConfi
         accelerator.num_processes,
         config.samples_per_prompt,
     )
-
-    # Where results go, and where a stopped run goes on
-    user_stats = load_stats(config.stats)
-    value_scale = RunningMoments(config.normalize_values)
-    progress = Progress()
-    point = resume_point(run, accelerator) if config.resume else None
-    if point:
-        progress = Progress(**load_checkpoint(accelerator, point))
-        controller.coef = progress.kl_coef
-        vars(value_scale).update(progress.value_scale)
-        length_price.price = progress.length_price.get("price", 0.0)
-        length_price.start = progress.length_price.get("start", 0.0)
-        say(f"resumed after update {progress.updates}, {progress.env_steps:,} environment steps, from {point}")
-    if main:
-        at_end.callback(open_run(run, keep=config.resume).release)
-        truncate_metrics(run / "metrics.jsonl", progress.updates)
-        save_yaml(replace(config, resume=False), run / "config.yaml")
-        if warning := check_disk_space(run, 8 * parameters + 8 * trained, config.keep_checkpoints):
-            say(warning)
-    start_trackers(config, accelerator, run, progress.trackers, progress.updates)
-    progress.trackers = tracker_ids(accelerator)
-    log = Log(accelerator)
-    if judged and not point:
-        log({f"judge_{name}": judged[name] for name in ("accuracy", "macro_f1", "chance")}, step=0)
-    say(
-        f"policy: {parameters:,} parameters with value, {trained:,} of them trained, on {accelerator.device}, "
-        f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
-        f"{sizes.replies * accelerator.num_processes} replies in a rollout, {sizes.num_mini_batch} mini-batches"
+    return Parts(
+        accelerator=accelerator,
+        codec=codec,
+        samples=samples,
+        actor_critic=actor_critic,
+        model=model,
+        optimizer=optimizer,
+        ref_model=ref_model,
+        score=score,
+        judge=judge,
+        judged=judged,
+        stats=load_stats(config.stats),
+        env=env,
+        sizes=sizes,
+        gather=config.gather,
     )
 
-    single = accelerator.num_processes == 1
-    # a network that is not gathered is only there for all processes at once
-    in_step = not (single or config.gather)
-    together = (lambda n: max_over_processes(n, accelerator)) if in_step else no_lockstep
-    networks = lambda: inference(accelerator, model, frozen, config.gather)
-    sum_over_processes = lambda x: x if single else accelerator.reduce(x.to(accelerator.device), reduction="sum").cpu()
-    validation = samples["validation"][: config.validation_limit]
-    shown = samples["validation"][:: -(-len(samples["validation"]) // SHOWN)]  # from all over the split
-    observations, _ = env.reset(seed=config.seed, options={"round": progress.rounds})
-    saved = progress.updates
-    weak = warn_of_judge(judged["accuracy"], WEAK_JUDGE) if judged else {}
-    monitor.begin(run, progress.updates, fmt.max_new_tokens, weak)
-    if config.length_rate and not length_price.start:
-        monitor.stage("measuring the length of replies")
-        with networks():
-            if main or in_step:
-                length_price.start = mean_length(policy, codec, samples["train"], config.sampling, config.seed)
-        length_price.start = broadcast_object_list([length_price.start])[0]
-        say(f"the start's replies have {length_price.start:.1f} tokens; their price holds {length_price.target:.1f}")
 
-    def checkpoint(best: bool = False) -> None:
-        """Everything that the run is, the policy by itself for chat and evaluation, and the best policy so far."""
-        nonlocal saved
-        state = full_state_dict(accelerator, model)
-        try:
-            with fail_together(accelerator):
-                for folder in (run, run / "best")[: 1 + best] if main else ():
-                    save(unwrapped, codec, value_scale, folder, state)
-            # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
-            save_checkpoint(accelerator, run, progress.updates, vars(progress), config.keep_checkpoints)
-            saved = progress.updates
-        except OSError as error:
-            say(f"WARNING: update {progress.updates} could not be saved ({error}); what was saved before stands")
+def check_model_names(config: PPOConfig, name: str) -> None:
+    """UserError for a mistyped path and for a classifier that is no judge, before anything is loaded."""
+    for what, path in (("model", name), ("ref_model", config.ref_model), ("intent model", config.intent_model)):
+        if path and path != "builtin":
+            check_name(what, resolve_model(path))
+    if config.rewards_intent and config.intent_model != "builtin":
+        check_judge(resolve_model(config.intent_model, "judge"))
+    reference = resolve_model(config.ref_model) if config.ref_model else name
+    check_positions(load_pretrained(AutoConfig, reference, "ref_model"), config.dialogue_format(name), reference)
 
-    with StopSignals() as stop:
-        asked, between_updates = 0, True  # between updates, the run's state is one to go on from
-        try:
-            # all processes leave after the same update, whichever was asked to stop
-            while progress.env_steps < config.total_time_steps and not (
-                asked := max_over_processes(stop.asked, accelerator)
-            ):
-                started = time.perf_counter()
-                fraction_left = 1 - progress.env_steps / config.total_time_steps
-                for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
-                    group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
 
-                # 1. collect replies, with their score and their KL to the reference
-                monitor.stage("collecting replies")
-                shape = sizes.rounds, config.env_num, fmt.max_new_tokens  # of all processes, each slot has its own
-                uniforms = torch.rand(shape, generator=make_generator(config.seed, progress.updates, 0))[:, env.slots]
-                unwrapped.eval()
-                with networks():
-                    rollout, observations = collect(
-                        unwrapped,
-                        ref_model,
-                        env,
-                        observations,
-                        config.sampling,
-                        value_scale,
-                        uniforms,
-                        sizes.micro_batch,
-                        accelerator.device,
-                        together,
-                    )
-                between_updates = False
+def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: Run) -> ActorCritic:
+    model = build_model(config, name)
+    check_model(model, codec, name)
+    disable_dropout(model)
+    if (noise := training_noise(model)) > 1e-3:
+        run.say(
+            f"WARNING: in training mode the policy's log-probabilities change by up to {noise:.2g}: it has dropout or "
+            "other noise that cannot be turned off here. Turn it off in its class, or PPO's ratios are not exact."
+        )
+    return model
 
-                # 2. advantages
-                if config.length_rate:
-                    earned = rollout.scores - controller.coef * rollout.kl.sum(-1)
-                    lengths = rollout.mask.sum(-1), earned, config.samples_per_prompt
-                    rollout.statistics[PRICE] = -length_price.of(*lengths, sum_over_processes)
-                scores = leave_one_out(rollout.rewarded, config.samples_per_prompt)
-                rewards = token_rewards(rollout, controller.coef, scores)
-                advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-                old_values = value_scale.normalize(rollout.values)  # the network's output, in the scale it was made in
-                value_scale.update(*masked_moments(returns, rollout.mask, sum_over_processes))
-                targets = value_scale.normalize(returns)
-                weights = advantages
-                if config.normalize_advantages:
-                    weights = whiten(advantages, rollout.mask, sum_over_processes)
 
-                # 3. improve policy and value
-                monitor.stage("learning from them")
-                update_started = time.perf_counter()
-                learn_from = rollout, weights, targets, old_values
-                stream = config.seed, progress.updates, 1
-                losses = update(model, optimizer, accelerator, *learn_from, config, sizes, stream)
-                update_seconds = time.perf_counter() - update_started
-                progress.skipped_steps += losses["skipped_steps"]
-                if progress.skipped_steps > config.max_skipped_steps:
-                    raise UserError(
-                        f"{progress.skipped_steps} optimizer steps had a loss or gradient that is not finite "
-                        f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or go on from "
-                        "the last checkpoint with --resume."
-                    )
+def load_samples(config: PPOConfig, fmt: DialogueFormat, run: Run) -> dict[str, list[Sample]]:
+    """The samples of the splits that the run needs. UserError for a split without samples."""
+    needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
+    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
+    if run.main and (note := overlap_note(config.data_path, dialogues)):
+        run.say(f"note: {note}")
+    samples = {split: make_samples(dialogues[split], fmt) for split in needed}
+    for split in needed:
+        skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
+        run.say(f"{split}: {len(dialogues[split])} dialogues, {count_of_samples(samples[split])}{skipped}")
+        if not samples[split]:
+            raise UserError(
+                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
+                "--context-utterances for short dialogues."
+            )
+    if config.rewards_intent:
+        check_acts(samples["train"])
+    return samples
 
-                # 4. account for it
-                figures = rollout_metrics(rollout, returns, controller.coef, sum_over_processes)
-                controller.update(figures["kl_div"])
-                if config.length_rate:
-                    length_price.update(figures["mean_output_length"])
-                seconds = time.perf_counter() - started
-                progress.training_seconds += seconds
-                tokens = int(figures.pop("tokens"))
-                progress.env_steps += tokens
-                progress.episodes += int(figures.pop("episodes"))
-                progress.updates += 1
-                metrics = {
-                    "update": progress.updates,
-                    "env_steps": progress.env_steps,
-                    "episodes": progress.episodes,
-                    "fps": tokens / seconds,
-                    **figures,
-                    **losses,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "critic_lr": optimizer.param_groups[1]["lr"],
-                    **rollout.seconds,
-                    "update_s": update_seconds,
-                    "peak_memory_mb": peak_memory_mb(accelerator.device),
-                }
-                if user_stats is not None:
-                    metrics |= compute_stats(user_stats, rollout, metrics)
-                due, best = progress.updates % config.save_interval == 0, False
-                if due and validation:
-                    with networks():
-                        if main or in_step:
-                            reached = validation_reward(policy, codec, validation, score, config.seed)
-                            best = progress.best_reward is None or reached > progress.best_reward
-                            progress.best_reward = reached if best else progress.best_reward
-                            metrics["validation_reward"] = reached
-                if shown and monitor.dialogue_due(progress.updates):
-                    with networks():
-                        if main or in_step:
-                            row = sample_dialogue(policy, ref_model, codec, shown, score, config, metrics)
-                            monitor.dialogue(row)
-                            log.dialogues(monitor.dialogues, progress.updates)
-                if main:
-                    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(nan_to_none(metrics)) + "\n")
-                monitor.update(metrics)
-                if progress.updates % config.log_interval == 0:
-                    log({k: v for k, v in metrics.items() if k != "update"}, step=progress.updates)
-                progress.kl_coef, progress.rounds = controller.coef, env.rounds - 1
-                progress.value_scale, progress.length_price = vars(value_scale), vars(length_price)
-                between_updates = True
-                if due:
-                    checkpoint(best)
-        except Exception as error:  # a reward that failed, say
-            if between_updates and single and progress.updates > saved:  # else the last checkpoint has to do
-                checkpoint()
-            if is_peer_failure(error):
-                raise UserError(
-                    "another process of this run has ended, and none can go on alone; what it said is above or in its "
-                    "own log. Go on from the last checkpoint with --resume."
-                ) from error
-            raise
-        if progress.updates > saved:
-            checkpoint()
-    monitor.close()
-    if asked:
-        accelerator.wait_for_everyone()
-        if launcher():
-            launcher().all_saved = True
-        log.close()
-        say(f"stopped after update {progress.updates}; go on with --resume")
-        sys.exit(asked)
 
-    # 5. compare with the start on dialogues that were not trained on
-    speed = progress.env_steps / max(progress.training_seconds, 1e-9)
-    if config.eval_limit >= 0:
-        with networks():
-            if main or in_step:
-                start = ref_model if ref_folder == model_folder else load_causal_lm(model_folder).to(accelerator.device)
-                held_out = samples[config.eval_split][: config.eval_limit or None]
-                compare_with_start(config, policy, start, codec, held_out, score, judge, run, main)
-                if main:
-                    log.summary(run / "eval.json", progress.updates)
-    if main and config.lora_merge:
-        save_merged(run)
-    if main:
-        show_results(run)
-    accelerator.wait_for_everyone()
-    log.close()
-    say(
-        f"{progress.env_steps:,} environment steps in {progress.training_seconds:.0f} s: {speed:.0f} tokens/s; "
-        f"peak memory {peak_memory_mb(accelerator.device):,.0f} MiB; results in {run}"
+def load_reference(
+    config: PPOConfig, name: str, actor_critic: ActorCritic, codec: DialogueCodec, accelerator: Accelerator, run: Run
+) -> nn.Module:
+    """The frozen model of the KL penalty, where the configuration wants it kept."""
+    placement, _ = config.placements
+    if config.lora_rank:
+        if placement != "replicated":
+            run.say(f"note: ref_placement {placement} has no meaning with lora_rank: the policy is its own reference")
+        return ReferenceWithoutAdapter(actor_critic.policy)
+    folder = resolve_model(config.ref_model) if config.ref_model else name
+    ref_model = load_causal_lm(folder, config.ref_weights, longest_text(codec.format)).eval().requires_grad_(False)
+    check_vocabulary(codec.tokenizer, ref_model, folder)
+    return place(ref_model, placement, accelerator)
+
+
+def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Accelerator) -> torch.optim.AdamW:
+    """AdamW with a learning rate for the policy and one for the value parameters."""
+    value_parameters = actor_critic.value_parameters()
+    of_value = {id(p) for p in value_parameters}
+    of_policy = [p for p in actor_critic.parameters() if p.requires_grad and id(p) not in of_value]
+    return torch.optim.AdamW(
+        [{"params": of_policy, "lr": config.lr}, {"params": value_parameters, "lr": config.critic_lr}],
+        weight_decay=config.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    say(f"talk to it: python chat.py {run}")
-    return run
+
+
+def load_reward(
+    config: PPOConfig, fmt: DialogueFormat, samples: dict[str, list[Sample]], accelerator: Accelerator, run: Run
+) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
+    """The checked reward, the judge, and what the judge makes of human replies; both are tried before training."""
+    word_tokenizer = word_tokenizer_for(s.reply for s in samples["train"])
+    if word_tokenizer != "english":
+        run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
+    reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
+    score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
+    judge, judged = load_judge(reward, config, accelerator.device), {}
+    models = [] if judge is None else [place(judge.model, config.placements[1], accelerator)]
+    run.stage("asking the reward about two replies")
+    with on_device(*models, once=config.gather):
+        check_reward(score, samples["train"][0], config.samples_per_prompt)
+    if judge is not None:
+        run.stage("measuring the judge")
+        if judge.note:
+            run.say(f"note: {judge.note}")
+        with on_device(*models, once=config.gather):
+            for split in ("validation", "train"):  # the latter if the former has no acts
+                if judged := measure_judge(judge, samples[split], config.judge_samples):
+                    run.say(judge_sentence(judged, split))
+                    break
+    return score, judge, judged
+
+
+def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> IntentJudge | None:
+    """The judge of the reward; for a reward without one, the one of the closing comparison, if there is one."""
+    judge = getattr(reward, "judge", None)
+    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
+        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
+    return judge
+
+
+def measure_length(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
+    """Measure the mean length of the start's replies, if the length is controlled."""
+    if not config.length_rate or state.length.start:
+        return
+    run.stage("measuring the length of replies")
+    with parts.inference():
+        if parts.generates:
+            how = parts.policy, parts.codec, parts.samples["train"]
+            state.length.start = mean_length(*how, config.sampling, config.seed)
+    state.length.start = broadcast_object_list([state.length.start])[0]
+    run.say(f"the start's replies have {state.length.start:.1f} tokens; their price holds {state.length.target:.1f}")
+
+
+def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
+    fraction_left = 1 - state.env_steps / config.total_time_steps
+    for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+        group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
+
+
+def uniforms_of(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
+    """The random numbers (rounds, num_envs, max_new_tokens) of an update's rollout; each dialogue slot has its own."""
+    shape = parts.sizes.rounds, config.env_num, parts.codec.format.max_new_tokens  # of all processes
+    return torch.rand(shape, generator=make_generator(config.seed, update, 0))[:, parts.env.slots]
+
+
+def validate(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[str, float]) -> bool:
+    """Add the reward on validation samples to `metrics`; return whether it is the best so far."""
+    samples, best = parts.samples["validation"][: config.validation_limit], False
+    if not samples:
+        return False
+    with parts.inference():
+        if parts.generates:
+            reached = validation_reward(parts.policy, parts.codec, samples, parts.score, config.seed)
+            best = state.best_reward is None or reached > state.best_reward
+            state.best_reward = reached if best else state.best_reward
+            metrics["validation_reward"] = reached
+    return best
+
+
+def show_dialogue(parts: Parts, config: PPOConfig, metrics: dict[str, float], run: Run) -> None:
+    """Show one validation dialogue with the replies of the reference and of the policy."""
+    validation = parts.samples["validation"]
+    shown = validation[:: -(-len(validation) // SHOWN)]  # from all over the split
+    with parts.inference():
+        if parts.generates:
+            models = parts.policy, parts.ref_model
+            run.dialogue(sample_dialogue(*models, parts.codec, shown, parts.score, config, metrics))
+
+
+def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
+    """Compare the policy with the model that training began from, on dialogues that were not trained on."""
+    if config.eval_limit < 0:
+        return
+    with parts.inference():
+        if parts.generates:
+            start, name = parts.ref_model, resolve_model(config.model_path)
+            if config.ref_model and resolve_model(config.ref_model) != name:
+                start = load_causal_lm(name).to(parts.accelerator.device)
+            held_out = parts.samples[config.eval_split][: config.eval_limit or None]
+            models = parts.policy, start
+            compare_with_start(config, *models, parts.codec, held_out, parts.score, parts.judge, run.folder, run.main)
+            run.log_comparison()
+
+
+@own_engine()
+def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
+    """Train, then compare with the model that training began from. Returns the run's folder."""
+    config.check()
+    accelerator = make_accelerator(config, config.run_folder)
+    config.check_processes(accelerator.num_processes)
+    with Run(config, accelerator, notes) as run:
+        set_seed(config.seed)
+        parts = build(config, accelerator, run)
+        model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
+        state = TrainState(config)
+        run.begin(state, parts.actor_critic, model, parts.codec, parts.judged)  # --resume restores weights and state
+        measure_length(parts, config, state, run)
+        observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
+
+        while state.env_steps < config.total_time_steps and not run.stop_requested():
+            started = time.perf_counter()
+            anneal_learning_rates(optimizer, config, state)
+
+            # 1. collect replies, with their scores and their log-probabilities under policy and reference
+            run.stage("collecting replies")
+            settings, uniforms = parts.rollout_settings(config.sampling), uniforms_of(config, parts, state.updates)
+            parts.actor_critic.eval()
+            with run.checkpoint_on_error(), parts.inference():
+                rollout, observations = collect(
+                    parts.actor_critic, parts.ref_model, env, observations, uniforms, state.values, settings
+                )
+
+            # 2. rewards of tokens, advantages and returns
+            batch = make_batch(rollout, state, config, parts.reduce)
+
+            # 3. improve policy and value
+            run.stage("learning from them")
+            update_started = time.perf_counter()
+            losses = update(model, optimizer, accelerator, batch, config, sizes, (config.seed, state.updates, 1))
+            update_seconds = time.perf_counter() - update_started
+
+            # 4. adapt coefficients, log, save
+            figures = rollout_metrics(batch, state.kl.coef, parts.reduce)
+            state.advance(figures | losses, config, time.perf_counter() - started, env.rounds - 1)
+            metrics = update_metrics(state, figures, losses, optimizer, time.perf_counter() - started)
+            metrics |= rollout.seconds | {"update_s": update_seconds}
+            metrics["peak_memory_mb"] = peak_memory_mb(accelerator.device)
+            metrics |= compute_stats(parts.stats, rollout, metrics)
+            best = run.checkpoint_due() and validate(parts, config, state, metrics)
+            if run.dialogue_due():
+                show_dialogue(parts, config, metrics, run)
+            run.log(metrics)
+            if run.checkpoint_due():
+                run.checkpoint(best)
+        run.finish()
+
+        # 5. compare with the start on dialogues that were not trained on
+        evaluate_result(parts, config, run)
+        if run.main and config.lora_merge:
+            save_merged(run.folder)
+        if run.main:
+            show_results(run.folder)
+        run.close()
+    return run.folder
+
+
+def update_metrics(
+    state: TrainState, figures: dict[str, float], losses: dict[str, float], optimizer: Any, seconds: float
+) -> dict[str, float]:
+    """The metrics of an update, after `state` has counted it."""
+    counted = ("tokens", "episodes")
+    return {
+        "update": state.updates,
+        "env_steps": state.env_steps,
+        "episodes": state.episodes,
+        "fps": figures["tokens"] / seconds,
+        **{name: value for name, value in figures.items() if name not in counted},
+        **losses,
+        "lr": optimizer.param_groups[0]["lr"],
+        "critic_lr": optimizer.param_groups[1]["lr"],
+    }
 
 
 def build_reward(
@@ -1328,15 +1330,19 @@ def make_generator(*stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def rollout_metrics(rollout: Rollout, returns: torch.Tensor, alpha: float, reduce: Callable) -> dict[str, float]:
+def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, float]:
     """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score.
 
     A statistic's mean is over the replies that have it; the others are NaN.
     """
+    rollout, returns = batch.rollout, batch.returns
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
     penalty = -alpha * rollout.kl.sum(-1)  # (N,)
-    score = {"episode_reward": rollout.rewarded + penalty, "score": rollout.scores}
-    columns = score | rollout.statistics | {"reward_kl": penalty}
+    rewarded, length = rollout.scores, {}
+    if batch.length_penalty is not None:
+        rewarded, length = rewarded - batch.length_penalty, {PRICE: -batch.length_penalty}
+    columns = {"episode_reward": rewarded + penalty, "score": rollout.scores}
+    columns |= rollout.statistics | length | {"reward_kl": penalty}
     if not any(name.startswith("reward_") and name != PRICE for name in rollout.statistics):
         columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
     parts = [name for name in columns if name.startswith("reward_")]
@@ -1364,6 +1370,20 @@ def rollout_metrics(rollout: Rollout, returns: torch.Tensor, alpha: float, reduc
         "tokens": tokens,
         "episodes": n,
     }
+
+
+def show_results(run: Path) -> None:
+    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
+    try:
+        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
+
+        print(f"report: {write_report([run])}", flush=True)
+    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
+        print(
+            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
+            f"`python report.py {run}` tries again",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -17,11 +17,13 @@ of length (`LengthController`) where one is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ import torch
 from support.errors import UserError, describe_exception, did_you_mean, import_path
 from support.judge import IntentJudge
 from support.meteor import _meteor_parts, meteor
+from support.text import Sample
 from support.words import WordTokenizer, words
 
 Scores = tuple[np.ndarray, dict[str, np.ndarray]]
@@ -202,6 +205,43 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
     if isinstance(outcome[0], Exception):
         raise UserError(f"the reward raised {describe_exception(outcome[0])}.") from outcome[0]
     return outcome[0]
+
+
+def check_acts(samples: Sequence[Sample]) -> None:
+    """UserError where no sample has a dialogue act, for the intent reward."""
+    if not any(s.act for s in samples):
+        raise UserError(
+            "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, 2 question, "
+            "3 directive, 4 commissive), or switch that reward off with --intent-coef 0."
+        )
+
+
+def check_reward(score: Callable, sample: Sample, group: int) -> None:
+    """Ask the reward about a human reply and an empty one, so that its faults show before the first rollout.
+
+    Both reply to one prompt, `group` times in all where that is more than two. `score` is a checked call of the
+    reward, see rewards.score_episodes. A reward that draws random numbers leaves the run's as they were.
+    """
+    replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
+    replies = replies[: max(2, group)]
+    repeat = lambda value: [value] * len(replies)
+    try:
+        with keep_random_states():
+            score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))
+    except UserError as error:
+        raise UserError(f"{error} (Before training, it was asked about a human reply and an empty one.)") from error
+
+
+@contextlib.contextmanager
+def keep_random_states() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch are after the block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

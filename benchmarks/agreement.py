@@ -100,8 +100,8 @@ def measure(config: AgreementConfig) -> str:
         raise UserError(f"rollouts is {config.rollouts}; expected at least 2, to compare.")
     found: list[dict[str, torch.Tensor]] = []
 
-    def look(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, stream):
-        found.append(gradients(model, rollout, config, sizes))
+    def look(model, optimizer, accelerator, batch, config, sizes, stream):
+        found.append(gradients(model, batch.rollout, config, sizes))
         print(f"rollout {len(found)} of {config.rollouts}", file=sys.stderr, flush=True)
         if len(found) == config.rollouts:
             raise Enough

@@ -30,11 +30,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file, save_model
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from support.distributed import max_over_processes
 from support.errors import EXIT_INTERRUPTED, UserError
-from support.files import write_json
+from support.files import atomic_folder, write_json
 from support.launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
+from support.pretrained import load_pretrained, load_tokenizer
+from support.text import DialogueCodec, DialogueFormat
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -114,6 +119,52 @@ def remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def save_policy(
+    model: nn.Module,
+    codec: DialogueCodec,
+    value_scale: Any,
+    run: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """policy/: a plain Hugging Face folder with tokenizer and text format (of a LoRA policy, the adapter's);
+    value.safetensors: the rest of the network, with mean and deviation of the returns it predicts in units of as
+    metadata.
+
+    `state` holds the weights where the network has only parts of them. A policy of the user's own without
+    `save_pretrained` is kept as policy/model.safetensors.
+    """
+    policy = model.policy
+    of_policy = state and {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    for tied in getattr(policy, "all_tied_weights_keys", ()) if state else ():  # saved once, under its other name
+        of_policy.pop(tied, None)
+    with atomic_folder(run / "policy") as folder:
+        if hasattr(policy, "save_pretrained"):
+            policy.save_pretrained(folder, **({"state_dict": of_policy} if state else {}))
+        elif state:
+            save_file(of_policy, folder / "model.safetensors")
+        else:
+            save_model(policy, str(folder / "model.safetensors"))
+        codec.tokenizer.save_pretrained(folder)
+        codec.format.save(folder)
+    rest = {k: v.contiguous() for k, v in (state or model.state_dict()).items() if not k.startswith("policy.")}
+    if rest:
+        scale = {"mean": value_scale.mean, "std": value_scale.std}
+        # one entry: safetensors writes several in any order, and equal runs are to give equal files
+        save_file(rest, run / "value.safetensors", metadata={"value_scale": json.dumps(scale)})
+
+
+def save_merged(run: Path) -> None:
+    """merged/: the policy as a plain model, with the adapter in policy/ added to the weights it belongs on."""
+    model, tokenizer = (
+        load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model"),
+        load_tokenizer(str(run / "policy")),
+    )
+    with atomic_folder(run / "merged") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        DialogueFormat.load(run / "policy").save(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

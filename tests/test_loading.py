@@ -221,7 +221,7 @@ def test_an_adapter_is_merged_trained_on_and_saved_whole(kind, world, tmp_path):
     assert all(weight.requires_grad for weight in model.parameters())
     model.save_pretrained(tmp_path / "whole")
     tied = model.all_tied_weights_keys
-    gathered = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}  # as experiment.save
+    gathered = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}  # as save_policy
     model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
     for name in ("whole", "gathered"):
         assert torch.allclose(logits(causal(tmp_path / name)), expected, atol=1e-5), name

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ppo_dialog import (
     ActorCritic,
+    Batch,
     BatchSizes,
     Critic,
     PPOConfig,
@@ -360,7 +361,8 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
     zeros = torch.zeros_like(rollout.logprobs)
     mask = rollout.mask
     with torch.no_grad():
-        stats = token_stats(model, rollout, torch.arange(6), zeros, rollout.values, rollout.values, config)
+        batch = Batch(rollout, zeros, rollout.values, rollout.values, rollout.values, None)
+        stats = token_stats(model, batch, torch.arange(6), config)
         logits, values = model(*shifted_inputs(rollout.input_ids, rollout.attention_mask, mask))
         candidates = None if rollout.candidates is None else rollout.candidates[mask]
         logprobs = token_log_probs(logits, rollout.response_ids[mask], sampling.temperature, candidates)
@@ -399,7 +401,8 @@ def updated(
     rows = len(rollout.mask)
     sizes = BatchSizes(1, rows, group, config.num_mini_batch, 1, 0, parts, config.micro_batch_tokens or 1024)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
-    stats = update(model, optimizer, accelerator, rollout, advantages, targets, old_values, config, sizes, (0,))
+    batch = Batch(rollout, advantages, returns, targets, old_values, None)
+    stats = update(model, optimizer, accelerator, batch, config, sizes, (0,))
     return {k: v.clone() for k, v in model.state_dict().items()}, stats
 
 
@@ -517,7 +520,7 @@ def test_rollout_figures_add_up():
     rollout = rolled(shared(), Sampling())
     rollout.statistics = {"reward_intent": torch.full((6,), 0.3), "intent": torch.full((6,), 0.6)}
     rewards = token_rewards(rollout, 0.2, rollout.scores)
-    figures = rollout_metrics(rollout, rewards, 0.2, lambda x: x)
+    figures = rollout_metrics(Batch(rollout, rewards, rewards, rewards, rewards, None), 0.2, lambda x: x)
     assert figures["episode_reward"] == pytest.approx(
         (rollout.scores - 0.2 * rollout.kl.sum(-1)).mean().item(), abs=1e-5
     )

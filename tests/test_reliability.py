@@ -41,7 +41,8 @@ from support.checkpoint import (
 from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
-from support.run import Log, compute_stats, load_stats, open_run
+from support.run import compute_stats, load_stats, open_run
+from support.trackers import Log
 
 REWARD = """
     import pathlib
