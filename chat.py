@@ -34,19 +34,47 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from support.agent import (
-    Agent,
-    AgentConfig,
-    describe_scores,
-    judge_name,
-    load_conversation,
-    save_conversation,
-    views_note,
-)
-from support.builtin import resolve_model
-from support.config import command_line
+from support.config import check_command_line, command_line
 from support.errors import UserError, did_you_mean, run_script
+from support.options import AgentConfig
+from support.paths import check_models
+
+
+@dataclass
+class ChatConfig(AgentConfig):
+    """Talk with a model."""
+
+    # conversation
+    prompt: str | None = None
+    """Reply to this once and end."""
+    versus: str = ""
+    """Another model, as `path`: both answer each line, with the same settings, each in its own conversation."""
+    intent_model: str = ""
+    """Judge of dialogue acts for /scores: folder, hub name or 'builtin'; left out, that of the run, if it is one."""
+    web: bool = False
+    """Talk on a page at http://127.0.0.1:PORT instead, with two replies side by side and a choice of the better one."""
+    port: int = 7860
+    """Port of the page."""
+    preferences: str = "preferences.jsonl"
+    """File that the page appends choices to: prompt, chosen and rejected, as TRL's DPOTrainer reads them."""
+
+    def check(self) -> None:
+        """UserError for options that do not go together and for paths that do not exist."""
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt is blank; expected something to reply to.")
+        if self.web and self.prompt is not None:
+            raise UserError("--web and --prompt were both given; expected one of them.")
+        for name in (self.path, self.versus):
+            check_models(model=name, tokenizer=self.tokenizer_path, intent_model=self.intent_model)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    check_command_line(ChatConfig, __doc__)
+
+from support.agent import Agent, describe_scores, judge_name, load_conversation, save_conversation, views_note
+from support.builtin import resolve_model
 from support.judge import IntentJudge
+from support.libraries import quiet_libraries
 from support.machine import use_all_cores
 from support.pretrained import count_parameters
 
@@ -68,25 +96,6 @@ KEYS = """\
   reset, help, quit, exit work without the slash; a line that begins with a
   blank is said, whatever it is"""
 NARROW = 60  # columns of a terminal; below, two agents answer one under the other
-
-
-@dataclass
-class ChatConfig(AgentConfig):
-    """Talk with a model."""
-
-    # conversation
-    prompt: str | None = None
-    """Reply to this once and end."""
-    versus: str = ""
-    """Another model, as `path`: both answer each line, with the same settings, each in its own conversation."""
-    intent_model: str = ""
-    """Judge of dialogue acts for /scores: folder, hub name or 'builtin'; left out, that of the run, if it is one."""
-    web: bool = False
-    """Talk on a page at http://127.0.0.1:PORT instead, with two replies side by side and a choice of the better one."""
-    port: int = 7860
-    """Port of the page."""
-    preferences: str = "preferences.jsonl"
-    """File that the page appends choices to: prompt, chosen and rejected, as TRL's DPOTrainer reads them."""
 
 
 def open_agents(config: ChatConfig) -> list[Agent]:
@@ -389,11 +398,9 @@ def answer_lines(agents: Sequence[Agent], lines: Iterable[str]) -> None:
 
 
 def main() -> None:
+    quiet_libraries()
     config = command_line(ChatConfig, __doc__)
-    if config.prompt is not None and not config.prompt.strip():
-        raise UserError("--prompt is blank; expected something to reply to.")
-    if config.web and config.prompt is not None:
-        raise UserError("--web and --prompt were both given; expected one of them.")
+    config.check()
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     use_all_cores()

@@ -116,7 +116,7 @@ class DialogueVectorEnv(VectorEnv):
         self._current = [self._sample((first + slot) // self.samples_per_prompt) for slot in range(self.num_envs)]
         self.rounds += 1
         ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)
-        self._observations = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        self._observations = {"input_ids": ids, "attention_mask": mask}
         return self._observations, self._infos(self._current)
 
     def _sample(self, position: int) -> Sample:

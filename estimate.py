@@ -16,25 +16,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification as AutoJudge
-
-from ppo_dialog import PPOConfig
-from support.builtin import resolve_model
-from support.config import parse_config
-from support.distributed import Placement
+from ppo_config import PPOConfig
+from support.config import check_command_line, parse_config
 from support.errors import UserError, run_script
-from support.judge import check_judge
-from support.models import add_lora, disable_dropout, enable_gradient_checkpointing
-from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
+from support.options import Placement
 
 Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"]
-GIB = 2**30
-# Tensors with shapes and types and no memory behind them: these know autocast, the "meta" device knows adapters
-FAKE = FakeTensorMode()
 
 
 @dataclass
@@ -50,6 +37,27 @@ class EstimateConfig(PPOConfig):
     """Where it would run: GPUs read more tokens at a time."""
     tflops: float = 0.0
     """10^12 floating-point operations a second that a process reaches (0: no time is told)."""
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    check_command_line(EstimateConfig, __doc__, parse_config)
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification as AutoJudge
+
+from ppo_config import PPOConfig
+from support.builtin import resolve_model
+from support.judge import check_judge
+from support.libraries import quiet_libraries
+from support.models import add_lora, disable_dropout, enable_gradient_checkpointing
+from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
+
+GIB = 2**30
+# Tensors with shapes and types and no memory behind them: these know autocast, the "meta" device knows adapters
+FAKE = FakeTensorMode()
 
 
 @dataclass
@@ -335,6 +343,7 @@ def judge_configuration(config: PPOConfig) -> Any | None:
 
 
 def main() -> None:
+    quiet_libraries()
     config, _ = parse_config(EstimateConfig, sys.argv[1:], description=__doc__)
     if config.model_class or config.policy_class or config.critic_class:
         raise UserError("networks of your own cannot be counted before they are made; leave the classes out.")

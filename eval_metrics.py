@@ -27,12 +27,95 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
+from support.config import check_command_line, command_line
+from support.errors import UserError, first_line, run_script
+from support.options import EVAL_SAMPLING, Sampling
+from support.paths import check_data, check_file_to_write, check_models
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation of a dialogue model, against a baseline where one is given."""
+
+    # models and data
+    model_path: str = tyro.MISSING
+    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
+    its --replies, which are scored again."""
+    baseline_path: str = ""
+    """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
+    data_path: str = "builtin"
+    """Dialogues: 'builtin', a hub name, a folder or a file (see docs/data.md)."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split of the data."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop at the first."""
+    limit: int = 0
+    """Use only the first so many samples (0: all)."""
+    intent_model: str = ""
+    """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
+    second_intent_model: str = ""
+    """Another judge, which the training never asked: is a gain in intent more than this one judge's taste?"""
+
+    # results
+    replies: str = ""
+    """File for the replies, a line of JSON each; another evaluation takes it as --baseline-path and is sooner done."""
+    output: str = ""
+    """JSON file for metrics, differences and settings; the table is printed in any case."""
+    perplexity: bool = True
+    """Price the human replies as well, which takes about half of the time."""
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
+
+    # sampling
+    seed: int = 0
+    """Seed of the sampling; both models get the same random numbers."""
+    temperature: float = EVAL_SAMPLING.temperature
+    """Divides the logits before sampling."""
+    top_k: int = EVAL_SAMPLING.top_k
+    """Sample from so many most likely tokens (0: all)."""
+    top_p: float = EVAL_SAMPLING.top_p
+    """Sample from the most likely tokens that together have this probability (1: all)."""
+    min_new_tokens: int = EVAL_SAMPLING.min_new_tokens
+    """A reply cannot end earlier."""
+    greedy: bool = EVAL_SAMPLING.greedy
+    """Take the most likely token rather than sample."""
+
+    # engine
+    batch_size: int = 32
+    """Replies written at a time."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Run the models under autocast to bf16."""
+
+    def __post_init__(self):
+        for name, least in (("limit", 0), ("batch_size", 1), ("bootstrap", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+
+    def check(self) -> None:
+        """UserError for files that cannot be written and for paths that do not exist."""
+        check_file_to_write("output", self.output)
+        check_file_to_write("replies", self.replies)
+        for name in (self.model_path, self.baseline_path):
+            if not Path(name).is_file():
+                check_models(model=name)
+        check_models(intent_model=self.intent_model, second_intent_model=self.second_intent_model)
+        check_data(self.data_path)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    check_command_line(EvalConfig, __doc__)
+
 import datasets
 import evaluate
 import numpy as np
 import sacrebleu
 import torch
-import tyro
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from torch import nn
@@ -40,21 +123,15 @@ from transformers import AutoConfig
 
 from rewards import intent_hits
 from support.builtin import resolve_model
-from support.config import command_line
 from support.data import load_dialogues
-from support.errors import UserError, first_line, run_script
 from support.files import nan_to_none, write_json
-from support.generation import (
-    EVAL_SAMPLING,
-    Report,
-    Sampling,
-    generate_replies,
-    reply_log_likelihoods,
-)
+from support.generation import Report, generate_replies, reply_log_likelihoods
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
+from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar
 from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
+from support.metric_names import LABELS
 from support.models import load_causal_lm, longest_text
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, make_samples
@@ -121,46 +198,6 @@ def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[s
     return [
         {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
     ]
-
-
-LABELS = {  # every metric, in the order of all outputs, and its name in tables
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "rougeLsum": "ROUGE-Lsum",
-    "meteor": "METEOR",
-    "sacrebleu": "SacreBLEU",
-    "intent": "intent",
-    "intent_second_judge": "intent, second judge",
-    "mean_output_length": "mean output length",
-    "distinct1": "distinct-1",
-    "distinct2": "distinct-2",
-    "perplexity": "perplexity",
-}
-BETTER = {  # which way a metric is better: 1 is up, -1 down; 0 is neither
-    "rouge1": 1,
-    "rouge2": 1,
-    "rougeL": 1,
-    "rougeLsum": 1,
-    "meteor": 1,
-    "sacrebleu": 1,
-    "intent": 1,
-    "intent_second_judge": 1,
-    "mean_output_length": 0,
-    "distinct1": 1,
-    "distinct2": 1,
-    "perplexity": -1,
-}
-
-
-def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
-    """What a difference means whose 95% interval is [low, high], for a metric of this direction (see BETTER).
-
-    `changed` is for a metric where neither way is better; "" for an interval that includes zero.
-    """
-    if not (low > 0 or high < 0):
-        return ""
-    return "changed" if not better else "better" if (low > 0) == (better > 0) else "worse"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,69 +622,6 @@ def sample_dialogue(
 # Command
 
 
-@dataclass
-class EvalConfig:
-    """Evaluation of a dialogue model, against a baseline where one is given."""
-
-    # models and data
-    model_path: str = tyro.MISSING
-    """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
-    its --replies, which are scored again."""
-    baseline_path: str = ""
-    """Model to compare it with, such as the supervised model that PPO started from, or a file of its --replies."""
-    data_path: str = "builtin"
-    """Dialogues: 'builtin', a hub name, a folder or a file (see docs/data.md)."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Split of the data."""
-    skip_bad_rows: bool = False
-    """Leave out malformed rows and count them, rather than stop at the first."""
-    limit: int = 0
-    """Use only the first so many samples (0: all)."""
-    intent_model: str = ""
-    """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
-    second_intent_model: str = ""
-    """Another judge, which the training never asked: is a gain in intent more than this one judge's taste?"""
-
-    # results
-    replies: str = ""
-    """File for the replies, a line of JSON each; another evaluation takes it as --baseline-path and is sooner done."""
-    output: str = ""
-    """JSON file for metrics, differences and settings; the table is printed in any case."""
-    perplexity: bool = True
-    """Price the human replies as well, which takes about half of the time."""
-    bootstrap: int = 1000
-    """Resamples for the intervals."""
-
-    # sampling
-    seed: int = 0
-    """Seed of the sampling; both models get the same random numbers."""
-    temperature: float = EVAL_SAMPLING.temperature
-    """Divides the logits before sampling."""
-    top_k: int = EVAL_SAMPLING.top_k
-    """Sample from so many most likely tokens (0: all)."""
-    top_p: float = EVAL_SAMPLING.top_p
-    """Sample from the most likely tokens that together have this probability (1: all)."""
-    min_new_tokens: int = EVAL_SAMPLING.min_new_tokens
-    """A reply cannot end earlier."""
-    greedy: bool = EVAL_SAMPLING.greedy
-    """Take the most likely token rather than sample."""
-
-    # engine
-    batch_size: int = 32
-    """Replies written at a time."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Run the models under autocast to bf16."""
-
-    def __post_init__(self):
-        for name, least in (("limit", 0), ("batch_size", 1), ("bootstrap", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)})
-
-
 def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
     """The policy's format `fmt` with the baseline's own marker: the same samples and limits for both.
 
@@ -684,10 +658,7 @@ def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Repo
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check everything that was given, then evaluate, print the table and write `output`."""
     sampling, device = config.sampling, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for option in ("output", "replies"):
-        file = Path(getattr(config, option)) if getattr(config, option) else None
-        if file and (file.is_dir() or any(p.is_file() for p in file.parents)):
-            raise UserError(f"{option} '{file}' cannot be written: expected the path of a new or existing file.")
+    config.check()
     judge_names = {"judge": config.intent_model, "second judge": config.second_intent_model}
     if not judge_names["judge"] and config.data_path == "builtin":
         judge_names["judge"] = "builtin"
@@ -759,6 +730,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
 
 
 def main() -> None:
+    quiet_libraries()
     config = command_line(EvalConfig, __doc__)
     use_all_cores()
     run_evaluation(config)

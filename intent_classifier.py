@@ -14,35 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from accelerate import PartialState
 
-from support.config import command_line
-from support.data import ACTS, Dialogue, load_splits
-from support.data_checks import overlap_note
-from support.distributed import join_processes
+from support.config import check_command_line, command_line
 from support.errors import UserError, run_script
-from support.files import atomic_folder, write_json
-from support.judge import _scores, encode_pairs, load_classifier, pair_tokens
-from support.live_display import can_draw, show_spinner
-from support.machine import use_all_cores
-from support.pretrained import count_parameters
-from support.supervised import FitConfig, fit, remove_state, state_folder
-
-
-def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
-    """(previous utterance, utterance, act) of every labelled utterance; before the first stands an empty one."""
-    return [
-        (previous, utterance, act)
-        for d in dialogues
-        for previous, utterance, act in zip(("", *d.utterances), d.utterances, d.acts)
-        if act
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+from support.options import FitConfig
+from support.paths import check_data, check_models, check_new_folder
 
 
 @dataclass
@@ -67,12 +44,49 @@ class IntentConfig(FitConfig):
     batch_size: int = 32
     """Pairs in an optimizer step, per process and accumulation step."""
 
+    def check(self) -> None:
+        """UserError for paths that do not exist, and for an output folder that holds files."""
+        check_new_folder("output_dir", self.output_dir)
+        check_models(model=self.model_path)
+        check_data(self.data_path)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    check_command_line(IntentConfig, __doc__)
+
+import torch
+from accelerate import PartialState
+
+from support.data import ACTS, Dialogue, load_splits
+from support.data_checks import overlap_note
+from support.distributed import join_processes
+from support.files import atomic_folder, write_json
+from support.judge import _scores, encode_pairs, load_classifier, pair_tokens
+from support.libraries import quiet_libraries
+from support.live_display import can_draw, show_spinner
+from support.machine import use_all_cores
+from support.pretrained import count_parameters
+from support.supervised import fit, remove_state, state_folder
+
+
+def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
+    """(previous utterance, utterance, act) of every labelled utterance; before the first stands an empty one."""
+    return [
+        (previous, utterance, act)
+        for d in dialogues
+        for previous, utterance, act in zip(("", *d.utterances), d.utterances, d.acts)
+        if act
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
 
 def train_intent(config: IntentConfig) -> Path:
     """Train and write `output_dir`: model, tokenizer and `intent.json` with accuracy, macro-F1 and the curve."""
     output = Path(config.output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
+    config.check()
     with show_spinner("reading the dialogues", can_draw(config.progress, PartialState().is_main_process)):
         splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
     if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
@@ -142,6 +156,7 @@ def train_intent(config: IntentConfig) -> Path:
 
 
 def main() -> None:
+    quiet_libraries()
     config = command_line(IntentConfig, __doc__)
     use_all_cores(join_processes().num_processes)
     train_intent(config)

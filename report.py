@@ -22,21 +22,47 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
-import numpy as np
 import tyro
 import yaml
+
+from support.config import check_command_line, command_line
+from support.errors import UserError, first_line, run_script
+from support.paths import check_run
+
+
+@dataclass
+class ReportConfig:
+    """Draw the page of a run, or of several beside each other."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs, such as runs/ppo_dialog."""
+    output: str = ""
+    """HTML file to write; left out, RUN/report.html, or comparison.html beside the first of several runs."""
+
+    def check(self) -> None:
+        """UserError for a folder that is no run's, and for an output that is no page."""
+        if not self.runs:
+            raise UserError("no run was given; name the folder of one, such as runs/ppo_dialog.")
+        if self.output and Path(self.output).suffix != ".html":
+            raise UserError(f"output is '{self.output}'; expected the name of an .html file.")
+        for run in self.runs:
+            check_run(Path(run))
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before Matplotlib is imported
+    check_command_line(ReportConfig, __doc__, loading="")
+
+import jinja2
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from eval_metrics import BETTER, LABELS, verdict
-from support.config import command_line
 from support.data import ACTS
-from support.errors import UserError, first_line, run_script
 from support.live_display import reward_statistics
+from support.metric_names import BETTER, LABELS, verdict
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 matplotlib.rcParams["text.parse_math"] = False  # names are text, whatever dollar signs they hold
 
@@ -156,13 +182,7 @@ class Run:
 
 def load_run(folder: Path) -> Run:
     """Everything that is known of a run. Raises UserError for a folder that is none."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}'; give the folder of a run, such as runs/ppo_dialog.")
-    if not ((folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file()):
-        raise UserError(
-            f"'{folder}' is no run's folder: it has neither metrics.jsonl nor config.yaml. Give one that "
-            "ppo_dialog.py wrote, such as runs/ppo_dialog."
-        )
+    check_run(folder)
     run = Run(folder, folder.resolve().name)
     run.config = read_whole(folder / "config.yaml", yaml.safe_load, run.notes)
     run.evaluation = read_whole(folder / "eval.json", json.loads, run.notes)
@@ -684,7 +704,7 @@ def evaluated_on(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def settings_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Settings that differ from their defaults or between the runs, and the others: name, default, and each value
     with the runs that have it (none are named where all have the same)."""
-    from ppo_dialog import PPOConfig  # here, as ppo_dialog imports this file
+    from ppo_config import PPOConfig
 
     defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(PPOConfig()).items()}
     names = [n for n in dict.fromkeys(n for run in runs for n in run.config) if n != "resume"]
@@ -811,23 +831,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     return output
 
 
-@dataclass
-class ReportConfig:
-    """Draw the page of a run, or of several beside each other."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of runs, such as runs/ppo_dialog."""
-    output: str = ""
-    """HTML file to write; left out, RUN/report.html, or comparison.html beside the first of several runs."""
-
-
 def main() -> None:
     config = command_line(ReportConfig, __doc__)
-    if not config.runs:
-        raise UserError("no run was given; name the folder of one, such as runs/ppo_dialog.")
+    config.check()
     output = Path(config.output) if config.output else None
-    if output and output.suffix != ".html":
-        raise UserError(f"output is '{output}'; expected the name of an .html file.")
     print(
         f"written to {write_report([Path(run) for run in config.runs], output)}, and its curves as a picture beside it"
     )

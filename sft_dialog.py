@@ -17,33 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from accelerate import PartialState
-from transformers import AutoConfig
 
-from support.builtin import resolve_model
-from support.config import command_line
-from support.data import Dialogue, load_splits
-from support.data_checks import overlap_note
-from support.distributed import join_processes
+from support.config import check_command_line, command_line
 from support.errors import UserError, run_script
-from support.files import atomic_folder, write_json
-from support.generation import reply_log_likelihoods, token_log_probs
-from support.live_display import can_draw, show_spinner
-from support.machine import use_all_cores
-from support.models import load_causal_lm, longest_text
-from support.packing import logits_at
-from support.pretrained import (
-    check_positions,
-    check_vocabulary,
-    count_parameters,
-    load_pretrained,
-    load_tokenizer,
-    positions_of,
-)
-from support.supervised import FitConfig, fit, remove_state, state_folder
-from support.text import DialogueCodec, FormatOptions, Sample, make_samples
+from support.options import FitConfig
+from support.paths import check_data, check_models, check_new_folder
+from support.text import FormatOptions
 
 
 @dataclass
@@ -66,12 +46,47 @@ class SFTConfig(FitConfig, FormatOptions):
     eval_samples: int = 500
     """Validation samples in each look at the perplexity of the human replies (0: all)."""
 
+    def check(self) -> None:
+        """UserError for paths that do not exist, and for an output folder that holds files."""
+        check_new_folder("output_dir", self.output_dir)
+        check_models(model=self.model_path, tokenizer=self.tokenizer_path)
+        check_data(self.data_path)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    check_command_line(SFTConfig, __doc__)
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig
+
+from support.builtin import resolve_model
+from support.data import Dialogue, load_splits
+from support.data_checks import overlap_note
+from support.distributed import join_processes
+from support.files import atomic_folder, write_json
+from support.generation import reply_log_likelihoods, token_log_probs
+from support.libraries import quiet_libraries
+from support.live_display import can_draw, show_spinner
+from support.machine import use_all_cores
+from support.models import load_causal_lm, longest_text
+from support.packing import logits_at
+from support.pretrained import (
+    check_positions,
+    check_vocabulary,
+    count_parameters,
+    load_pretrained,
+    load_tokenizer,
+    positions_of,
+)
+from support.supervised import fit, remove_state, state_folder
+from support.text import DialogueCodec, FormatOptions, Sample, make_samples
+
 
 def train_sft(config: SFTConfig) -> Path:
     """Fine-tune and write `output_dir`: model, tokenizer, dialogue format and `sft.json` with the validation curve."""
     output = Path(config.output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output_dir '{output}' already holds files; name an empty or new folder.")
+    config.check()
     start = resolve_model(config.model_path)
     tokenizer = load_tokenizer(config.tokenizer_path or start)
     fmt = config.dialogue_format(start)
@@ -202,6 +217,7 @@ def learned_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def main() -> None:
+    quiet_libraries()
     config = command_line(SFTConfig, __doc__)
     use_all_cores(join_processes().num_processes)
     train_sft(config)

@@ -23,11 +23,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval_metrics import LABELS, meteor_scores  # noqa: E402
+from eval_metrics import meteor_scores
 from report import draw_curves, load_run, panels_of  # noqa: E402
 from support.config import command_line  # noqa: E402
 from support.errors import UserError, run_script  # noqa: E402
 from support.files import write_json  # noqa: E402
+from support.metric_names import LABELS
 from support.words import spaced, word_tokenizer_for  # noqa: E402
 
 matplotlib.use("Agg")

@@ -19,12 +19,11 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 import yaml
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
@@ -33,47 +32,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from support.builtin import resolve_model
 from support.data import ACTS
 from support.errors import UserError, first_line
-from support.generation import Sampling, token_log_probs
+from support.generation import token_log_probs
 from support.judge import IntentJudge
+from support.options import TEMPLATE_NEW_TOKENS, AgentConfig, Sampling
 from support.pretrained import check_vocabulary, first_position, load_pretrained, load_tokenizer, positions_of
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
 
-TEMPLATE_NEW_TOKENS = 200  # what a chat model may say at most, where --max-new-tokens says nothing
 Messages = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...], as chat templates and TRL have them
-
-
-@dataclass
-class AgentConfig:
-    """How a model is talked to."""
-
-    path: tyro.conf.Positional[str]
-    """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
-
-    # model
-    tokenizer_path: str = ""
-    """Tokenizer, where it is not the model's own."""
-    format: Literal["auto", "dialogue", "template"] = "auto"
-    """How the model is talked to: utterances joined as in training, or its chat template (auto: see above)."""
-    system: str = ""
-    """System message, for a model with a chat template."""
-    spaced: bool = False
-    """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
-
-    # sampling
-    temperature: float = 1.0
-    """Below 1 the likely words become likelier."""
-    top_k: int = 20
-    """Draw from so many most likely tokens (0: from all)."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this probability."""
-    greedy: bool = False
-    """Always take the most likely token."""
-    min_new_tokens: int = 1
-    """A reply has at least so many tokens."""
-    max_new_tokens: int | None = None
-    """A reply has at most so many tokens (default: as in training; 200 with a chat template)."""
-    seed: int | None = None
-    """With a seed the same conversation gets the same replies; without, they differ each time."""
 
 
 class Agent:

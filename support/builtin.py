@@ -28,7 +28,7 @@ from support.data import load_dialogues
 from support.errors import UserError, run_script
 from support.files import atomic_folder, cache_dir
 from support.live_display import can_draw, follow, show_bar
-from support.pretrained import is_adapter
+from support.paths import model_folder
 from support.text import DialogueFormat
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -114,15 +114,8 @@ def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def resolve_model(name: str, kind: str = "policy") -> str:
-    """The folder or hub name behind what a user calls a model: `builtin`, the folder of a run of ppo_dialog.py (its
-    policy/ is meant), or the name itself."""
-    if name == "builtin":
-        return str(builtin_model(kind))
-    folder = Path(name)
-    kept = folder / "policy"
-    if not (folder / "config.json").exists() and ((kept / "config.json").exists() or is_adapter(str(kept))):
-        return str(kept)
-    return name
+    """The folder or hub name behind what a user calls a model: `builtin`, the folder of a run, or the name itself."""
+    return str(builtin_model(kind)) if name == "builtin" else model_folder(name)
 
 
 def _folder(kind: str) -> Path:

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ import pydantic
 import tyro
 import yaml
 
-from support.errors import UserError, did_you_mean
+from support.errors import UserError, answered_errors, did_you_mean
 
 # Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
 TUTORIAL_KEYS = {
@@ -139,6 +139,23 @@ def _under_headings(text: str, cls: type) -> str:
             lines += [boxed] if option[1] == "│" else ["", f" {first[option[2]]}", " " + "-" * (len(plain) - 2)]
         lines.append(line)
     return "\n".join(lines)
+
+
+def check_command_line(
+    cls: type,
+    description: str,
+    parse: Callable[..., Any] | None = None,
+    loading: str = "loading PyTorch and Transformers ...",
+) -> None:
+    """Answer --help, and mistakes in options and paths, before a script imports what is heavy.
+
+    `parse` is `parse_config` for the scripts that take a file of settings. `loading` is said, on stderr, at the end.
+    """
+    with answered_errors():
+        config = parse(cls, sys.argv[1:], description)[0] if parse else command_line(cls, description)
+        getattr(config, "check", lambda: None)()
+    if loading and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(loading, file=sys.stderr, flush=True)
 
 
 def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any, list[str]]:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -32,8 +32,8 @@ from torch.distributed.fsdp import (
 
 from support.config import load_deepspeed
 from support.errors import UserError
+from support.options import Placement
 
-Placement = Literal["replicated", "offloaded", "sharded"]
 # What a process may wait for the others, who wait while one of them scores the held-out samples, say
 PATIENCE = timedelta(hours=2)
 # Beginnings of the environment variables that tell Accelerate, torch and DeepSpeed of engine and processes
@@ -332,11 +332,3 @@ def inference(accelerator: Accelerator, model: nn.Module, frozen: list[Any], onc
     autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)
     with autocast, gathered_parameters(accelerator, model, once), on_device(*frozen, once=once):
         yield
-
-
-def placement_from(file: str) -> Placement:
-    """Where a DeepSpeed file for a frozen model (the tutorial's `ref_ds_config`) wants it kept."""
-    zero = load_deepspeed(file).get("zero_optimization") or {}
-    if zero.get("stage") == 3:
-        return "sharded"
-    return "offloaded" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "replicated"

@@ -7,12 +7,10 @@ import difflib
 import errno
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,47 +35,27 @@ def run_script(main: Callable[[], Any]) -> None:
 
     So does a disk that is full or read-only become a sentence. Under `accelerate launch` see support/launcher.py.
     """
-    quiet_libraries()
     found = launcher()
-    with found.attended() if found else contextlib.nullcontext():
-        try:
-            main()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(EXIT_USER_ERROR)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
-            sys.exit(EXIT_USER_ERROR)
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
+    with found.attended() if found else contextlib.nullcontext(), answered_errors():
+        main()
 
 
-def quiet_libraries() -> None:
-    """Turn off the chatter of the libraries (progress bars of loading, advice to upgrade), not their errors."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import accelerate
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    # To see whether a model is DeepSpeed's, Accelerate imports all of DeepSpeed, which takes 3 s and announces itself
-    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()  # each retry of a name that is not there is announced
-    logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer at INFO
-    # tied weights are saved once; Accelerate's loading knows
-    logging.getLogger("accelerate.utils.other").addFilter(lambda r: "Removed shared tensor" not in r.getMessage())
-    # peft still asks transformers under a name that it is about to change
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    # torch warns at a barrier about a device that Accelerate chose; nothing a user can act on
-    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
+@contextlib.contextmanager
+def answered_errors() -> Iterator[None]:
+    """Answer errors of the block in a sentence, and exit with their status; see `run_script`."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: '{error.filename or 'a file'}' cannot be written: {error.strerror}.", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def import_path(path: str, what: str) -> Any:

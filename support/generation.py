@@ -14,37 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from support import packing
-from support.errors import UserError
+from support.options import Sampling
 from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
 from support.text import DialogueCodec, Sample
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """From which distribution a token is drawn."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    greedy: bool = False
-
-    def __post_init__(self):
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; expected more than 0 (greedy decoding is an option).")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if self.min_new_tokens < 0:
-            raise UserError(f"min_new_tokens is {self.min_new_tokens}; expected 0 or more.")
-
-
-EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
 
 
 def choose_candidates(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
@@ -308,7 +284,8 @@ def reply_log_likelihoods(
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        prompt_ids, prompt_mask = codec.encode_prompts([samples[i].prompt for i in chunk])
+        prompts = codec.encode_prompts([samples[i].prompt for i in chunk])
+        prompt_ids, prompt_mask = map(torch.from_numpy, prompts)
         room = positions - prompt_ids.shape[1]
         targets = [torch.tensor(codec.encode_target(samples[i].reply)[:room]) for i in chunk]
         reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
@@ -359,7 +336,7 @@ def generate_replies(
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        ids, mask = codec.encode_prompts([samples[i].prompt for i in chunk])
+        ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt for i in chunk]))
         responses = sample_responses(
             causal_lm_step(model), codec, ids.to(device), mask.to(device), sampling, uniforms[chunk].to(device)
         )

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
@@ -38,8 +38,8 @@ from rich.text import Text
 
 from support.diagnostics import FIRST, RECENT, find_warnings
 from support.files import is_number, nan_to_none
+from support.options import ProgressMode
 
-ProgressMode = Literal["auto", "live", "plain"]
 REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
 
 # Only colours that can be read on a dark and on a light ground

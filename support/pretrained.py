@@ -13,40 +13,9 @@ from typing import Any
 import torch
 
 from support.errors import UserError, first_line
+from support.paths import check_name, is_adapter, other_weights
 
 WEIGHTS = [f"{file}{index}" for file in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pt", ".pth", ".ckpt")
-
-
-def check_name(what: str, name: str) -> None:
-    """UserError for what can only be a mistyped path, before minutes of asking the hub for it."""
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / "metrics.jsonl").exists() and not (folder / "config.json").exists():
-            raise UserError(f"{what} '{name}' is the folder of a run that has not saved its policy/ yet.")
-        if what != "tokenizer" and not (folder / "config.json").exists() and not is_adapter(name):
-            models = sorted(f.parent for f in folder.glob("*/*config.json") if _is_model(f.parent))
-            hint = f" There is a model in '{models[-1]}'." if models else _other_weights(folder)
-            raise UserError(
-                f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.{hint}"
-            )
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(folder.parts[0]).is_dir():
-        raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or is_adapter(str(folder))
-
-
-def _other_weights(folder: Path) -> str:
-    """A sentence that names the weights of other kinds in a folder, or an empty string."""
-    found = sorted(f.name for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
-    return f" It holds {', '.join(found[:3])}, which cannot be read here." if found else ""
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter (such as LoRA) rather than a whole model."""
-    return (Path(name) / "adapter_config.json").exists()
 
 
 def _holds_adapter(name: str, local_files_only: bool = False) -> bool:
@@ -124,7 +93,7 @@ def _whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], suppli
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in WEIGHTS):
         raise UserError(
-            f"{what} '{name}' has no weights; expected model.safetensors or pytorch_model.bin.{_other_weights(folder)}"
+            f"{what} '{name}' has no weights; expected model.safetensors or pytorch_model.bin.{other_weights(folder)}"
         )
     new_head = kwargs.get("ignore_mismatched_sizes", False)
     kwargs = kwargs | dict(ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)

@@ -9,9 +9,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,50 +22,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from support.distributed import own_engine, several_on_cpus
 from support.errors import UserError
 from support.files import atomic_folder, write_json
-from support.live_display import ProgressMode, can_draw, show_bar
-
-
-@dataclass
-class FitConfig:
-    """Settings of a supervised run."""
-
-    # training
-    seed: int = 0
-    """Seed of initialisation, order and dropout."""
-    lr: float = 5e-5
-    """Peak learning rate of AdamW; it warms up, then falls linearly to zero."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    warmup_steps: int = 50
-    """Optimizer steps over which the learning rate rises."""
-    batch_size: int = 16
-    """Samples in an optimizer step, per process and accumulation step."""
-    gradient_accumulation_steps: int = 1
-    """Batches whose gradients are added up before an optimizer step."""
-    epochs: float = 1.0
-    """Passes over the training data."""
-    max_minutes: float = 0.0
-    """Stop after so many minutes of training (0: no limit); the learning rate reaches zero by then."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Accelerate's mixed precision (bf16 pays on recent CPUs and GPUs); left out: what `accelerate launch` was told."""
-    eval_every: int = 250
-    """Optimizer steps between two looks at the validation split; the best weights are kept."""
-    log_every: int = 25
-    """Optimizer steps between two printed lines."""
-    resume: bool = False
-    """Go on from the last look at the validation split of a run that was stopped."""
-    progress: ProgressMode = "auto"
-    """A progress bar, or plain lines; auto: the bar on a terminal, lines in a pipe, a file and CI."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("lr", "epochs", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
+from support.live_display import can_draw, show_bar
+from support.options import FitConfig
 
 
 @own_engine()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from support.data import Dialogue
 from support.errors import UserError
@@ -182,14 +182,14 @@ class DialogueCodec:
                 "with another eou_marker."
             )
 
-    def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask (B, P), cut and padded on the left; P is the longest of the batch, or the maximum."""
         rows = self.prompt_ids(prompts)
         width = self.format.max_prompt_tokens if pad_to_max else max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
+        ids = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            ids[i, width - len(row) :] = row
             mask[i, width - len(row) :] = 1
         return ids, mask
 

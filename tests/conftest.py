@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: E402
 
-from support.errors import quiet_libraries  # noqa: E402
+from support.libraries import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 

@@ -35,11 +35,11 @@ import intent_classifier
 import ppo_dialog
 import report
 import sft_dialog
-from eval_metrics import LABELS
 from reproduce import results
 from support import builtin_corpus
 from support.builtin import builtin_model
 from support.config import command_line, parse_config
+from support.metric_names import LABELS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -21,9 +21,6 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import rewards
 from eval_metrics import (
-    BETTER,
-    EVAL_SAMPLING,
-    LABELS,
     DistinctN,
     EvalConfig,
     Evaluation,
@@ -42,12 +39,13 @@ from eval_metrics import (
     rouge_scores,
     run_evaluation,
     score_answers,
-    verdict,
 )
 from rewards import words
 from support.data import load_dialogues
 from support.errors import UserError
 from support.generation import generate_replies, reply_log_likelihoods
+from support.metric_names import BETTER, LABELS, verdict
+from support.options import EVAL_SAMPLING
 from support.text import DialogueCodec, DialogueFormat, make_samples
 
 REPOSITORY = Path(__file__).parent.parent

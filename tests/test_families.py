@@ -18,12 +18,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from eval_metrics import EVAL_SAMPLING
 from support.builtin import builtin_model
 from support.data import load_dialogues
 from support.errors import UserError
 from support.generation import generate_replies
-from support.pretrained import is_adapter, load_pretrained, load_tokenizer
+from support.options import EVAL_SAMPLING
+from support.paths import is_adapter
+from support.pretrained import load_pretrained, load_tokenizer
 from support.text import DialogueCodec, DialogueFormat, make_samples
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)

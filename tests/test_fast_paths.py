@@ -18,8 +18,9 @@ from ppo_dialog import ActorCritic, Critic
 from support import fast_paths
 from support.errors import UserError
 from support.fast_paths import choose_fast_paths, probe_texts
-from support.generation import Sampling, causal_lm_step, sample_responses
+from support.generation import causal_lm_step, sample_responses
 from support.models import disable_dropout, training_noise
+from support.options import Sampling
 from support.packing import is_packed, logits_at
 from support.pretrained import positions_of
 

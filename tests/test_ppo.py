@@ -35,14 +35,8 @@ from ppo_dialog import (
 )
 from support.errors import UserError
 from support.fast_paths import choose_fast_paths
-from support.generation import (
-    Sampling,
-    choose_candidates,
-    sample_responses,
-    sample_tokens,
-    shifted_inputs,
-    token_log_probs,
-)
+from support.generation import choose_candidates, sample_responses, sample_tokens, shifted_inputs, token_log_probs
+from support.options import Sampling
 from support.packing import position_ids
 from support.text import DialogueFormat
 

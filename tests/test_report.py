@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import report
-from eval_metrics import BETTER, LABELS
 from ppo_dialog import PPOConfig, show_results
 from report import (
     HEIGHT,
@@ -40,6 +39,7 @@ from reproduce import results
 from support.builtin import builtin_model
 from support.config import parse_config
 from support.errors import UserError
+from support.metric_names import BETTER, LABELS
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'> & \"quotes\" </script>\u2028 end"

@@ -17,11 +17,9 @@ import rewards
 from intent_classifier import labelled_pairs
 from rewards import (
     REWARDS,
-    AdaptiveKL,
     CrossPromptOverlap,
     DialogueReward,
     Intent,
-    LengthController,
     MBRConsensus,
     Meteor,
     Reward,
@@ -32,6 +30,7 @@ from rewards import (
     token_kl,
     words,
 )
+from support.controllers import AdaptiveKL, LengthController
 from support.data import load_dialogues
 from support.errors import UserError
 from support.judge import IntentJudge

@@ -1,0 +1,80 @@
+"""Controllers of the rewards: the coefficient of the KL penalty, and what a reply pays for its length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from support.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AdaptiveKL:
+    """The coefficient (alpha) of the KL penalty, steered towards a target (OpenRL; after Ziegler et al., 2019).
+
+    After each rollout it is multiplied by 1 + rate * clip((kl - target) / target, -clip, clip); a rate of 0 keeps it.
+    """
+
+    def __init__(self, coef: float = 0.2, target: float = 0.05, rate: float = 0.1, clip: float = 0.2):
+        for name, value in (("kl_coef", coef), ("kl_rate", rate), ("kl_clip", clip)):
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{name} is {value}; expected 0 or more.")
+        if rate * clip >= 1:
+            raise UserError(f"kl_rate {rate} times kl_clip {clip} is {rate * clip}; expected less than 1.")
+        if not 0 < target < float("inf"):
+            raise UserError(f"kl_target is {target}; expected more than 0 (kl_rate 0 keeps the coefficient fixed).")
+        self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
+
+    def update(self, kl: float) -> None:
+        """`kl`: mean KL of a token to the reference model over the last rollout, in nats."""
+        self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
+
+
+class LengthController:
+    """What a reply pays for its tokens, so that their mean number stays `ratio` times that of the start.
+
+    METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
+    policy that follows it drifts to the limit of tokens; a KL penalty that is paid by the token draws it the other way.
+    The price of a token is what one more of them earns in the rollout at hand (the slope of the score less the KL
+    penalty over lengths, within replies to one prompt), so that length as such is worth nothing, and
+    rate / target * (mean length / target - 1) besides, smoothed over rollouts, below 0 where replies have become short.
+    It is proportional to the error and no sum of it: what a price moves is how fast lengths change, and a sum would
+    swing.
+    """
+
+    SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
+
+    def __init__(self, rate: float, ratio: float = 1.0, start: float = 0.0):
+        if not 0 <= rate < float("inf"):
+            raise UserError(f"length_rate is {rate}; expected 0 or more.")
+        if not 0 < ratio < float("inf"):
+            raise UserError(f"length_ratio is {ratio}; expected more than 0, such as 1 for the start's own length.")
+        self.rate, self.ratio, self.start, self.price = rate, ratio, start, 0.0
+
+    @property
+    def target(self) -> float:
+        """Tokens: `ratio` times those of a reply of the start, on average."""
+        return self.ratio * self.start
+
+    def of(
+        self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
+    ) -> torch.Tensor:
+        """The price (N,), in units of the score, of replies of so many tokens (N,), `group` to a prompt.
+
+        `scores` (N,) are what they earn, less the KL penalty. A reply of the target's length pays nothing.
+        `reduce` sums over processes.
+        """
+        lengths = lengths.float()
+        shape = (-1, group) if group > 1 else (1, -1)
+        apart = [x.view(shape) - x.view(shape).mean(-1, keepdim=True) for x in (lengths, scores)]
+        sums = lengths.new_tensor([(apart[0] * apart[1]).sum(), (apart[0] ** 2).sum()])
+        together, alone = reduce(sums).tolist()
+        slope = together / alone if alone > 0 else 0.0
+        return (slope + self.price / self.target) * (lengths - self.target)
+
+    def update(self, mean_length: float) -> None:
+        self.price += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.price)

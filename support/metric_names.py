@@ -1,0 +1,44 @@
+"""Names of the evaluation's metrics, and which way each is better."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+LABELS = {  # every metric, in the order of all outputs, and its name in tables
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "meteor": "METEOR",
+    "sacrebleu": "SacreBLEU",
+    "intent": "intent",
+    "intent_second_judge": "intent, second judge",
+    "mean_output_length": "mean output length",
+    "distinct1": "distinct-1",
+    "distinct2": "distinct-2",
+    "perplexity": "perplexity",
+}
+BETTER = {  # which way a metric is better: 1 is up, -1 down; 0 is neither
+    "rouge1": 1,
+    "rouge2": 1,
+    "rougeL": 1,
+    "rougeLsum": 1,
+    "meteor": 1,
+    "sacrebleu": 1,
+    "intent": 1,
+    "intent_second_judge": 1,
+    "mean_output_length": 0,
+    "distinct1": 1,
+    "distinct2": 1,
+    "perplexity": -1,
+}
+
+
+def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
+    """What a difference means whose 95% interval is [low, high], for a metric of this direction (see BETTER).
+
+    `changed` is for a metric where neither way is better; "" for an interval that includes zero.
+    """
+    if not (low > 0 or high < 0):
+        return ""
+    return "changed" if not better else "better" if (low > 0) == (better > 0) else "worse"
