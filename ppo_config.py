@@ -253,8 +253,8 @@ class PPOConfig(FormatOptions):
         AdaptiveKL(self.kl_coef, self.kl_target, self.kl_rate, self.kl_clip)
         LengthController(self.length_rate, self.length_ratio)
         check_models(
-            model_path=self.model_path,
-            tokenizer_path=self.tokenizer_path,
+            model=self.model_path,
+            tokenizer=self.tokenizer_path,
             ref_model=self.ref_model,
             intent_model=self.intent_model,
         )

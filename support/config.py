@@ -149,12 +149,13 @@ def check_command_line(
 ) -> None:
     """Answer --help, and mistakes in options and paths, before a script imports what is heavy.
 
-    `parse` is `parse_config` for the scripts that take a file of settings. `loading` is said, on stderr, at the end.
+    `parse` is `parse_config` for the scripts that take a file of settings. `loading` is said at the end on a terminal,
+    as the imports take seconds.
     """
     with answered_errors():
         config = parse(cls, sys.argv[1:], description)[0] if parse else command_line(cls, description)
         getattr(config, "check", lambda: None)()
-    if loading and os.environ.get("LOCAL_RANK", "0") == "0":
+    if loading and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(loading, file=sys.stderr, flush=True)
 
 

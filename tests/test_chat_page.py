@@ -16,9 +16,9 @@ import datasets
 import forked
 import pytest
 from selenium.common.exceptions import StaleElementReferenceException
-from selenium.webdriver.candidates.ui import WebDriverWait
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from test_chat import TEMPLATE, make_model
 
 from support.agent import Agent

@@ -750,7 +750,7 @@ def test_prompts_are_padded_and_cut_on_the_left(codec):
     codec.format = DialogueFormat(max_prompt_tokens=16)
     short, long = "Hi <EOU>", "What time is it ? " * 20 + "<EOU>"
     ids, mask = codec.encode_prompts([short, long])
-    assert ids.shape == mask.shape == (2, 16) and ids.dtype == torch.int64
+    assert ids.shape == mask.shape == (2, 16) and ids.dtype == np.int64
     n = len(tokens(codec, short))
     assert mask[0].tolist() == [0] * (16 - n) + [1] * n and mask[1].all()
     assert ids[0, -n:].tolist() == tokens(codec, short)
@@ -778,7 +778,7 @@ def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_prompt_that_goes_on(spec
     prompts = ["Hi <EOU>", "What time is it ? " * 20 + "<EOU>"]
     expected, mask = plain.encode_prompts(prompts)
     for found, same in zip(closing.encode_prompts(prompts), (expected, mask)):
-        assert torch.equal(found, same)
+        assert np.array_equal(found, same)
     assert both.prefix == [0] and both.prompt_ids(prompts[:1])[0] == [0, *plain.prompt_ids(prompts[:1])[0]]
     assert both.prompt_ids(prompts)[1] == [0, *plain.prompt_ids(prompts)[1][1:]]  # what is cut stands after BOS
     assert closing.encode_target("Sure .") == both.encode_target("Sure .") == plain.encode_target("Sure .")

@@ -19,7 +19,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import rewards
 from eval_metrics import (
     DistinctN,
     EvalConfig,
@@ -41,6 +40,7 @@ from eval_metrics import (
     score_answers,
 )
 from rewards import words
+from support import meteor as meteor_module
 from support.data import load_dialogues
 from support.errors import UserError
 from support.generation import generate_replies, reply_log_likelihoods
@@ -84,7 +84,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
     """METEOR without WordNet, in no time, except where a test loads the data itself."""
-    monkeypatch.setattr(rewards, "_meteor_parts", lambda: (rewards._Stemmer(), rewards._NoWordNet()))
+    monkeypatch.setattr(meteor_module, "_meteor_parts", lambda: (meteor_module._Stemmer(), meteor_module._NoWordNet()))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,8 @@ def test_sacrebleu_is_that_of_sacrebleu():
 def test_meteor_is_that_of_nltk():
     result = Meteor().compute(predictions=PREDICTIONS, references=REFERENCES)
     expected = [
-        single_meteor_score(words(r), words(p), wordnet=rewards._NoWordNet()) for p, r in zip(PREDICTIONS, REFERENCES)
+        single_meteor_score(words(r), words(p), wordnet=meteor_module._NoWordNet())
+        for p, r in zip(PREDICTIONS, REFERENCES)
     ]
     assert expected[1] == 0 and result == {"meteor": pytest.approx(np.mean(expected))}
 
@@ -189,7 +190,7 @@ def test_meteor_of_the_published_example(monkeypatch):
         pytest.skip(f"WordNet is not at {NLTK_DATA}")
     monkeypatch.undo()
     monkeypatch.setattr(nltk.data, "path", [str(NLTK_DATA)])
-    rewards._meteor_parts.cache_clear()
+    meteor_module._meteor_parts.cache_clear()
     try:
         result = Meteor().compute(
             predictions=[
@@ -197,10 +198,10 @@ def test_meteor_of_the_published_example(monkeypatch):
             ],
             references=["It is a guide to action that ensures that the military will forever heed Party commands"],
         )
-        assert rewards.meteor_uses_synonyms()
+        assert meteor_module.meteor_uses_synonyms()
         assert result["meteor"] == pytest.approx(0.6944, abs=5e-5)  # the documentation of NLTK
     finally:
-        rewards._meteor_parts.cache_clear()
+        meteor_module._meteor_parts.cache_clear()
 
 
 def test_distinct_counts_words_and_pairs_within_replies():
@@ -369,7 +370,7 @@ def test_settings_that_cannot_be_used(tmp_path):
         (dict(model_path=str(tmp_path)), "without config.json"),
     ):
         with pytest.raises(UserError, match=words_of_error):
-            run_evaluation(EvalConfig(**{"model_path": str(tmp_path)} | settings))
+            run_evaluation(EvalConfig(**{"model_path": "builtin"} | settings))
 
 
 def test_the_command(tokenizer, tmp_path):

@@ -23,7 +23,7 @@ from test_programs import ROOT, SHORT, flags, lines, trained
 from test_reliability import RUN, digest, resumed
 
 from ppo_dialog import PPOConfig
-from support import live_display, run
+from support import live_display, trackers
 from support.builtin import builtin_model
 from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, find_warnings
 from support.errors import UserError
@@ -365,6 +365,6 @@ def read_trackio(_: Path, tmp_path: Path):
 
 
 def test_a_tracker_that_is_not_installed_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--track trackio needs the package trackio: pip install trackio"):
         trained(run_dir=str(tmp_path), total_time_steps=200, eval_limit=-1, intent_coef=0.0, track=("trackio",))

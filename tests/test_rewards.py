@@ -30,6 +30,7 @@ from rewards import (
     token_kl,
     words,
 )
+from support import meteor as meteor_module
 from support.controllers import AdaptiveKL, LengthController
 from support.data import load_dialogues
 from support.errors import UserError
@@ -49,9 +50,9 @@ ACTS = [1, 2, 3, 4]
 def fresh_meteor(monkeypatch, tmp_path):
     """Each test looks for WordNet anew, and remembers a failed download in a folder of its own."""
     monkeypatch.setenv("PPO_DIALOG_CACHE", str(tmp_path / "cache"))
-    rewards._meteor_parts.cache_clear()
+    meteor_module._meteor_parts.cache_clear()
     yield
-    rewards._meteor_parts.cache_clear()
+    meteor_module._meteor_parts.cache_clear()
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_meteor_without_wordnet_says_so_once_and_scores_words_and_stems(no_wordn
 
 
 def test_a_download_that_hangs_is_given_up(no_wordnet, monkeypatch, capfd):
-    monkeypatch.setattr(rewards, "DOWNLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(meteor_module, "DOWNLOAD_SECONDS", 0.1)
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: time.sleep(3))
     start = time.monotonic()
     assert meteor("yes", "yes") > 0
@@ -149,7 +150,7 @@ def start(no_wordnet, monkeypatch, capfd):
                 raise error
 
         monkeypatch.setattr(nltk, "download", download)
-        rewards._meteor_parts.cache_clear()
+        meteor_module._meteor_parts.cache_clear()
         assert meteor("yes", "yes") == 0.5
         return capfd.readouterr().err
 
@@ -181,8 +182,10 @@ def test_wordnet_that_appears_within_the_day_is_used_at_once(start, tmp_path, mo
     monkeypatch.undo()
     (tmp_path / "corpora" / "wordnet").mkdir(parents=True)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    monkeypatch.setattr(rewards, "wordnet", SimpleNamespace(ensure_loaded=lambda: None))  # reading it takes seconds
-    rewards._meteor_parts.cache_clear()
+    monkeypatch.setattr(
+        meteor_module, "wordnet", SimpleNamespace(ensure_loaded=lambda: None)
+    )  # reading it takes seconds
+    meteor_module._meteor_parts.cache_clear()
     assert meteor_uses_synonyms() and capfd.readouterr().err == ""
 
 

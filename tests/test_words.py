@@ -14,7 +14,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import rewards
 from eval_metrics import (
     Answers,
     DistinctN,
@@ -30,6 +29,7 @@ from eval_metrics import (
 from ppo_dialog import PPOConfig, train
 from reproduce.results import habits
 from rewards import CrossPromptOverlap, MBRConsensus, make_reward
+from support import meteor as meteor_module
 from support.text import Sample
 from support.words import describe, spaced, word_tokenizer_for, words
 
@@ -54,7 +54,7 @@ REPLIES = {  # a reply of at least four words in each language, and how many wor
 
 @pytest.fixture(autouse=True)
 def no_wordnet(monkeypatch):
-    monkeypatch.setattr(rewards, "_meteor_parts", lambda: (rewards._Stemmer(), rewards._NoWordNet()))
+    monkeypatch.setattr(meteor_module, "_meteor_parts", lambda: (meteor_module._Stemmer(), meteor_module._NoWordNet()))
 
 
 @pytest.mark.parametrize("language", REPLIES)
@@ -120,7 +120,9 @@ def test_a_models_stray_letters_change_nothing_of_an_english_table():
         for name, score in RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]).score(reference, reply).items():
             assert result.scores[name][i] == score.fmeasure
         reference = nltk.word_tokenize(reference, preserve_line=True)
-        assert result.scores["meteor"][i] == single_meteor_score(reference, tokens[i], wordnet=rewards._NoWordNet())
+        assert result.scores["meteor"][i] == single_meteor_score(
+            reference, tokens[i], wordnet=meteor_module._NoWordNet()
+        )
     assert result.scores["rouge1"][1] == pytest.approx(2 * 2 / 11) and result.scores["meteor"][1] > 0.1
     expected = sacrebleu.corpus_bleu(replies, [references], tokenize="intl").score / 100
     assert result.metrics()["sacrebleu"] == pytest.approx(expected)
