@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -250,6 +251,7 @@ class PPOConfig(FormatOptions):
             if getattr(self, name) and self.samples_per_prompt == 1:
                 raise UserError(f"{name} needs other replies to the same prompt: set samples_per_prompt to 2 or more.")
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
+        self.check_processes(int(os.environ.get("WORLD_SIZE", 1)))  # as the launcher has set it
         AdaptiveKL(self.kl_coef, self.kl_target, self.kl_rate, self.kl_clip)
         LengthController(self.length_rate, self.length_ratio)
         check_models(

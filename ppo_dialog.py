@@ -952,7 +952,6 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     """Train, then compare with the model that training began from. Returns the run's folder."""
     config.check()
     accelerator = make_accelerator(config, config.run_folder)
-    config.check_processes(accelerator.num_processes)
     with Run(config, accelerator, notes) as run:
         set_seed(config.seed)
         parts = build(config, accelerator, run)
