@@ -5,8 +5,8 @@
 
 `images/live.svg` is the live display. The monitor draws it again from the run's files, as it stood when it showed the
 sample dialogue with the largest gain in score. README says so, and how many of the sample dialogues gained and lost.
-`images/report.png` is the top of the run's page in Chromium. The quoted output comes from run.log, without the rows
-of LEFT_OUT. `images/run.json` keeps what README quotes, and the checksums of the pictures. tests/test_pictures.py
+`images/report.png` is the top of the run's page in Chromium. The quoted output comes from run.log: its lines that
+begin as QUOTED says, and the last one. `images/run.json` keeps what README quotes, and the checksums of the pictures. tests/test_pictures.py
 compares them, so that text and pictures stay those of one run.
 """
 
@@ -41,7 +41,14 @@ from support.errors import UserError, run_script  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.text import DialogueFormat  # noqa: E402
 
-LEFT_OUT = ("ROUGE-2", "ROUGE-L")  # rows of the table that README leaves out
+QUOTED = (
+    "supervised",
+    "ROUGE-1",
+    "METEOR",
+    "intent",
+    "distinct-2",
+    "test",
+)  # first words of the lines that README quotes
 COLUMNS = 104  # of the terminal in the picture
 PAGE_WIDTH, CHARTS, SCALE = 1120, 6, 1.5  # of the page's picture: pixels, charts to be seen, pixels of the file for one
 
@@ -61,7 +68,7 @@ def shown_dialogue(run: Run) -> tuple[dict, int, str]:
     higher, lower = (sum(sign * gain(sample) > 0 for sample in run.samples) for sign in (1, -1))
     total = len(run.samples)
     sentence = (
-        f"The display is that after update {update} of {run.metrics[-1]['update']}. Of the run's {total} sample "
+        f"The picture shows the display after update {update} of {run.metrics[-1]['update']}. Of the run's {total} sample "
         f"dialogues it shows the one with the largest gain in score: {higher} scored higher than before training, "
         f"{lower} lower, {total - higher - lower} the same."
     )
@@ -132,9 +139,8 @@ def quoted_output(run: Run, log: str) -> list[str]:
         raise UserError(f"the log is not of the run '{run.folder}': its table or its number of steps is another one.")
     lines = log[begin : end.end()].splitlines()
     place = str(Path(run.config["run_dir"]) / run.config["experiment_name"])
-    return [
-        line.replace(place, f"runs/{run.name}") for line in lines if line.split()[:1] not in [[n] for n in LEFT_OUT]
-    ]
+    quoted = [line for line in lines if line.split()[:1] in [[word] for word in QUOTED]]
+    return [line.replace(place, f"runs/{run.name}") for line in [*quoted, lines[-1]]]
 
 
 def texts_of(record: dict) -> list[str]:

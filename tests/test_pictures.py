@@ -49,8 +49,8 @@ def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_pat
     end = "1,200 environment steps in 24 s: 50 tokens/s; results in /a/place/mine"
     log = f"update 12 ...\n{table}\ntest reward: 0.5\nreport: /a/place/mine/report.html\n{end}\ntalk to it: ...\n"
     quoted = pictures.quoted_output(run, log)
-    assert quoted[-1] == end.replace("/a/place", "runs") and quoted[-2] == "report: runs/mine/report.html"
-    assert [line.split()[0] for line in quoted[1:4]] == ["ROUGE-1", "METEOR", "40"]
+    assert quoted[-1] == end.replace("/a/place", "runs") and quoted[-2] == "test reward: 0.5"
+    assert [line.split()[0] for line in quoted[:-2]] == ["supervised", "ROUGE-1", "METEOR"]
     for other in (log.replace("+0.0200", "+0.0300"), log.replace("1,200 env", "1,201 env")):
         with pytest.raises(UserError, match="the log is not of the run"):
             pictures.quoted_output(run, other)
