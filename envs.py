@@ -89,7 +89,10 @@ class DialogueVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before step()")
         if len(actions) != self.num_envs:
             raise UserError(f"step() was given {len(actions)} responses for {self.num_envs} dialogues.")
-        said = lambda text: drop_torn_characters(text).split(self.codec.format.eou_marker.strip())[0].strip()
+
+        def said(text):
+            return drop_torn_characters(text).split(self.codec.format.eou_marker.strip())[0].strip()
+
         responses = [said(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
         finished, final_obs = self._current, self._observations
         rewards, statistics = np.zeros(self.num_envs), {}

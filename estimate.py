@@ -236,7 +236,10 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
     state = 2 * weight if config.weights == "bf16" and not deepspeed else 8.0
     state += 4.0 if deepspeed else 0.0
     stage = int(engine[4]) if deepspeed else 3 if engine.startswith("fsdp") else 0
-    cut = lambda n, from_stage: n / processes if stage >= from_stage else n
+
+    def cut(n, from_stage):
+        return n / processes if stage >= from_stage else n
+
     resident = {"weights": cut(weight * parameters, 3), "optimizer": cut(state * trained, 1)}
     gradients = cut(gradient * trained, 2)
     if engine == "ddp" and processes > 1:
@@ -307,7 +310,9 @@ def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | Non
 
 
 def describe(result: Estimate, config: EstimateConfig) -> str:
-    gib = lambda n: f"{n / GIB:9.3f}"
+    def gib(n):
+        return f"{n / GIB:9.3f}"
+
     lines = [
         f"{config.engine}, {config.processes} process(es): {result.parameters:,} parameters with value, "
         f"{result.trained:,} of them trained; GiB of each process"

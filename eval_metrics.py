@@ -137,69 +137,6 @@ from support.pretrained import check_positions, check_vocabulary, load_pretraine
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, make_samples
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
-
-def compare_with_start(
-    config: Any,
-    policy: nn.Module,
-    start: nn.Module,
-    codec: DialogueCodec,
-    samples: list[Sample],
-    score: Callable,
-    judge: IntentJudge | None,
-    run: Path,
-    main: bool = True,
-) -> None:
-    """Supervised start against the trained policy on held-out samples: table, eval.json and eval_samples.jsonl (each
-    sample with both replies and their scores), by the main process."""
-    evaluations, scores, statistics = [], [], []
-    for name, model in (("the supervised start", start), ("the PPO result", policy)):
-        if main:
-            print(f"evaluating {name} on {len(samples)} samples of the {config.eval_split} split", flush=True)
-        with progress(name, lines=False, main=main and config.progress != "plain") as report:
-            evaluations.append(evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, config.seed, report=report))
-        columns = [s.prompt for s in samples], evaluations[-1].texts, [s.reply.strip() for s in samples]
-        scored = score(*columns, [s.act for s in samples])
-        scores.append(scored[0])
-        statistics.append(scored[1])
-    if not main:
-        return
-    before, after = scores
-    error = float((after - before).std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
-    gain = float((after - before).mean())
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    settings = {"split": config.eval_split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
-    settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
-    result = compare(evaluations[1], evaluations[0], settings=settings)
-    result["reward"] = {
-        "policy": float(after.mean()),
-        "baseline": float(before.mean()),
-        "difference": gain,
-        "standard_error": error,
-    }
-    rows = [sample_scores(*columns) for columns in zip(evaluations, scores, statistics)]
-    with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
-        for sample, first, last in zip(samples, *rows):
-            row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
-            file.write(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n")
-    write_json(run / "eval.json", result)
-    print(format_table(result, headings=("supervised", "PPO")))
-    print(
-        f"{config.eval_split} reward: {before.mean():.3f} -> {after.mean():.3f}, "
-        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
-        flush=True,
-    )
-
-
-def sample_scores(evaluation: Evaluation, scores: np.ndarray, statistics: dict[str, np.ndarray]) -> list[dict]:
-    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
-    columns = statistics | evaluation.scores | {"reward": scores, "length": evaluation.scores["mean_output_length"]}
-    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
-    return [
-        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of texts. The human replies choose what a word is (support/words.py)
 
@@ -618,6 +555,72 @@ def sample_dialogue(
     }
 
 
+@dataclass
+class Scored:
+    """An evaluation with the reward of each reply."""
+
+    evaluation: Evaluation
+    rewards: np.ndarray  # (N,)
+    statistics: dict[str, np.ndarray]  # (N,) each, what the reward had to tell
+
+
+def evaluate_reward(
+    model: torch.nn.Module,
+    name: str,
+    codec: DialogueCodec,
+    samples: list[Sample],
+    score: Callable,
+    judge: IntentJudge | None,
+    seed: int,
+    quiet: bool,
+) -> Scored:
+    """Evaluate a model, called `name` on the bar, and score its replies with the reward of a run."""
+    with progress(name, lines=False, main=not quiet) as report:
+        evaluation = evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, seed, report=report)
+    columns = [s.prompt for s in samples], evaluation.texts, [s.reply.strip() for s in samples]
+    return Scored(evaluation, *score(*columns, [s.act for s in samples]))
+
+
+def write_comparison(run: Path, split: str, samples: list[Sample], before: Scored, after: Scored) -> None:
+    """Write eval.json and eval_samples.jsonl (each sample with both replies and their scores); print the table."""
+    gains = after.rewards - before.rewards
+    error = float(gains.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
+    gain = float(gains.mean())
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    settings = {"split": split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
+    settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
+    result = compare(after.evaluation, before.evaluation, settings=settings)
+    result["reward"] = {
+        "policy": float(after.rewards.mean()),
+        "baseline": float(before.rewards.mean()),
+        "difference": gain,
+        "standard_error": error,
+    }
+    with open(run / "eval_samples.jsonl", "w", encoding="utf-8") as file:
+        for sample, first, last in zip(samples, sample_scores(before), sample_scores(after)):
+            row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
+            file.write(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n")
+    write_json(run / "eval.json", result)
+    print(format_table(result, headings=("supervised", "PPO")))
+    print(
+        f"{split} reward: {before.rewards.mean():.3f} -> {after.rewards.mean():.3f}, "
+        f"a change of {gain:+.3f} with a standard error of {error:.3f}",
+        flush=True,
+    )
+
+
+def sample_scores(scored: Scored) -> list[dict[str, Any]]:
+    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
+    evaluation = scored.evaluation
+    columns = scored.statistics | evaluation.scores
+    columns |= {"reward": scored.rewards, "length": evaluation.scores["mean_output_length"]}
+    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
+    return [
+        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command
 
@@ -672,7 +675,10 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
 
     answers: dict[str, Answers] = {}
     models, asked, fmt, samples = {}, {}, None, []
-    samples_of = lambda fmt: make_samples(dialogues, fmt)[: config.limit or None]
+
+    def samples_of(fmt):
+        return make_samples(dialogues, fmt)[: config.limit or None]
+
     for heading, name in names.items():
         if not name:
             continue

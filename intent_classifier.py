@@ -66,7 +66,7 @@ from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
 from support.pretrained import count_parameters
-from support.supervised import fit, remove_state, state_folder
+from support.supervised import Task, fit, remove_state, state_folder
 
 
 def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
@@ -127,18 +127,17 @@ def train_intent(config: IntentConfig) -> Path:
         return {"loss": loss / len(rows)} | _scores([act for _, _, act in rows], predicted)
 
     looked_at = pairs["validation"][: config.eval_samples or None]
-    history = fit(
-        "judge",
-        model,
-        pairs["train"],
-        [len(p) + len(u) for p, u, _ in pairs["train"]],
-        collate,
-        lambda model, batch: model(**batch).loss,
-        lambda batch: len(batch["labels"]),
-        lambda model: validate(model, looked_at),
-        config,
-        state_folder(output),
+    task = Task(
+        label="judge",
+        model=model,
+        items=pairs["train"],
+        lengths=[len(p) + len(u) for p, u, _ in pairs["train"]],
+        collate=collate,
+        loss_of=lambda model, batch: model(**batch).loss,
+        count_of=lambda batch: len(batch["labels"]),
+        evaluate=lambda model: validate(model, looked_at),
     )
+    history = fit(task, config, state_folder(output))
     final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))
     if PartialState().is_main_process:
         with atomic_folder(output) as folder:

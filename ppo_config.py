@@ -30,13 +30,13 @@ class PPOConfig(FormatOptions):
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
     use_share_model: bool = True
-    """Policy and value share one network; off: a second network of the same start estimates values."""
+    """Policy and value share one network. Off: a second network, made from the same model, estimates values."""
     model_class: str = ""
-    """Import path of your own network for policy and value together (what ActorCritic has), called with this."""
+    """Import path of your own network for policy and value (see ActorCritic). It is called with these settings."""
     policy_class: str = ""
-    """Import path of your own policy network (a causal LM's interface), called with this configuration."""
+    """Import path of your own policy network, with the interface of a causal LM. It is called with these settings."""
     critic_class: str = ""
-    """Import path of your own value network, called with this configuration."""
+    """Import path of your own value network. It is called with these settings."""
 
     # rewards
     reward: str = "default"
@@ -52,23 +52,23 @@ class PPOConfig(FormatOptions):
     consensus_coef: float = 0.0
     """Weight of METEOR against the other replies to the same prompt."""
     commonplace_coef: float = 0.0
-    """Price of saying what is said to other prompts as well: of the share of pairs of words that is."""
+    """Penalty on a reply's share of word pairs that replies to other prompts have too."""
     ref_model: str = ""
-    """Frozen model of the KL penalty; empty: the start, model_path."""
+    """Frozen reference of the KL penalty; left out: the model in model_path."""
     reward_timeout: float = 0.0
-    """Seconds after which a call of the reward that has not returned ends the run (0: none)."""
+    """Seconds that a call of the reward may take before the run ends (0: no limit)."""
     kl_coef: float = 0.2
-    """First value of alpha, the KL penalty's coefficient (0: no penalty, and KL is only measured)."""
+    """Initial coefficient (alpha) of the KL penalty (0: no penalty, KL is only measured)."""
     kl_target: float = 0.05
-    """KL per token, in nats, that alpha is steered to."""
+    """Target of the KL per token, in nats; alpha adapts to it."""
     kl_rate: float = 0.1
-    """How fast alpha moves after each rollout; 0 keeps it."""
+    """How fast alpha adapts after each rollout (0: it stays)."""
     kl_clip: float = 0.2
-    """Bound on the relative error of KL that moves alpha."""
+    """Bound on the relative error of KL by which alpha adapts."""
     length_rate: float = 0.0
-    """How strongly a price on tokens holds the mean length of replies (0: no price)."""
+    """How strongly a penalty on tokens keeps the mean length of replies at its target (0: no penalty)."""
     length_ratio: float = 1.0
-    """Mean length that the price holds, as a multiple of the start's, which is measured first."""
+    """Target of the mean length, as a multiple of the mean length before training."""
 
     # how much
     total_time_steps: int = 50_000
@@ -76,7 +76,7 @@ class PPOConfig(FormatOptions):
     env_num: int = 128
     """Dialogues at a time, over all processes."""
     samples_per_prompt: int = 1
-    """Replies to each prompt of a rollout; with several, the others' mean score is what a reply is measured against."""
+    """Replies to each prompt of a rollout. With several, the mean score of the others is a reply's baseline (RLOO)."""
     episode_length: int = 20
     """Environment steps of each dialogue slot in a rollout, counted in full replies of max_new_tokens."""
     ppo_epoch: int = 2
@@ -84,10 +84,10 @@ class PPOConfig(FormatOptions):
     num_mini_batch: int = 4
     """Mini-batches, and optimizer steps, in a pass."""
     gradient_accumulation_steps: int = 1
-    """Parts that a mini-batch is cut into at least; the gradient stays the same."""
+    """Least number of parts that a mini-batch is split into; the gradient stays the same."""
     micro_batch_tokens: int = 0
-    """Tokens that a pass takes at a time, prompts included: what bounds memory (0: 1,024 on a CPU, 16,384 on a GPU).
-    A prompt of several replies counts once; a model that cannot be packed reads it once for each."""
+    """Tokens in a forward pass, with prompts; this bounds the memory (0: 1,024 on a CPU, 16,384 on a GPU). A prompt of
+    several replies counts once, unless the model cannot be packed."""
 
     # PPO
     lr: float = 2e-4
@@ -95,7 +95,7 @@ class PPOConfig(FormatOptions):
     critic_lr: float = 3e-3
     """Learning rate of the value head or network."""
     lr_schedule: Literal["constant", "linear"] = "linear"
-    """Whether learning rates stay or fall to zero over total_time_steps."""
+    """Learning rates stay, or fall linearly to zero over total_time_steps."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     gamma: float = 1.0
@@ -103,23 +103,23 @@ class PPOConfig(FormatOptions):
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip_range: float = 0.2
-    """Clip of the policy's probability ratio."""
+    """Clipping range of the policy's probability ratio."""
     value_clip_range: float = 0.2
-    """Clip of the value's step, in normalised units."""
+    """Clipping range of the value's change, in normalised units."""
     value_coef: float = 0.5
     """Weight of the value loss."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus; below 0 the policy is made surer of itself, as by a lower temperature."""
+    """Weight of the entropy bonus. A negative one makes the policy sharper, as a lower temperature does."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     max_skipped_steps: int = 20
-    """Optimizer steps that may be skipped over a run because loss or gradient is not finite, before it is stopped."""
+    """Optimizer steps with a loss or gradient that is not finite that a run may skip before it stops."""
     target_kl: float | None = None
-    """End the passes over a rollout early once approx_kl is above this."""
+    """Stop the passes over a rollout early when approx_kl exceeds this value."""
     normalize_advantages: bool = True
     """Whiten the advantages of a rollout over all its tokens."""
     normalize_values: bool = True
-    """Let the value network predict returns in units of their running mean and deviation."""
+    """Normalise the returns that the value network predicts by their running mean and deviation."""
 
     # sampling in rollouts
     temperature: float = 1.0
@@ -145,26 +145,26 @@ class PPOConfig(FormatOptions):
     use_offload: bool = False
     """Keep DeepSpeed's optimizer states in CPU memory."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """In what the policy's weights are kept (and a separate critic's); bf16 halves them, and swallows small steps."""
+    """Type of the weights of the policy and of a separate critic; bf16 halves their memory and loses small steps."""
     gradient_checkpointing: bool = False
-    """Compute activations twice rather than keep them: less memory, a third more time in the update."""
+    """Recompute activations in the backward pass: less memory, a third more time in the update."""
     lora_rank: int = 0
-    """Rank of a LoRA adapter, which is then all of the policy that is trained; the reference is the policy without
-    it, so no second copy is held (0: the whole policy is trained)."""
+    """Rank of a LoRA adapter on the policy (0: train all weights). The reference is then the policy without the
+    adapter, so there is no second copy."""
     lora_alpha: int = 0
     """Scale of the adapter (0: twice its rank)."""
     lora_merge: bool = False
-    """Write merged/ at the end as well: a plain model with the adapter in it."""
+    """Also write merged/ at the end: a plain model with the adapter merged into it."""
     ref_placement: Placement = "replicated"
-    """Where the frozen reference is kept, whatever carries the policy: on each device, in CPU memory between its
-    uses, or cut over the processes."""
+    """Where the frozen reference is kept: on each device, in CPU memory between its uses, or sharded over the
+    processes."""
     ref_weights: Literal["fp32", "bf16"] = "fp32"
-    """In what the reference's weights are kept."""
+    """Type of the reference's weights."""
     intent_placement: Placement = "replicated"
     """Where the judge is kept."""
     gather: bool = True
-    """Gather a sharded network once for each rollout. Off: layer by layer in every pass, which is far slower, and
-    what a network needs that no single device can hold."""
+    """Gather a sharded network once for each rollout. Off: layer by layer in every pass, which is much slower; needed
+    for networks that do not fit on one device."""
     ref_ds_config: str = ""
     """The tutorial's DeepSpeed file for the reference; it stands for a ref_placement."""
     intent_ds_config: str = ""
@@ -180,17 +180,17 @@ class PPOConfig(FormatOptions):
     log_interval: int = 1
     """Updates between two printed and tracked lines; metrics.jsonl has every update."""
     sample_interval: int = 10
-    """Updates between two sample dialogues, before training and now, shown and kept in samples.jsonl (0: none)."""
+    """Updates between two sample dialogues, with the replies before training and now, in samples.jsonl (0: none)."""
     save_interval: int = 10
-    """Updates between two checkpoints (the end, Ctrl-C and SIGTERM make one too)."""
+    """Updates between two checkpoints. The end of a run, Ctrl-C and SIGTERM also write one."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
     resume: bool = False
-    """Go on from the newest whole checkpoint of the run's folder, with the settings stored there."""
+    """Resume from the latest valid checkpoint in the run's folder, with the settings stored there."""
     validation_limit: int = 200
-    """Validation samples that a checkpoint's policy is scored on; best/ keeps the best one (0: no best/)."""
+    """Validation samples on which each checkpoint is scored; best/ keeps the best policy (0: no best/)."""
     track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Trackers to log to beside metrics.jsonl."""
+    """Trackers that get the metrics as well as metrics.jsonl."""
     use_wandb: bool = False
     """The tutorial's switch for `--track wandb`."""
     wandb_entity: str = ""
@@ -202,11 +202,11 @@ class PPOConfig(FormatOptions):
     stats: str = ""
     """Import path of your own statistics: a function (or class, made once) of (rollout, metrics) -> dict of numbers."""
     judge_samples: int = 1000
-    """Validation replies on which the judge is measured at start-up (0: all)."""
+    """Human validation replies on which the judge is measured before training (0: all)."""
     eval_split: Literal["train", "validation", "test"] = "test"
-    """Split of the closing comparison of start and result."""
+    """Split of the final comparison with the supervised model."""
     eval_limit: int = 1500
-    """Samples of the closing comparison (0: all; negative: no comparison)."""
+    """Samples of the final comparison (0: all; negative: no comparison)."""
 
     def check(self) -> None:
         """UserError for values that cannot work, before anything is loaded."""

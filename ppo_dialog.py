@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
-from eval_metrics import SHOWN, compare_with_start, mean_length, sample_dialogue, validation_reward
+from eval_metrics import SHOWN, evaluate_reward, mean_length, sample_dialogue, validation_reward, write_comparison
 from rewards import PRICE, Reward, Scores, check_acts, check_reward, make_reward, score_episodes, token_kl
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
@@ -210,7 +211,10 @@ def value_head(width: int) -> nn.Linear:
 
 def build_model(config: PPOConfig, name: str) -> ActorCritic:
     """The network to train, by the configuration: one trunk, two models, or the user's classes."""
-    make = lambda path, what: import_path(path, what)(config)
+
+    def make(path, what):
+        return import_path(path, what)(config)
+
     if config.model_class:
         model = make(config.model_class, "model_class")
         missing = [name for name in ("policy", "value_parameters") if not hasattr(model, name)]
@@ -302,60 +306,75 @@ def collect(
 
     `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
     """
-    sampling, device, together = settings.sampling, settings.device, settings.together
     parts: list[Rollout] = []
     for round_uniforms in uniforms:
-        # 1. prompts, without the columns that are padding in all of them
-        started = time.perf_counter()
-        prompt_mask = torch.as_tensor(observations["attention_mask"], device=device)
-        first = int(prompt_mask.any(0).nonzero()[0])
-        prompt_mask = prompt_mask[:, first:]
-        prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
-
-        # 2. responses, with the log-probability and the value of each token as it is sampled
-        prompts = prompt_ids, prompt_mask
-        out = sample_responses(model.decode, env.codec, *prompts, sampling, round_uniforms.to(device), together)
-        input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
-        attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
-
-        # 3. what a separate critic and the frozen reference make of the finished text
-        values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
-        if getattr(model, "critic", None) is not None:
-            values = torch.zeros_like(out.values)
-        lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
-        passes = min(together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
-        groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
-        for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
-            mask = out.mask[rows]
-            inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
-            logprobs = token_log_probs(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
-            ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
-            if values is not out.values:
-                values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
-        sampled = time.perf_counter()
-
-        # 4. the environment scores the replies and hands out the next dialogues
-        observations, scores, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
-        final = infos["final_info"]
-        as_column = lambda x: torch.tensor(x, dtype=torch.float32, device=device)
-        parts.append(
-            Rollout(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                mask=out.mask,
-                logprobs=out.logprobs,
-                kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
-                values=value_scale.denormalize(values) * out.mask,
-                candidates=out.candidates,
-                scores=as_column(scores),
-                statistics={name: as_column(final[name]) for name in env.statistics},
-                prompts=list(final["prompt"]),
-                responses=list(final["response"]),
-                references=[reply.strip() for reply in final["reply"]],
-                seconds={"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled},
-            )
+        rollout, observations = collect_round(
+            model, ref_model, env, observations, round_uniforms, value_scale, settings
         )
+        parts.append(rollout)
     return join(parts), observations
+
+
+def collect_round(
+    model: ActorCritic,
+    ref_model: nn.Module,
+    env: DialogueVectorEnv,
+    observations: dict[str, Any],
+    uniforms: torch.Tensor,
+    value_scale: RunningMoments,
+    settings: RolloutSettings,
+) -> tuple[Rollout, dict[str, Any]]:
+    """One reply in each of the env's dialogues; `uniforms` (num_envs, max_new_tokens). See `collect`."""
+    sampling, device, together = settings.sampling, settings.device, settings.together
+    # 1. prompts, without the columns that are padding in all of them
+    started = time.perf_counter()
+    prompt_mask = torch.as_tensor(observations["attention_mask"], device=device)
+    first = int(prompt_mask.any(0).nonzero()[0])
+    prompt_mask = prompt_mask[:, first:]
+    prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
+
+    # 2. responses, with the log-probability and the value of each token as it is sampled
+    prompts = prompt_ids, prompt_mask
+    out = sample_responses(model.decode, env.codec, *prompts, sampling, uniforms.to(device), together)
+    input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
+    attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
+
+    # 3. what a separate critic and the frozen reference make of the finished text
+    values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
+    if getattr(model, "critic", None) is not None:
+        values = torch.zeros_like(out.values)
+    lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
+    passes = min(together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
+    groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
+    for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
+        mask = out.mask[rows]
+        inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
+        logprobs = token_log_probs(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
+        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
+        if values is not out.values:
+            values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
+    sampled = time.perf_counter()
+
+    # 4. the environment scores the replies and hands out the next dialogues
+    observations, scores, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
+    final = infos["final_info"]
+    as_column = partial(torch.tensor, dtype=torch.float32, device=device)
+    rollout = Rollout(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        mask=out.mask,
+        logprobs=out.logprobs,
+        kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
+        values=value_scale.denormalize(values) * out.mask,
+        candidates=out.candidates,
+        scores=as_column(scores),
+        statistics={name: as_column(final[name]) for name in env.statistics},
+        prompts=list(final["prompt"]),
+        responses=list(final["response"]),
+        references=[reply.strip() for reply in final["reply"]],
+        seconds={"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled},
+    )
+    return rollout, observations
 
 
 def join(parts: list[Rollout]) -> Rollout:
@@ -611,7 +630,10 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
     """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
     rollout = batch.rollout
     mask = rollout.mask[rows]
-    at_tokens = lambda x: x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
+
+    def at_tokens(x):
+        return x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
+
     candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
     logits, values = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
     logprobs = token_log_probs(logits, at_tokens(rollout.response_ids), config.temperature, candidates)
@@ -714,7 +736,10 @@ class Parts:
     def rollout_settings(self, sampling: Sampling) -> RolloutSettings:
         together = no_lockstep
         if self.lockstep:
-            together = lambda number: max_over_processes(number, self.accelerator)
+
+            def together(number):
+                return max_over_processes(number, self.accelerator)
+
         return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, together)
 
     def inference(self) -> contextlib.AbstractContextManager[None]:
@@ -857,7 +882,10 @@ def load_reward(
     if word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
     reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
-    score = lambda *episodes: score_episodes(reward, *episodes, timeout=config.reward_timeout)
+
+    def score(*episodes):
+        return score_episodes(reward, *episodes, timeout=config.reward_timeout)
+
     judge, judged = load_judge(reward, config, accelerator.device), {}
     models = [] if judge is None else [place(judge.model, config.placements[1], accelerator)]
     run.stage("asking the reward about two replies")
@@ -936,14 +964,20 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
     """Compare the policy with the model that training began from, on dialogues that were not trained on."""
     if config.eval_limit < 0:
         return
+    run.say(f"evaluating the supervised start and the PPO result on the {config.eval_split} split")
     with parts.inference():
         if parts.generates:
             start, name = parts.ref_model, resolve_model(config.model_path)
             if config.ref_model and resolve_model(config.ref_model) != name:
                 start = load_causal_lm(name).to(parts.accelerator.device)
-            held_out = parts.samples[config.eval_split][: config.eval_limit or None]
-            models = parts.policy, start
-            compare_with_start(config, *models, parts.codec, held_out, parts.score, parts.judge, run.folder, run.main)
+            samples, split = parts.samples[config.eval_split][: config.eval_limit or None], config.eval_split
+            quiet = not run.main or config.progress == "plain"
+            pair = [
+                evaluate_reward(model, name, parts.codec, samples, parts.score, parts.judge, config.seed, quiet)
+                for name, model in (("the supervised start", start), ("the PPO result", parts.policy))
+            ]
+            if run.main:
+                write_comparison(run.folder, split, samples, *pair)
             run.log_comparison()
 
 

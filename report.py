@@ -451,7 +451,10 @@ class Frame:
 
     def __init__(self, x: Sequence[float], y: Sequence[float], whole: bool = False):
         self.x, self.y = self.range_of(x, 0.0), self.range_of(y, 0.06)
-        inside = lambda ticks, low, high: [t for t in ticks.tick_values(low, high) if low <= t <= high]
+
+        def inside(ticks, low, high):
+            return [t for t in ticks.tick_values(low, high) if low <= t <= high]
+
         self.x_ticks = [(self.at_x(t), tick_label(t)) for t in inside(MaxNLocator(5, integer=whole), *self.x)]
         self.y_ticks = [(self.at_y(t), tick_label(t)) for t in inside(MaxNLocator(4), *self.y)]
 
@@ -485,7 +488,10 @@ def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str
             paths.append({"d": frame.path(line.x, line.y), "color": color, "kind": "raw"})
         dots = [(frame.at_x(x), frame.at_y(y)) for x, y in zip(line.x, line.y)] if len(line.x) < 12 else []
         paths.append({"d": frame.path(line.x, line.smooth), "color": color, "dash": line.dash, "dots": dots})
-    color_of = lambda line: "var(--soft)" if len(runs) > 1 else f"var(--c{line.color})"
+
+    def color_of(line):
+        return "var(--soft)" if len(runs) > 1 else f"var(--c{line.color})"
+
     legend = {line.figure: (line.figure, color_of(line), line.dash) for line in lines} if len(names) > 1 else {}
     note = panel.note + (f"; dashed: {panel.level}" if level is not None else "")
     if len(starts) == 1:
@@ -493,7 +499,10 @@ def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str
         note += f"; dotted: start {value:.3g}" + (f" \u00b1 {half:.2g}" if half else "")
     elif starts:
         note += "; dotted: the starts"
-    exact = lambda v: float(f"{v:.5g}")
+
+    def exact(v):
+        return float(f"{v:.5g}")
+
     read = [[line.label, f"var(--c{line.color})", line.x, list(map(exact, line.y))] for line in lines]
     return {
         "title": panel.title,
@@ -684,7 +693,10 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     bounds = [max(map(abs, c["relative"])) for row in rows for c in row["cells"] if c and c["relative"]]
     # one wide interval must not flatten all others: it is cut off at the edge
     scale = min(max(bounds), 4 * statistics.median(bounds)) if bounds and max(bounds) else 1.0
-    place = lambda v: round(50 + 50 * max(-1.0, min(1.0, v / scale)), 1)  # percent of the column
+
+    def place(v):
+        return round(50 + 50 * max(-1.0, min(1.0, v / scale)), 1)  # percent of the column
+
     for cell in (c for row in rows for c in row["cells"] if c and c["relative"]):
         cell["place"] = [place(v) for v in cell["relative"]]
     return rows
@@ -755,7 +767,10 @@ def versions_of(run: Run) -> tuple[str, dict[str, str]]:
 
 def trained_on(run: Run) -> str:
     """Model and data in a few words, without the machine's folders."""
-    short = lambda name: Path(name).name if Path(name).is_absolute() else name
+
+    def short(name):
+        return Path(name).name if Path(name).is_absolute() else name
+
     model, data = (short(str(run.config.get(n) or "unknown")) for n in ("model_path", "data_path"))
     return f"PPO from the model {model} on the dialogues {data}" if run.config else "PPO with unknown settings"
 

@@ -224,7 +224,10 @@ def check_reward(score: Callable, sample: Sample, group: int) -> None:
     """
     replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
     replies = replies[: max(2, group)]
-    repeat = lambda value: [value] * len(replies)
+
+    def repeat(value):
+        return [value] * len(replies)
+
     try:
         with keep_random_states():
             score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))

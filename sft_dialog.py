@@ -79,7 +79,7 @@ from support.pretrained import (
     load_tokenizer,
     positions_of,
 )
-from support.supervised import fit, remove_state, state_folder
+from support.supervised import Task, fit, remove_state, state_folder
 from support.text import DialogueCodec, FormatOptions, Sample, make_samples
 
 
@@ -126,18 +126,17 @@ def train_sft(config: SFTConfig) -> Path:
         loss = (-sums.sum() / counts.sum()).item()
         return {"loss": loss, "perplexity": torch.tensor(loss).exp().item()}
 
-    history = fit(
-        "sft",
-        model,
-        windows,
-        [len(p) + len(t) for p, t in windows],
-        lambda batch: collate(batch, tokenizer.pad_token_id, config.loss_on),
-        window_loss,
-        learned_tokens,
-        perplexity,
-        config,
-        state_folder(output),
+    task = Task(
+        label="sft",
+        model=model,
+        items=windows,
+        lengths=[len(p) + len(t) for p, t in windows],
+        collate=lambda batch: collate(batch, tokenizer.pad_token_id, config.loss_on),
+        loss_of=window_loss,
+        count_of=learned_tokens,
+        evaluate=perplexity,
     )
+    history = fit(task, config, state_folder(output))
     if PartialState().is_main_process:
         with atomic_folder(output) as folder:
             model.save_pretrained(folder)

@@ -50,7 +50,10 @@ def ablate(config: AblationConfig) -> str:
             print(f"{label(name)}: {runs[-1]['steps_per_s']} tokens/s", file=sys.stderr, flush=True)
     lines = [f"| {config.size} | tokens/s | speed against all | update s | peak RSS MB |", "|---|---|---|---|---|"]
     for name, runs in results.items():
-        median = lambda key, runs=runs: statistics.median(run[key] for run in runs)
+
+        def median(key, runs=runs):
+            return statistics.median(run[key] for run in runs)
+
         ratios = [run["steps_per_s"] / whole["steps_per_s"] for run, whole in zip(runs, results[""])]
         lines.append(
             f"| {label(name)} | {median('steps_per_s'):.3g} "

@@ -91,7 +91,10 @@ def run_once(system: System, config: CompareConfig) -> dict[str, float]:
 
 def table(results: list[dict[str, dict[str, float]]], config: CompareConfig) -> str:
     """Medians of each system over the rounds, and ours over each peer, round by round."""
-    median = lambda system, name: statistics.median(r[system][name] for r in results if name in r[system])
+
+    def median(system, name):
+        return statistics.median(r[system][name] for r in results if name in r[system])
+
     lines = [
         f"| {config.size} | tokens/s | rollout s | update s | peak RSS MB | MFU |",
         "|---|---|---|---|---|---|",

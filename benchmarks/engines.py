@@ -99,8 +99,13 @@ def compare_engines(config: EnginesConfig) -> str:
     heading = "| tokens/s | speed against one process | rollout s | update s | peak MB | memory against one process |"
     lines = [f"| {config.size} {heading}", "|---" * 7 + "|"]
     for engine, runs in results.items():
-        median = lambda key, runs=runs: statistics.median(run[key] for run in runs)
-        over = lambda key, runs=runs: [run[key] / alone[key] for run, alone in zip(runs, results[""])]
+
+        def median(key, runs=runs):
+            return statistics.median(run[key] for run in runs)
+
+        def over(key, runs=runs):
+            return [run[key] / alone[key] for run, alone in zip(runs, results[""])]
+
         speed, memory = over("fps"), over("peak_memory_mb")
         label = f"{engine}, {config.processes} processes" if engine else "one process"
         lines.append(

@@ -341,7 +341,10 @@ def measure(config: ThroughputConfig) -> dict[str, float | str]:
     for row, start, end in zip(rows, ends, ends[1:]):
         row["tokens"] = end - start
     steady = rows[1:]
-    median = lambda name: statistics.median(row[name] for row in steady)
+
+    def median(name):
+        return statistics.median(row[name] for row in steady)
+
     flops = reply_flops(config, prompt_tokens, median("mean_output_length"), judge_tokens)
     flops_per_token = flops / median("mean_output_length")
     return {

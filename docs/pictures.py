@@ -6,8 +6,8 @@
 `images/live.svg` is the live display. The monitor draws it again from the run's files, as it stood when it showed the
 sample dialogue with the largest gain in score. README says so, and how many of the sample dialogues gained and lost.
 `images/report.png` is the top of the run's page in Chromium. The quoted output comes from run.log: its lines that
-begin as QUOTED says, and the last one. `images/run.json` keeps what README quotes, and the checksums of the pictures. tests/test_pictures.py
-compares them, so that text and pictures stay those of one run.
+begin as QUOTED says, and the last one. `images/run.json` keeps what README quotes, and the checksums of the pictures.
+tests/test_pictures.py compares them, so that text and pictures stay those of one run.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def shown_dialogue(run: Run) -> tuple[dict, int, str]:
     higher, lower = (sum(sign * gain(sample) > 0 for sample in run.samples) for sign in (1, -1))
     total = len(run.samples)
     sentence = (
-        f"The picture shows the display after update {update} of {run.metrics[-1]['update']}. Of the run's {total} sample "
-        f"dialogues it shows the one with the largest gain in score: {higher} scored higher than before training, "
-        f"{lower} lower, {total - higher - lower} the same."
+        f"The picture shows the display after update {update} of {run.metrics[-1]['update']}. Of the run's {total} "
+        f"sample dialogues it shows the one with the largest gain in score: {higher} scored higher than before "
+        f"training, {lower} lower, {total - higher - lower} the same."
     )
     return best, update, sentence
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of docs/results.md from nothing: two judges, a supervised start, PPO with three seeds and two ablations,
+# The table of docs/notebook/results.md from nothing: two judges, a supervised start, PPO with three seeds and two ablations,
 # evaluation, plots.
 #
 #   bash reproduce/reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
@@ -7,7 +7,7 @@
 #   bash reproduce/reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
-# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs), SEEDS the seeds,
+# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
 # SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every PPO run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,7 +40,7 @@ for name in ${only[@]+"${only[@]}"}; do
         exit 2
     fi
 done
-OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs}
+OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs/notebook}
 mkdir -p "$OUT/done"
 
 # bf16 pays where the hardware computes in it; elsewhere it is slower than fp32. A GPU takes larger batches of pairs in the same time

@@ -1,6 +1,6 @@
-"""The table, the figures and the dialogues of docs/results.md, from what reproduce.sh left in its folder.
+"""The table, the figures and the dialogues of docs/notebook/results.md, from what reproduce.sh left in its folder.
 
-    python reproduce/results.py runs/reproduce --results docs --seeds 0 1 2
+    python reproduce/results.py runs/reproduce --results docs/notebook --seeds 0 1 2
 
 Reads eval/*.json, replies/*.jsonl, the metrics.jsonl of each run and what the judges and the supervised start say of
 themselves; writes results.json, results-*.png and the part of results.md between its two marks. The rest of
@@ -62,7 +62,7 @@ class ResultsConfig:
 
     out: tyro.conf.Positional[str]
     """Folder of reproduce.sh."""
-    results: str = "docs"
+    results: str = "docs/notebook"
     """Folder for results.md, results.json and the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs ppo-SEED."""
@@ -200,7 +200,10 @@ def ablation_table(summary: dict[str, Any]) -> str:
 
 def reply_table(summary: dict[str, Any]) -> str:
     """How much of each model's METEOR has to do with the prompt, and the habits of its replies."""
-    label = lambda name: "supervised" if name == "sft" else name
+
+    def label(name):
+        return "supervised" if name == "sft" else name
+
     rows = [["", *map(label, summary["meteor"])]]
     for row, value in {
         "METEOR against the human reply to this prompt": lambda m: m["own"],
@@ -219,7 +222,10 @@ def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str])
     replies = {label: read_lines(out / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
     first = replies["supervised"]
     picked = sorted(random.Random(0).sample(range(len(first)), min(number, len(first))))
-    plain = lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+    def plain(text):
+        return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
     parts = []
     for i in picked:
         context = " / ".join(plain(u) for u in first[i]["prompt"].split("<EOU>") if u.strip())

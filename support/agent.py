@@ -174,7 +174,10 @@ class Agent:
         if self.codec:
             history = history[-self.codec.format.context_utterances :]
         starts = range(0, len(history), 1 if self.codec else 2)  # many templates insist that the user begins
-        fits = lambda start: len(self._encode(history[start:])) <= self.room
+
+        def fits(start):
+            return len(self._encode(history[start:])) <= self.room
+
         history = history[starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)] :]
 
         ids = self._encode(history)
@@ -232,9 +235,14 @@ class Agent:
         """
         prompt = self._prompt(self.shown(history)[0])
         if self.codec:
-            written = lambda reply: self.codec.format.target(self._spaced(self.heard(reply)))
+
+            def written(reply):
+                return self.codec.format.target(self._spaced(self.heard(reply)))
         else:
-            written = lambda reply: [{"role": "assistant", "content": reply}]
+
+            def written(reply):
+                return [{"role": "assistant", "content": reply}]
+
         return {"prompt": prompt, "chosen": written(chosen), "rejected": written(rejected)}
 
     @torch.no_grad()
@@ -470,7 +478,10 @@ def load_conversation(path: str, agents: int) -> list[list[str]]:
     Raises UserError for a file that is not there or not of that form.
     """
     file = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
-    wrong = lambda what: UserError(f"'{file}' is not a conversation that /save wrote: {what}.")
+
+    def wrong(what):
+        return UserError(f"'{file}' is not a conversation that /save wrote: {what}.")
+
     if not os.path.isfile(file):
         raise UserError(f"there is no file '{file}'.")
     try:

@@ -116,16 +116,107 @@ class Stop(threading.Event):
     begin_anew = False
 
 
-def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
-    """The page of one agent or two; choices go to the file `preferences`, in the format of the first."""
-    writing: dict[str, Stop] = {}  # by session, while a reply is being written there
-    names = ["First", "Second"] if len(agents) == 1 else ["A", "B"]
+class ChatPage:
+    """The page of one agent or two; choices go to the file `preferences`, in the format of the first.
 
-    def sides(attempt: int) -> list[tuple[Agent, int]]:
+    What a tab shows is in its widgets, so the methods that answer its events return the widgets that change.
+    """
+
+    def __init__(self, agents: Sequence[Agent], preferences: str | Path):
+        self.agents, self.preferences = agents, preferences
+        self.writing: dict[str, Stop] = {}  # by session, while a reply is being written there
+        self._lay_out(["First", "Second"] if len(agents) == 1 else ["A", "B"])
+        with self.page:
+            self._connect()
+
+    def _lay_out(self, names: list[str]) -> None:
+        with gr.Blocks(title=f"Chat: {self.agents[0].path}", analytics_enabled=False) as self.page:
+            self.past, self.waiting, self.chosen, self.attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
+            headings = [heading(agent, "AB"[i] if len(self.agents) > 1 else "") for i, agent in enumerate(self.agents)]
+            gr.Markdown(
+                "<br>".join([*headings, *filter(None, [html.escape(views_note(self.agents))])]), elem_id="heading"
+            )
+            self.chat = gr.Chatbot(
+                show_label=False,
+                elem_id="chat",
+                render_markdown=False,
+                buttons=["copy"],
+                placeholder="Say something below.",
+            )
+            with gr.Column(visible=False, elem_id="pair") as self.pair:
+                self.replies, self.choices = [], []
+                with gr.Row():
+                    for name in names:
+                        with gr.Column(min_width=280):
+                            self.replies.append(gr.Textbox(label=name, lines=2, interactive=False))
+                            self.choices.append(gr.Button(f"{name} is better", variant="primary"))
+                with gr.Row():
+                    self.again = gr.Button("Two others", size="sm", min_width=120)
+                    self.neither = gr.Button("Neither", size="sm", min_width=120)
+            self.status = gr.Markdown("", elem_id="status")
+            self.box = gr.Textbox(
+                show_label=False,
+                placeholder="Say something, Enter sends",
+                submit_btn=True,
+                autofocus=True,
+                max_lines=6,
+                elem_id="say",
+            )
+            with gr.Row():
+                label = (
+                    "Two replies to choose from" if len(self.agents) == 1 else "Compare A and B (else A alone answers)"
+                )
+                self.compare = gr.Checkbox(label=label, value=len(self.agents) > 1, container=False, elem_id="compare")
+                self.begin_anew = gr.Button("Reset", elem_id="reset", size="sm", scale=0, min_width=120)
+
+    def _connect(self) -> None:
+        """Say which method answers which event."""
+        everything = [
+            self.past,
+            self.waiting,
+            self.chosen,
+            self.attempts,
+            self.chat,
+            self.pair,
+            *self.replies,
+            *self.choices,
+            self.again,
+            self.neither,
+            self.status,
+            self.box,
+        ]
+        hidden = dict(api_visibility="private", show_progress="hidden")
+        speaks = hidden | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
+        self.box.submit(self.say, [self.box, self.past, self.waiting, self.compare], everything, **speaks)
+        self.again.click(self.retry_pair, [self.past, self.waiting], everything, **speaks)
+        self.chat.retry(self.retry, [self.past, self.waiting, self.compare, self.attempts], everything, **speaks)
+        self.chat.undo(self.undo, [self.past, self.waiting], everything, **speaks)
+        decides = hidden | dict(concurrency_id="choice", concurrency_limit=1)  # one decision at a time
+        self.neither.click(
+            lambda history, pending: self.back(history, pending["text"]) if pending else {self.status: ""},
+            [self.past, self.waiting],
+            everything,
+            **decides,
+        )
+        for i, button in enumerate(self.choices):
+            button.click(
+                lambda *state, i=i: self.choose(i, *state),
+                [self.past, self.waiting, self.chosen],
+                everything,
+                **decides,
+            )
+        self.box.stop(self.stop, None, None, queue=False, **hidden)
+        self.begin_anew.click(self.reset, None, everything, queue=False, **hidden)
+        self.page.unload(self.stop)
+
+    def sides(self, attempt: int) -> list[tuple[Agent, int]]:
         """Who writes the two replies, and from which random numbers."""
-        return [(agents[i % len(agents)], 2 // len(agents) * attempt + i // len(agents)) for i in range(2)]
+        return [
+            (self.agents[i % len(self.agents)], 2 // len(self.agents) * attempt + i // len(self.agents))
+            for i in range(2)
+        ]
 
-    def pieces_of(agent: Agent, history: list[str], text: str, attempt: int, stop: Stop) -> Iterator[str]:
+    def pieces_of(self, agent: Agent, history: list[str], text: str, attempt: int, stop: Stop) -> Iterator[str]:
         """The reply as far as it is written, until it ends or is stopped."""
         said = ""
         with contextlib.closing(agent.respond(history, text, attempt)) as pieces:
@@ -135,198 +226,151 @@ def build_page(agents: Sequence[Agent], preferences: str | Path) -> gr.Blocks:
                 if stop.is_set():
                     return
 
-    def written(busy: bool) -> dict[Any, Any]:
+    def written(self, busy: bool) -> dict[Any, Any]:
         """The box and its button: Send, or Stop while a reply is written."""
         return {
-            box: gr.update(submit_btn=not busy, stop_btn=busy),
-            again: gr.update(interactive=not busy),
-            neither: gr.update(interactive=not busy),
-        } | {button: gr.update(interactive=not busy) for button in choices}
+            self.box: gr.update(submit_btn=not busy, stop_btn=busy),
+            self.again: gr.update(interactive=not busy),
+            self.neither: gr.update(interactive=not busy),
+        } | {button: gr.update(interactive=not busy) for button in self.choices}
 
-    def shown(history: list[str], more: Sequence[str] = ()) -> list[dict[str, str]]:
+    def shown(self, history: list[str], more: Sequence[str] = ()) -> list[dict[str, str]]:
         return [m | {"content": m["content"] or "(no words)"} for m in messages_of([*history, *more])]
 
-    def say(text: str, history: list[str], pending: dict | None, compare: bool, request: gr.Request, attempt: int = 0):
+    def say(
+        self, text: str, history: list[str], pending: dict | None, compare: bool, request: gr.Request, attempt: int = 0
+    ):
         """Answer `text`: one reply to go on with, or a pair to choose from."""
         if not text.strip():
-            yield {status: ""}
+            yield {self.status: ""}
             return
         if pending:
-            yield {status: "Choose a reply first; *Neither* takes both back."}
+            yield {self.status: "Choose a reply first; *Neither* takes both back."}
             return
-        stop = writing[request.session_hash] = Stop()
+        stop = self.writing[request.session_hash] = Stop()
         try:
-            yield from answer(agents[0].heard(text), history, compare, stop, attempt)
+            yield from self.answer(self.agents[0].heard(text), history, compare, stop, attempt)
         finally:
-            writing.pop(request.session_hash, None)
+            self.writing.pop(request.session_hash, None)
         if stop.begin_anew:
-            yield empty()
+            yield self.empty()
 
-    def answer(text: str, history: list[str], compare: bool, stop: Stop, attempt: int) -> Iterator[dict[Any, Any]]:
+    def answer(
+        self, text: str, history: list[str], compare: bool, stop: Stop, attempt: int
+    ) -> Iterator[dict[Any, Any]]:
         """What the page shows while `text` is answered, and after."""
-        begin = {box: gr.update(value="", submit_btn=False, stop_btn=True), chat: shown(history, [text])}
-        begin |= {status: "", waiting: None}  # a pair that others are wanted for is no longer to be chosen from
+        begin = {self.box: gr.update(value="", submit_btn=False, stop_btn=True), self.chat: self.shown(history, [text])}
+        begin |= {
+            self.status: "",
+            self.waiting: None,
+        }  # a pair that others are wanted for is no longer to be chosen from
         try:
             if not compare:
-                yield written(True) | begin
+                yield self.written(True) | begin
                 said = ""
-                for said in pieces_of(agents[0], history, text, attempt, stop):
-                    yield {chat: shown(history, [text, said])}
+                for said in self.pieces_of(self.agents[0], history, text, attempt, stop):
+                    yield {self.chat: self.shown(history, [text, said])}
                 if said or not stop.is_set():
                     history = [*history, text, said]
-                    yield written(False) | {chat: shown(history), past: history}
+                    yield self.written(False) | {self.chat: self.shown(history), self.past: history}
                 else:
-                    yield written(False) | {
-                        chat: shown(history),
-                        box: gr.update(value=text, submit_btn=True, stop_btn=False),
+                    yield self.written(False) | {
+                        self.chat: self.shown(history),
+                        self.box: gr.update(value=text, submit_btn=True, stop_btn=False),
                     }
                 return
-            yield written(True) | begin | {pair: gr.update(visible=True)} | dict.fromkeys(replies, "")
+            yield self.written(True) | begin | {self.pair: gr.update(visible=True)} | dict.fromkeys(self.replies, "")
             said = ["", ""]
-            for i, (agent, number) in enumerate(sides(attempt)):
-                for said[i] in pieces_of(agent, history, text, number, stop):
-                    yield {replies[i]: said[i]}
+            for i, (agent, number) in enumerate(self.sides(attempt)):
+                for said[i] in self.pieces_of(agent, history, text, number, stop):
+                    yield {self.replies[i]: said[i]}
             if stop.is_set():  # half a reply is no fair match
-                yield back(history, text)
+                yield self.back(history, text)
             elif said[0] == said[1]:
                 history = [*history, text, said[0]]
                 note = "Both replies were the same, so there was nothing to choose."
-                yield written(False) | {
-                    chat: shown(history),
-                    past: history,
-                    pair: gr.update(visible=False),
-                    status: note,
+                yield self.written(False) | {
+                    self.chat: self.shown(history),
+                    self.past: history,
+                    self.pair: gr.update(visible=False),
+                    self.status: note,
                 }
             else:
-                worded = {r: gr.update(value=s or "(no words)") for r, s in zip(replies, said)}
-                yield written(False) | worded | {waiting: dict(text=text, said=said, attempt=attempt)}
+                worded = {r: gr.update(value=s or "(no words)") for r, s in zip(self.replies, said)}
+                yield self.written(False) | worded | {self.waiting: dict(text=text, said=said, attempt=attempt)}
         except UserError as error:
-            yield back(history, text) | {status: str(error)}
+            yield self.back(history, text) | {self.status: str(error)}
 
-    def back(history: list[str], text: str) -> dict[Any, Any]:
+    def back(self, history: list[str], text: str) -> dict[Any, Any]:
         """As before `text` was said, with the text in the box."""
-        return written(False) | {
-            box: gr.update(value=text, submit_btn=True, stop_btn=False),
-            chat: shown(history),
-            waiting: None,
-            pair: gr.update(visible=False),
+        return self.written(False) | {
+            self.box: gr.update(value=text, submit_btn=True, stop_btn=False),
+            self.chat: self.shown(history),
+            self.waiting: None,
+            self.pair: gr.update(visible=False),
         }
 
-    def choose(which: int, history: list[str], pending: dict | None, count: int) -> dict[Any, Any]:
+    def choose(self, which: int, history: list[str], pending: dict | None, count: int) -> dict[Any, Any]:
         """Write the choice down and go on with it; where it cannot be written the pair stays."""
         if not pending:
-            return {status: ""}
+            return {self.status: ""}
         text, said = pending["text"], pending["said"]
         try:
-            append_preference(preferences, agents[0].preference([*history, text], said[which], said[1 - which]))
+            append_preference(
+                self.preferences, self.agents[0].preference([*history, text], said[which], said[1 - which])
+            )
         except UserError as error:
-            return {status: str(error)}
+            return {self.status: str(error)}
         history = [*history, text, said[which]]
         return {
-            past: history,
-            waiting: None,
-            chat: shown(history),
-            pair: gr.update(visible=False),
-            chosen: count + 1,
-            status: f"Written to `{preferences}` ({count + 1} in this conversation).",
+            self.past: history,
+            self.waiting: None,
+            self.chat: self.shown(history),
+            self.pair: gr.update(visible=False),
+            self.chosen: count + 1,
+            self.status: f"Written to `{self.preferences}` ({count + 1} in this conversation).",
         }
 
-    def retry_pair(history: list[str], pending: dict | None, request: gr.Request):
+    def retry_pair(self, history: list[str], pending: dict | None, request: gr.Request):
         if pending:
-            yield from say(pending["text"], history, None, True, request, pending["attempt"] + 1)
+            yield from self.say(pending["text"], history, None, True, request, pending["attempt"] + 1)
 
-    def retry(history: list[str], pending: dict | None, compare: bool, tries: int, request: gr.Request):
+    def retry(self, history: list[str], pending: dict | None, compare: bool, tries: int, request: gr.Request):
         if not history or pending:
-            yield {status: "Choose a reply first; *Neither* takes both back." if pending else ""}
+            yield {self.status: "Choose a reply first; *Neither* takes both back." if pending else ""}
             return
-        for update in say(history[-2], history[:-2], None, compare, request, tries):
-            yield {past: history[:-2], attempts: tries + 1} | update
+        for update in self.say(history[-2], history[:-2], None, compare, request, tries):
+            yield {self.past: history[:-2], self.attempts: tries + 1} | update
 
-    def undo(history: list[str], pending: dict | None) -> dict[Any, Any]:
+    def undo(self, history: list[str], pending: dict | None) -> dict[Any, Any]:
         if pending or not history:
-            return {status: ""}
-        return back(history[:-2], history[-2]) | {past: history[:-2], status: ""}
+            return {self.status: ""}
+        return self.back(history[:-2], history[-2]) | {self.past: history[:-2], self.status: ""}
 
-    def empty() -> dict[Any, Any]:
-        return written(False) | {
-            box: gr.update(value="", submit_btn=True, stop_btn=False),
-            past: [],
-            waiting: None,
-            chat: [],
-            pair: gr.update(visible=False),
-            chosen: 0,
-            attempts: 1,
-            status: "",
+    def empty(self) -> dict[Any, Any]:
+        return self.written(False) | {
+            self.box: gr.update(value="", submit_btn=True, stop_btn=False),
+            self.past: [],
+            self.waiting: None,
+            self.chat: [],
+            self.pair: gr.update(visible=False),
+            self.chosen: 0,
+            self.attempts: 1,
+            self.status: "",
         }
 
-    def stop(request: gr.Request) -> None:
-        if reply := writing.get(request.session_hash):
+    def stop(self, request: gr.Request) -> None:
+        if reply := self.writing.get(request.session_hash):
             reply.set()
 
-    def reset(request: gr.Request) -> dict[Any, Any]:
+    def reset(self, request: gr.Request) -> dict[Any, Any]:
         """A reply that is being written empties the page itself: what another event sends could overtake its words."""
-        if reply := writing.get(request.session_hash):
+        if reply := self.writing.get(request.session_hash):
             reply.begin_anew = True
             reply.set()
-            if writing.get(request.session_hash) is reply:
-                return {status: ""}
-        return empty()
-
-    with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as page:
-        past, waiting, chosen, attempts = gr.State([]), gr.State(None), gr.State(0), gr.State(1)
-        headings = [heading(agent, "AB"[i] if len(agents) > 1 else "") for i, agent in enumerate(agents)]
-        gr.Markdown("<br>".join([*headings, *filter(None, [html.escape(views_note(agents))])]), elem_id="heading")
-        chat = gr.Chatbot(
-            show_label=False,
-            elem_id="chat",
-            render_markdown=False,
-            buttons=["copy"],
-            placeholder="Say something below.",
-        )
-        with gr.Column(visible=False, elem_id="pair") as pair:
-            replies, choices = [], []
-            with gr.Row():
-                for name in names:
-                    with gr.Column(min_width=280):
-                        replies.append(gr.Textbox(label=name, lines=2, interactive=False))
-                        choices.append(gr.Button(f"{name} is better", variant="primary"))
-            with gr.Row():
-                again = gr.Button("Two others", size="sm", min_width=120)
-                neither = gr.Button("Neither", size="sm", min_width=120)
-        status = gr.Markdown("", elem_id="status")
-        box = gr.Textbox(
-            show_label=False,
-            placeholder="Say something, Enter sends",
-            submit_btn=True,
-            autofocus=True,
-            max_lines=6,
-            elem_id="say",
-        )
-        with gr.Row():
-            label = "Two replies to choose from" if len(agents) == 1 else "Compare A and B (else A alone answers)"
-            compare = gr.Checkbox(label=label, value=len(agents) > 1, container=False, elem_id="compare")
-            begin_anew = gr.Button("Reset", elem_id="reset", size="sm", scale=0, min_width=120)
-
-        everything = [past, waiting, chosen, attempts, chat, pair, *replies, *choices, again, neither, status, box]
-        hidden = dict(api_visibility="private", show_progress="hidden")
-        speaks = hidden | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
-        box.submit(say, [box, past, waiting, compare], everything, **speaks)
-        again.click(retry_pair, [past, waiting], everything, **speaks)
-        chat.retry(retry, [past, waiting, compare, attempts], everything, **speaks)
-        chat.undo(undo, [past, waiting], everything, **speaks)
-        decides = hidden | dict(concurrency_id="choice", concurrency_limit=1)  # one decision at a time
-        neither.click(
-            lambda history, pending: back(history, pending["text"]) if pending else {status: ""},
-            [past, waiting],
-            everything,
-            **decides,
-        )
-        for i, button in enumerate(choices):
-            button.click(lambda *state, i=i: choose(i, *state), [past, waiting, chosen], everything, **decides)
-        box.stop(stop, None, None, queue=False, **hidden)
-        begin_anew.click(reset, None, everything, queue=False, **hidden)
-        page.unload(stop)
-    return page
+            if self.writing.get(request.session_hash) is reply:
+                return {self.status: ""}
+        return self.empty()
 
 
 def heading(agent: Agent, name: str) -> str:
@@ -337,7 +381,7 @@ def heading(agent: Agent, name: str) -> str:
 
 def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
     """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
-    page = build_page(agents, preferences)
+    page = ChatPage(agents, preferences).page
     # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [direct, HOST]))

@@ -369,7 +369,10 @@ def check_disk_space(run: Path, checkpoint_bytes: int, keep: int) -> str:
 
     UserError where not even one checkpoint fits on the disk; a warning, or nothing, where not all of them do."""
     free, needed = shutil.disk_usage(run).free, checkpoint_bytes * (keep + 1)
-    gib = lambda n: f"{n / 2**30:.1f} GiB"
+
+    def gib(n):
+        return f"{n / 2**30:.1f} GiB"
+
     if free < checkpoint_bytes:
         raise UserError(
             f"'{run}' has {gib(free)} of disk left and a checkpoint takes {gib(checkpoint_bytes)}; make room, or put "

@@ -480,7 +480,10 @@ def _json_rows(file: Path) -> Iterator[Row]:
 
 def _objects(values: list[Any]) -> list[dict[str, Any]]:
     hint = 'Write each dialogue as {"dialog": [...]}'
-    found = lambda value: {"_error": f"expected an object, found {value!r:.40}", "_hint": hint}
+
+    def found(value):
+        return {"_error": f"expected an object, found {value!r:.40}", "_hint": hint}
+
     return [v if isinstance(v, dict) else found(v) for v in values]
 
 

@@ -170,7 +170,10 @@ def describe_form(row: Mapping[str, Any]) -> str:
 
     Text cells that hold a list must have been parsed.
     """
-    use = lambda what, expression: f"This looks like {what}: write `{expression}` as 'dialog' (see docs/data.md)"
+
+    def use(what, expression):
+        return f"This looks like {what}: write `{expression}` as 'dialog' (see docs/data.md)"
+
     spread = next((column for column in row if isinstance(column, str) and re.search(r"[;\t|]", column)), None)
     if spread:
         separator = re.search(r"[;\t|]", spread)[0]

@@ -40,8 +40,12 @@ def find_warnings(
         values = [row.get(name) for row in rows]
         return sum(values) / len(values) if all(is_number(v) for v in values) else float("nan")
 
-    now = lambda name: mean(name, recent[-WINDOW:])
-    then = lambda name: mean(name, first)
+    def now(name):
+        return mean(name, recent[-WINDOW:])
+
+    def then(name):
+        return mean(name, first)
+
     kl = now("kl_div")
     smaller_lr = f"--lr {config.lr / (10 if kl > 10 * config.kl_target else 3):.1g}"
     more_kl = f"--kl-coef {max(0.2, 2 * config.kl_coef):g}"

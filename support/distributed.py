@@ -88,7 +88,10 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
             os.environ.setdefault(name, str(value))
-    told = lambda name: os.environ.get(name, "false").lower() == "true"
+
+    def told(name):
+        return os.environ.get(name, "false").lower() == "true"
+
     deepspeed, fsdp = told("ACCELERATE_USE_DEEPSPEED"), told("ACCELERATE_USE_FSDP")
     groups = InitProcessGroupKwargs(timeout=PATIENCE)
     if not torch.accelerator.is_available():

@@ -125,7 +125,7 @@ class Responses:
 
 
 def no_lockstep(number: int) -> int:
-    """The largest of a number over processes where none waits for another."""
+    """Identity: used when processes need not generate in lockstep."""
     return number
 
 
@@ -181,10 +181,7 @@ def sample_responses(
             candidate_sets.append(torch.full((batch, candidates.shape[1]), -1, dtype=torch.int32, device=device))
             candidate_sets[-1][alive] = candidates
 
-        maybe_ended = [i for i, last in enumerate(token.tolist()) if codec.can_end(last)]
-        texts = ids[alive[maybe_ended], : t + 1].tolist() if maybe_ended else []
-        going = torch.ones_like(alive, dtype=torch.bool)
-        going[[i for i, text in zip(maybe_ended, texts) if codec.ended(text)]] = False
+        going = find_unfinished(codec, ids[alive, : t + 1])
         if not going.any():
             length = t + 1
             if not together(0):
@@ -198,21 +195,28 @@ def sample_responses(
         if not going.all():
             alive = alive[going]
             past.reorder_cache(going.nonzero().squeeze(-1))
-    length = length or max_new
-    candidates = None
-    if not candidate_sets:
-        full_logprobs = logprobs
-    else:
-        width = max(s.shape[1] for s in candidate_sets)
-        candidates = torch.stack([F.pad(s, (0, width - s.shape[1]), value=-1) for s in candidate_sets], dim=1)
-    return Responses(
-        ids[:, :length],
-        mask[:, :length],
-        logprobs[:, :length],
-        full_logprobs[:, :length],
-        values[:, :length],
-        candidates,
-    )
+    upto = slice(length or max_new)
+    candidates = stack_candidates(candidate_sets)
+    full_logprobs = logprobs if candidates is None else full_logprobs
+    kept = (x[:, upto] for x in (ids, mask, logprobs, full_logprobs, values))
+    return Responses(*kept, candidates)
+
+
+def find_unfinished(codec: DialogueCodec, ids: torch.Tensor) -> torch.Tensor:
+    """Which replies (b,) go on after their last token; ids (b, t) are the tokens so far."""
+    maybe_ended = [i for i, last in enumerate(ids[:, -1].tolist()) if codec.can_end(last)]
+    texts = ids[maybe_ended].tolist() if maybe_ended else []
+    going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    going[[i for i, text in zip(maybe_ended, texts) if codec.ended(text)]] = False
+    return going
+
+
+def stack_candidates(sets: list[torch.Tensor]) -> torch.Tensor | None:
+    """The candidates of T steps, (B, K) each, as (B, T, K) with the largest K; None where there are none."""
+    if not sets:
+        return None
+    width = max(s.shape[1] for s in sets)
+    return torch.stack([F.pad(s, (0, width - s.shape[1]), value=-1) for s in sets], dim=1)
 
 
 def cached_pass(

@@ -26,7 +26,7 @@ def tune_malloc() -> None:
     """Let the C library keep what torch frees on the CPU, where it is glibc's.
 
     It hands large blocks back to the system at once, and every activation and gradient then pays for fresh pages:
-    a tenth of an update of GPT-2 small (docs/performance.md).
+    a tenth of an update of GPT-2 small (docs/notebook/performance.md).
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -163,7 +163,7 @@ class PackedTexts:
 def matmul_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one text as products of matrices: query (1, H, n, D) -> (1, n, H, D), mask (..., n, n) added.
 
-    The same as the fused kernel, whose gradient in bf16 takes a CPU longer (docs/performance.md).
+    The same as the fused kernel, whose gradient in bf16 takes a CPU longer (docs/notebook/performance.md).
     """
     _, heads, n, size = query.shape
     groups = key.shape[1]  # of heads, which share keys and values
@@ -184,13 +184,19 @@ def packed_sdpa(module, query, key, value, attention_mask, texts: PackedTexts | 
     masks = texts.masks(value.dtype)
     if query.device.type in TEXT_BY_TEXT:
         each = zip(*(x.split(texts.lengths, dim=2) for x in (query, key, value)))
-        mask_of_text = lambda i, n: None if masks is None else masks[i : i + 1, :, :n, :n]
+
+        def mask_of_text(i, n):
+            return None if masks is None else masks[i : i + 1, :, :n, :n]
+
         one_text = sdpa_attention_forward
         if value.dtype in SPELLED_OUT and max(texts.lengths) <= SCORES_KEPT:
             one_text = matmul_attention
             if masks is None:
                 causal = texts.causal(value.dtype)
-                mask_of_text = lambda i, n: causal[:n, :n]
+
+                def mask_of_text(i, n):
+                    return causal[:n, :n]
+
         outputs = [
             one_text(module, q, k, v, mask_of_text(i, q.shape[2]), **kwargs)[0] for i, (q, k, v) in enumerate(each)
         ]

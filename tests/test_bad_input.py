@@ -75,10 +75,14 @@ def world(tmp_path_factory) -> Path:
     """A folder of things that cannot be used, and a few that can."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    write = lambda name, text: (root / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    def write(name, text):
+        return (root / name).write_text(text, encoding="utf-8", errors="surrogatepass")
 
     # dialogues
-    rows = lambda n, row=GOOD: [json.dumps(row | {"dialog": [f"Hi {i} .", *row["dialog"][1:]]}) for i in range(n)]
+    def rows(n, row=GOOD):
+        return [json.dumps(row | {"dialog": [f"Hi {i} .", *row["dialog"][1:]]}) for i in range(n)]
+
     good = json.dumps(GOOD)
     write("good.jsonl", "\n".join(rows(60)))
     write("copies.jsonl", "\n".join([good] * 60))

@@ -106,7 +106,10 @@ def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):
     config = compare.CompareConfig(systems=("shared", "trl"), inputs=str(tmp_path), peers=str(tmp_path), rounds=3)
     config.envs, config.log = str(tmp_path), str(tmp_path / "log.jsonl")
     speeds = iter([10.0, 2.0, 30.0, 5.0, 8.0, 2.0])
-    run = lambda system, config: fake(next(speeds), 600 if system == "shared" else 1000, mfu=0.5)
+
+    def run(system, config):
+        return fake(next(speeds), 600 if system == "shared" else 1000, mfu=0.5)
+
     monkeypatch.setattr(compare, "run_once", run)
     text = compare.compare(config)
     assert "| ours, shared trunk over TRL 1.12 | 5.00 (4.00 to 6.00) | 0.60 |" in text

@@ -214,7 +214,10 @@ def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
         (tmp_path / name).unlink()
     agent = Agent(folder, seed=1)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     dictate(agent, [*ids("fine thanks"), end, *ids("\nsystem you see")])
     assert agent.reply("how are you") == "fine thanks"
     *history, reply = agent.history

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = "python accelerate pip pytest bash srun export alias source tensorboard".split()
 CONFIGS = {
     "benchmarks/agreement.py": agreement.AgreementConfig,

@@ -52,8 +52,13 @@ def dialogues_of(rows):
 
 def write_release(folder, split, rows):
     folder.mkdir(parents=True, exist_ok=True)
-    lines = lambda texts: "".join(text + "\n" for text in texts)
-    numbers = lambda column: lines(" ".join(map(str, r[column])) + " " for r in rows)
+
+    def lines(texts):
+        return "".join(text + "\n" for text in texts)
+
+    def numbers(column):
+        return lines(" ".join(map(str, r[column])) + " " for r in rows)
+
     texts = lines("".join(u + "__eou__" for u in r["dialog"]) for r in rows)
     (folder / f"dialogues_{split}.txt").write_text(texts, encoding="utf-8")
     (folder / f"dialogues_act_{split}.txt").write_text(numbers("act"))
@@ -105,8 +110,14 @@ def as_text(dump):
     return lambda file, rows: file.write_text(dump(rows), encoding="utf-8")
 
 
-json_lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-words_of = lambda numbers: " ".join(map(str, numbers))
+def json_lines(rows):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def words_of(numbers):
+    return " ".join(map(str, numbers))
+
+
 FORMS = {
     "DatasetDict": lambda folder: datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows) for split, rows in ROWS_OF.items()}

@@ -122,19 +122,25 @@ def test_more_processes_and_less_to_train_take_less(model):
         return estimate(EstimateConfig(**dict(env_num=32) | settings), AutoConfig.from_pretrained(model), None, 20).peak
 
     assert peak() > peak(lora_rank=8) and peak() > peak(gradient_checkpointing=True)
-    always = lambda engine: sum(
-        estimate(
-            EstimateConfig(env_num=32, engine=engine, processes=4), AutoConfig.from_pretrained(model), None, 20
-        ).resident.values()
-    )
+
+    def always(engine):
+        return sum(
+            estimate(
+                EstimateConfig(env_num=32, engine=engine, processes=4), AutoConfig.from_pretrained(model), None, 20
+            ).resident.values()
+        )
+
     assert always("zero3") < always("zero2") < always("ddp")
-    sampling = lambda gather: sum(
-        estimate(
-            EstimateConfig(env_num=32, engine="zero3", processes=4, gather=gather),
-            AutoConfig.from_pretrained(model),
-            None,
-            20,
-        ).rollout.values()
-    )
+
+    def sampling(gather):
+        return sum(
+            estimate(
+                EstimateConfig(env_num=32, engine="zero3", processes=4, gather=gather),
+                AutoConfig.from_pretrained(model),
+                None,
+                20,
+            ).rollout.values()
+        )
+
     assert sampling(False) < sampling(True)
     assert peak(use_share_model=False) > 1.5 * peak() > peak(ref_weights="bf16")

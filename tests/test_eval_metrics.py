@@ -272,7 +272,10 @@ def test_a_better_model_has_its_interval_above_zero():
 def test_every_interval_holds_its_value():
     rng = np.random.default_rng(0)
     vocabulary = [f"w{i}" for i in range(60)]
-    replies = lambda size: [" ".join(rng.choice(vocabulary[:size], 8)) for _ in range(80)]
+
+    def replies(size):
+        return [" ".join(rng.choice(vocabulary[:size], 8)) for _ in range(80)]
+
     references = replies(60)
     for difference in paired_difference(
         evaluation(replies(60), references), evaluation(replies(40), references)
@@ -282,7 +285,10 @@ def test_every_interval_holds_its_value():
 
 def test_weights_are_copies_of_samples():
     weights = np.array([2, 0, 1, 3, 0, 1])
-    repeated = lambda texts: [t for t, w in zip(texts, weights) for _ in range(w)]
+
+    def repeated(texts):
+        return [t for t, w in zip(texts, weights) for _ in range(w)]
+
     weighted, copied = evaluation(PREDICTIONS, REFERENCES), evaluation(repeated(PREDICTIONS), repeated(REFERENCES))
     copied.reply_log_likelihoods = np.repeat(weighted.reply_log_likelihoods, weights)
     assert weighted.metrics(weights) == pytest.approx(copied.metrics())

@@ -107,7 +107,10 @@ def test_what_is_chosen_for_a_family_gives_what_each_text_gives_alone(name):
     ids, mask = batch()
     keep = mask.bool()
     keep[:, : PROMPT - 1] = False
-    alone = lambda row: model(input_ids=row[None]).logits[0].log_softmax(-1)
+
+    def alone(row):
+        return model(input_ids=row[None]).logits[0].log_softmax(-1)
+
     with torch.no_grad():
         expected = torch.cat([alone(i[m.bool()])[k[m.bool()]] for i, m, k in zip(ids, mask, keep)])
         for training in (False, True):  # SFT and the update, without dropout
@@ -145,7 +148,9 @@ def test_a_separate_critic_is_read_as_its_trunk_asks(name):
 
 
 def test_the_texts_that_are_tried_go_beyond_what_the_configuration_names():
-    lengths = lambda kind, longest=192, **settings: probe_texts(AutoConfig.for_model(kind, **settings), V, longest)[1]
+    def lengths(kind, longest=192, **settings):
+        return probe_texts(AutoConfig.for_model(kind, **settings), V, longest)[1]
+
     assert lengths("llama").sum(-1).tolist() == [5, 11, 11]
     assert lengths("mistral", sliding_window=20).shape[1] > 20
     assert lengths("llama4_text", attention_chunk_size=30).shape[1] > 30

@@ -88,7 +88,9 @@ def test_help_shows_what_the_file_of_settings_gives(tmp_path, monkeypatch, capfd
 
 
 def test_named_values_are_read_as_yaml_reads_them(capfd):
-    parse = lambda *words: command_line(ppo_dialog.PPOConfig, "", ["--reward-args", *words]).reward_args
+    def parse(*words):
+        return command_line(ppo_dialog.PPOConfig, "", ["--reward-args", *words]).reward_args
+
     assert parse("weight=2", "word=please", "words=[a, b]", "deep={x: true}", "address=a=b") == {
         "weight": 2,
         "word": "please",

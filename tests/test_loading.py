@@ -108,7 +108,10 @@ def test_pickled_tensors_are_read_and_safetensors_written(form, folder, tmp_path
 def test_a_judge_whose_weights_are_pickled_under_old_names_judges_alike(world, tmp_path):
     folder = Path(shutil.copytree(world / "judge", tmp_path / "judge"))
     expected = IntentJudge(str(folder))
-    rename = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    def rename(n):
+        return n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
     torch.save({rename(n): t for n, t in expected.model.state_dict().items()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert torch.allclose(logits(IntentJudge(str(folder)).model), logits(expected.model), atol=1e-6)

@@ -254,7 +254,9 @@ def test_on_a_terminal_a_run_is_drawn_and_ctrl_c_gives_the_terminal_back(tmp_pat
 def test_where_nothing_can_be_drawn_there_are_lines(spoilt, monkeypatch):
     class Screen(io.StringIO):
         encoding = "utf-8"
-        isatty = lambda self: True
+
+        def isatty(self):
+            return True
 
     for name in ("CI", "PPO_DIALOG_PROGRESS"):
         monkeypatch.delenv(name, raising=False)

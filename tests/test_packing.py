@@ -125,7 +125,10 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
     calls = []
     for name in ("matmul_attention", "sdpa_attention_forward"):
         function = getattr(packing, name)
-        counted = lambda *args, name=name, function=function, **kwargs: calls.append(name) or function(*args, **kwargs)
+
+        def counted(*args, name=name, function=function, **kwargs):
+            return calls.append(name) or function(*args, **kwargs)
+
         monkeypatch.setattr(packing, name, counted)
     for texts in (batch(), replies_to_prompts()):
         model.set_attn_implementation("sdpa")

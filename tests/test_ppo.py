@@ -404,7 +404,10 @@ def updated(
 def test_parts_micro_batches_and_packing_change_nothing(make):
     rollout = rolled(make(), Sampling())
     whole, stats = updated(make, rollout, config_for_update())
-    unpacked = lambda: make(packed=False)
+
+    def unpacked():
+        return make(packed=False)
+
     others = [
         updated(make, rollout, config_for_update(gradient_accumulation_steps=3), parts=3),
         updated(make, rollout, config_for_update(micro_batch_tokens=20)),

@@ -161,7 +161,10 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = RUN | dict(run_dir=str(tmp_path), total_time_steps=400, save_interval=1, lr_schedule="constant")
     folder = trained(**settings | dict(track=("wandb",), wandb_mode="offline"))
-    ids = lambda: json.loads((checkpoint.checkpoints(folder)[-1] / "progress.json").read_text())["trackers"]
+
+    def ids():
+        return json.loads((checkpoint.checkpoints(folder)[-1] / "progress.json").read_text())["trackers"]
+
     first, done = ids()["wandb"], len(lines(folder))
     resumed(folder, total_time_steps=800)
     assert ids() == {"wandb": first} and len(lines(folder)) > done

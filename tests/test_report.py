@@ -69,7 +69,10 @@ def metric_rows(n: int, **figures) -> list[dict]:
 
 def held_out(n: int, said: str = "after", **scores) -> list[dict]:
     """n held-out samples; scores are functions of the sample, of the reply after (before: half of it)."""
-    row = lambda i: {name: float(f(i)) for name, f in scores.items()}
+
+    def row(i):
+        return {name: float(f(i)) for name, f in scores.items()}
+
     return [
         {
             "context": [f"Is it number {i}?", "Which one?"],
@@ -133,7 +136,10 @@ def test_eval_samples_are_what_eval_json_is_the_mean_of(real_run):
     assert set(rows[0]) == {"context", "act", "human", "before", "after"} and len(rows[0]["context"]) == 5
     names = {"rouge1": "rouge1", "rougeLsum": "rougeLsum", "meteor": "meteor", "intent": "intent"}
     for side, model in (("before", "baseline"), ("after", "policy")):
-        mean = lambda name: sum(row[side][name] for row in rows) / len(rows)  # noqa: B023  called at once
+
+        def mean(name):
+            return sum(row[side][name] for row in rows) / len(rows)  # noqa: B023  called at once
+
         for name, theirs in (names | {"length": "mean_output_length"}).items():
             assert mean(name) == pytest.approx(result[model][theirs])
         assert mean("reward") == pytest.approx(result["reward"][model])
@@ -504,9 +510,10 @@ def test_a_real_run_in_a_browser(real_run, browser):
     select = browser.find_element("id", "sort")
     values = [option.get_attribute("value") for option in select.find_elements("tag name", "option")]
     assert {"gain-0", "reward-0", "length-0", "meteor-0"} <= set(values)
-    number = lambda: [
-        int(c.text.split()[1]) for c in browser.find_elements("css selector", "#cards header span:first-child")
-    ]
+
+    def number():
+        return [int(c.text.split()[1]) for c in browser.find_elements("css selector", "#cards header span:first-child")]
+
     assert number() == sorted(number()) and len(number()) == 20
     for key in ("gain-0", "length-0"):
         select.find_element("css selector", f"option[value={key}]").click()

@@ -292,7 +292,10 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     prompts, references = ["a", "a", "a", "b", "b", "a"], ["x", "x", "x", "y", "y", "x"]
     responses = ["the cat sat", "the cat ran", "a dog", "The cat", "the cat", "the cat"]
     episodes = prompts, responses, references, [0] * 6
-    pair = lambda i, j: rewards.meteor(responses[i], responses[j])
+
+    def pair(i, j):
+        return rewards.meteor(responses[i], responses[j])
+
     consensus, statistics = MBRConsensus()(*episodes)
     assert consensus[:3] == pytest.approx(
         [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
@@ -579,7 +582,10 @@ def test_the_price_of_length_takes_away_what_length_as_such_earns():
 
 def test_the_price_of_length_holds_the_mean_at_its_target():
     price = LengthController(rate=2.0, start=12.0)
-    of = lambda length: price.of(torch.tensor([length]), torch.tensor([1.0])).item()
+
+    def of(length):
+        return price.of(torch.tensor([length]), torch.tensor([1.0])).item()
+
     price.update(12.0)
     assert of(3) == of(20) == 0
     # a policy whose replies grow by themselves, and the slower, the dearer they are

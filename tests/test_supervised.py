@@ -39,7 +39,10 @@ def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
 def test_a_window_has_no_more_tokens_than_the_model_has_positions(tiny_lm):
     codec = DialogueCodec(load_tokenizer(tiny_lm), DialogueFormat(max_prompt_tokens=30))
     samples = [Sample((), "Hello there . " * 20, "Fine , thanks . " * 40, 0), Sample((), "Hi . ", "Hello . ", 0)]
-    lengths = lambda positions: [(len(p), len(t)) for p, t in make_windows(samples, codec, positions)]
+
+    def lengths(positions):
+        return [(len(p), len(t)) for p, t in make_windows(samples, codec, positions)]
+
     assert lengths(None) == lengths(94) and lengths(94)[0] == (30, 64)
     assert lengths(50)[0] == (30, 20) and lengths(50)[1] == lengths(None)[1]
 
@@ -76,7 +79,10 @@ def test_whole_dialogues_teach_what_windows_teach(tiny_lm, tmp_path):
 
 def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
     seen = {}
-    fit = lambda label, model, items, *rest: seen.setdefault(len(seen), items) and []
+
+    def fit(task, *rest):
+        return seen.setdefault(len(seen), task.items) and []
+
     monkeypatch.setattr(intent_classifier, "fit", fit)
 
     for half in ("even", "odd", "all"):
@@ -110,9 +116,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_model(tiny_lm, tmp_path, mon
         train_sft(SFTConfig(output_dir=str(tmp_path / "cut"), **settings))
     cut = train_sft(SFTConfig(output_dir=str(tmp_path / "cut"), resume=True, **settings))
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    curve = lambda folder: [
-        {k: v for k, v in row.items() if k != "minutes"}
-        for row in json.loads((folder / "sft.json").read_text())["history"]
-    ]
+
+    def curve(folder):
+        return [
+            {k: v for k, v in row.items() if k != "minutes"}
+            for row in json.loads((folder / "sft.json").read_text())["history"]
+        ]
+
     assert curve(cut)[1:] == curve(whole)[1:] and len(curve(cut)) > 4
     assert not unfinished.exists()

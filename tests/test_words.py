@@ -182,7 +182,10 @@ CHARACTERS = "我你他很好不是的在吃喝看去来大小"
 def chinese(tmp_path):
     """The folders of Chinese dialogues and of a model of random weights that writes their characters."""
     rng = random.Random(0)
-    sentence = lambda: "".join(rng.choices(CHARACTERS, k=6)) + "。"
+
+    def sentence():
+        return "".join(rng.choices(CHARACTERS, k=6)) + "。"
+
     for split in ("train", "validation", "test"):
         rows = [{"dialog": [sentence() for _ in range(8)]} for _ in range(8)]
         file = tmp_path / "data" / f"{split}.jsonl"
