@@ -658,16 +658,41 @@ def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Repo
         yield report
 
 
+def find_judges(config: EvalConfig) -> dict[str, str]:
+    """Folder or hub name of the "judge" and of the "second judge", where there is one. UserError for a wrong one."""
+    names = {"judge": config.intent_model, "second judge": config.second_intent_model}
+    if not names["judge"] and config.data_path == "builtin":
+        names["judge"] = "builtin"
+    names = {what: resolve_model(name, "judge") for what, name in names.items() if name}
+    for name in names.values():
+        check_judge(name)
+    return names
+
+
+def load_judges(
+    names: dict[str, str], samples: Sequence[Sample], split: str, device: torch.device
+) -> tuple[dict[str, IntentJudge], dict[str, dict[str, float]]]:
+    """The judges, and what each makes of the human replies, which is printed; none where the data has no acts."""
+    judges, judged = {}, {}
+    if not any(s.act for s in samples):
+        print("intent is not computed: the data has no dialogue acts.")
+        return {}, {}
+    if "judge" not in names:
+        print("intent is not computed: no judge was given; name one with --intent-model.")
+    for what, name in names.items():
+        judges[what] = IntentJudge(name, device)
+        if judges[what].note:
+            print(f"note: {judges[what].note}")
+        judged[what] = measure_judge(judges[what], samples)
+        print(judge_sentence(judged[what], split, what), flush=True)
+    return judges, judged
+
+
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check everything that was given, then evaluate, print the table and write `output`."""
     sampling, device = config.sampling, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
-    judge_names = {"judge": config.intent_model, "second judge": config.second_intent_model}
-    if not judge_names["judge"] and config.data_path == "builtin":
-        judge_names["judge"] = "builtin"
-    judge_names = {what: resolve_model(name, "judge") for what, name in judge_names.items() if name}
-    for name in judge_names.values():
-        check_judge(name)
+    judge_names = find_judges(config)
     names = {"policy": config.model_path, "baseline": config.baseline_path}
     folders = [resolve_model(name) for name in names.values() if name and not Path(name).is_file()]
     markers = dict.fromkeys(DialogueFormat.load(folder).eou_marker.strip() for folder in folders)
@@ -701,19 +726,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     counts = f"{len(dialogues)} dialogues, {count_of_samples(samples)} used, {len(dialogues.skipped)} rows skipped"
     print(f"{config.split}: {counts}", flush=True)
 
-    judges, judged = {}, {}
-    if not any(s.act for s in samples):
-        print("intent is not computed: the data has no dialogue acts.")
-    else:
-        if "judge" not in judge_names:
-            print("intent is not computed: no judge was given; name one with --intent-model.")
-        for what, name in judge_names.items():
-            judges[what] = IntentJudge(name, device)
-            if judges[what].note:
-                print(f"note: {judges[what].note}")
-            judged[what] = measure_judge(judges[what], samples)
-            print(judge_sentence(judged[what], config.split, what), flush=True)
-
+    judges, judged = load_judges(judge_names, samples, config.split, device)
     for heading, (model, codec) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):

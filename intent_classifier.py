@@ -83,12 +83,9 @@ def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
 # Training
 
 
-def train_intent(config: IntentConfig) -> Path:
-    """Train and write `output_dir`: model, tokenizer and `intent.json` with accuracy, macro-F1 and the curve."""
-    output = Path(config.output_dir)
-    config.check()
-    with show_spinner("reading the dialogues", can_draw(config.progress, PartialState().is_main_process)):
-        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
+def load_pairs(config: IntentConfig) -> dict[str, list[tuple[str, str, int]]]:
+    """The labelled pairs of the train and the validation split. UserError for a split without labels."""
+    splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
     if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
         print(f"note: {note}")
     if config.half != "all":
@@ -100,6 +97,15 @@ def train_intent(config: IntentConfig) -> Path:
         without = sum(len(d.utterances) for d in splits[split]) - len(rows)
         if without and PartialState().is_main_process:
             print(f"{split}: {len(rows)} utterances with a dialogue act, {without} without one are left out")
+    return pairs
+
+
+def train_intent(config: IntentConfig) -> Path:
+    """Train and write `output_dir`: model, tokenizer and `intent.json` with accuracy, macro-F1 and the curve."""
+    output = Path(config.output_dir)
+    config.check()
+    with show_spinner("reading the dialogues", can_draw(config.progress, PartialState().is_main_process)):
+        pairs = load_pairs(config)
     torch.manual_seed(config.seed)  # the classification head starts at random
     model, tokenizer = load_classifier(
         config.model_path,
@@ -126,7 +132,7 @@ def train_intent(config: IntentConfig) -> Path:
                 predicted += (out.logits.argmax(-1) + 1).tolist()
         return {"loss": loss / len(rows)} | _scores([act for _, _, act in rows], predicted)
 
-    looked_at = pairs["validation"][: config.eval_samples or None]
+    eval_pairs = pairs["validation"][: config.eval_samples or None]
     task = Task(
         label="judge",
         model=model,
@@ -135,7 +141,7 @@ def train_intent(config: IntentConfig) -> Path:
         collate=collate,
         loss_of=lambda model, batch: model(**batch).loss,
         count_of=lambda batch: len(batch["labels"]),
-        evaluate=lambda model: validate(model, looked_at),
+        evaluate=lambda model: validate(model, eval_pairs),
     )
     history = fit(task, config, state_folder(output))
     final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))

@@ -61,7 +61,7 @@ from accelerate import PartialState
 from transformers import AutoConfig
 
 from support.builtin import resolve_model
-from support.data import Dialogue, load_splits
+from support.data import Dialogue, Dialogues, load_splits
 from support.data_checks import overlap_note
 from support.distributed import join_processes
 from support.files import atomic_folder, write_json
@@ -99,19 +99,7 @@ def train_sft(config: SFTConfig) -> Path:
     model.to(PartialState().device)
 
     with show_spinner("reading the dialogues", draw):
-        marker = fmt.eou_marker.strip()
-        splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [marker])
-    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
-        print(f"note: {note}")
-    samples = {s: make_samples(d, fmt) for s, d in splits.items()}
-    for split, dialogues in splits.items():
-        counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
-        print(f"{split}: {counts}")
-        if not samples[split]:
-            raise UserError(
-                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
-                "--context-utterances for short dialogues."
-            )
+        splits, samples = load_samples(config, fmt)
     positions = positions_of(model.config)
     with show_spinner("tokenizing the dialogues", draw):
         if config.loss_on == "dialogue":
@@ -119,10 +107,10 @@ def train_sft(config: SFTConfig) -> Path:
             windows = make_chains(splits["train"], codec, limit)
         else:
             windows = make_windows(samples["train"], codec, positions)
-    looked_at = samples["validation"][: config.eval_samples or None]
+    eval_samples = samples["validation"][: config.eval_samples or None]
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
-        sums, counts = reply_log_likelihoods(model, codec, looked_at)
+        sums, counts = reply_log_likelihoods(model, codec, eval_samples)
         loss = (-sums.sum() / counts.sum()).item()
         return {"loss": loss, "perplexity": torch.tensor(loss).exp().item()}
 
@@ -147,6 +135,23 @@ def train_sft(config: SFTConfig) -> Path:
         remove_state(output)
     PartialState().wait_for_everyone()
     return output
+
+
+def load_samples(config: SFTConfig, fmt: DialogueFormat) -> tuple[dict[str, Dialogues], dict[str, list[Sample]]]:
+    """The dialogues of the train and the validation split, and their samples. UserError for a split without samples."""
+    splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [fmt.eou_marker.strip()])
+    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
+        print(f"note: {note}")
+    samples = {s: make_samples(d, fmt) for s, d in splits.items()}
+    for split, dialogues in splits.items():
+        counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
+        print(f"{split}: {counts}")
+        if not samples[split]:
+            raise UserError(
+                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
+                "--context-utterances for short dialogues."
+            )
+    return splits, samples
 
 
 def make_windows(
