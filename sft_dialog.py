@@ -80,7 +80,7 @@ from support.pretrained import (
     positions_of,
 )
 from support.supervised import Task, fit, remove_state, state_folder
-from support.text import DialogueCodec, FormatOptions, Sample, make_samples
+from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, make_samples
 
 
 def train_sft(config: SFTConfig) -> Path:

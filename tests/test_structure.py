@@ -60,3 +60,38 @@ runpy.run_path("{name}.py", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status and phrase in done.stdout + done.stderr, done.stderr[-2000:]
+
+
+LONG = {  # functions of more than 60 lines, and why
+    "estimate": "an account, in the order of its table",
+    "sample_responses": "the decoding loop, whose steps share the batch",
+    "describe_form": "one case for each form of rows",
+    "Agent.__init__": "one check for each way in which a model cannot be talked to",
+    "update": "the loops over passes, mini-batches and micro-batches",
+}
+WIDE = {  # functions of more than seven arguments, and why
+    "answer": "what is sampled, and how",
+    "evaluate_model": "as `answer`, and a judge",
+    "evaluate_reward": "as `evaluate_model`, and a reward",
+}
+
+
+def functions_of(file: Path) -> dict[str, ast.FunctionDef]:
+    """Functions and methods by name (`Class.method`), without those inside functions."""
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
+    return found
+
+
+def test_functions_are_short_and_take_few_arguments():
+    functions = [item for file in (SCRIPTS | SUPPORT).values() for item in functions_of(file).items()]
+    assert {name for name, node in functions if node.end_lineno - node.lineno >= 60} == LONG.keys()
+    arguments = {
+        name: [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
+        for name, node in functions
+    }
+    assert {name for name, names in arguments.items() if len(names) > 7} == WIDE.keys()
