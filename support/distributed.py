@@ -114,9 +114,24 @@ def make_accelerator(config: Any, run: Path) -> Accelerator:
         deepspeed_plugin=plugin,
         kwargs_handlers=[groups],
     )
+    keep_process_group()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         complete_deepspeed_config(accelerator, config)
     return accelerator
+
+
+_process_groups: list[Any] = []
+
+
+def keep_process_group() -> None:
+    """Keep the process group until the process ends.
+
+    The destructor of a gloo group waits for its threads and holds the GIL. If a network is the last to hold the group,
+    it is freed with the network, just after the last barrier. Then a thread may still need the GIL to free that
+    barrier, and neither ends (torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        _process_groups.append(torch.distributed.group.WORLD)
 
 
 def several_on_cpus() -> bool:

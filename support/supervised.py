@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from support.distributed import own_engine, several_on_cpus
+from support.distributed import keep_process_group, own_engine, several_on_cpus
 from support.errors import UserError
 from support.files import atomic_folder, write_json
 from support.live_display import can_draw, show_bar
@@ -60,6 +60,7 @@ def fit(task: Task, config: FitConfig, folder: Path) -> list[dict[str, float]]:
             f"'{folder}' holds a run ({task.label}) that was stopped; go on with --resume, or remove it to begin anew."
         )
     accelerator = Accelerator(cpu=several_on_cpus(), mixed_precision=config.mixed_precision)
+    keep_process_group()
     set_seed(config.seed, device_specific=True)  # each process has its own dropout
     sampler = LengthGroupedSampler(
         config.batch_size, lengths=list(task.lengths), generator=torch.Generator().manual_seed(config.seed)
