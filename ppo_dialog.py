@@ -41,7 +41,17 @@ from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
 from eval_metrics import SHOWN, evaluate_reward, mean_length, sample_dialogue, validation_reward, write_comparison
-from rewards import PRICE, Reward, Scores, check_acts, check_reward, make_reward, score_episodes, token_kl
+from rewards import (
+    PRICE,
+    Reward,
+    Scores,
+    check_acts,
+    check_reward,
+    keep_random_states,
+    make_reward,
+    score_episodes,
+    token_kl,
+)
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
 from support.data import SPLITS, load_splits
@@ -661,14 +671,15 @@ class TrainState:
 
     def __init__(self, config: PPOConfig):
         vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which tell the dialogues at hand
-        self.best_reward: float | None = None  # on the validation samples
+        self.start_reward: float | None = None  # on the validation samples, before training
+        self.best_reward: float | None = None  # on the validation samples, at the checkpoints so far
         self.trackers: dict[str, str] = {}  # their ids, so that a resumed run goes on in the same ones
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
         self.length = LengthController(config.length_rate, config.length_ratio)
         self.values = RunningMoments(config.normalize_values)
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in (*self.COUNTERS, "best_reward", "trackers")}
+        counters = {name: getattr(self, name) for name in (*self.COUNTERS, "start_reward", "best_reward", "trackers")}
         return counters | {
             "kl_coef": self.kl.coef,
             "length_price": dict(price=self.length.price, start=self.length.start),
@@ -678,6 +689,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in (*self.COUNTERS, "best_reward", "trackers"):
             setattr(self, name, state[name])
+        self.start_reward = state.get("start_reward")  # older checkpoints lack it
         self.kl.coef = state["kl_coef"]
         vars(self.length).update({name: state["length_price"].get(name, 0.0) for name in ("price", "start")})
         vars(self.values).update(state["value_scale"])
@@ -911,17 +923,24 @@ def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> Inten
     return judge
 
 
-def measure_length(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
-    """Measure the mean length of the start's replies, if the length is controlled."""
-    if not config.length_rate or state.length.start:
+def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
+    """Measure the model before training: its validation reward, and the length of its replies if controlled."""
+    validation = parts.samples["validation"][: config.validation_limit]
+    if state.updates or not (validation or config.length_rate):
         return
-    run.stage("measuring the length of replies")
-    with parts.inference():
-        if parts.generates:
+    run.stage("measuring the model before training")
+    with keep_random_states(), parts.inference():
+        if parts.generates and validation:
+            how = parts.policy, parts.codec, validation
+            state.start_reward = validation_reward(*how, parts.score, config.seed)
+        if parts.generates and config.length_rate:
             how = parts.policy, parts.codec, parts.samples["train"]
             state.length.start = mean_length(*how, config.sampling, config.seed)
-    state.length.start = broadcast_object_list([state.length.start])[0]
-    run.say(f"the start's replies have {state.length.start:.1f} tokens; their price holds {state.length.target:.1f}")
+    if config.length_rate:
+        state.length.start = broadcast_object_list([state.length.start])[0]
+        run.say(
+            f"replies have {state.length.start:.1f} tokens before training; the target is {state.length.target:.1f}"
+        )
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
@@ -946,7 +965,7 @@ def validate(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[s
             reached = validation_reward(parts.policy, parts.codec, samples, parts.score, config.seed)
             best = state.best_reward is None or reached > state.best_reward
             state.best_reward = reached if best else state.best_reward
-            metrics["validation_reward"] = reached
+            metrics |= {"validation_reward": reached, "validation_reward_start": state.start_reward}
     return best
 
 
@@ -992,7 +1011,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
         model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judged)  # --resume restores weights and state
-        measure_length(parts, config, state, run)
+        measure_start(parts, config, state, run)
         observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
 
         while state.env_steps < config.total_time_steps and not run.stop_requested():

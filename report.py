@@ -105,7 +105,7 @@ PANELS = {
             start=True,
         ),
         Panel("Score less KL penalty", "episode_reward", "what PPO maximises", start=True),
-        Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints"),
+        Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints", start=True),
         Panel("", "intent meteor consensus commonplace", start=True),
         Panel("Parts of the reward", "reward_*", start=True),
         Panel("Shares of the reward", "share_*"),
@@ -137,7 +137,7 @@ PANELS = {
         Panel("Padding", "padding_share", "share of the prompts' batch"),
     ),
 }
-COUNTERS = {"update", "env_steps", "episodes"}  # they only count
+COUNTERS = {"update", "env_steps", "episodes", "validation_reward_start"}  # no curves: they count, or stay
 SCORES = ("reward", "intent", "meteor", "rouge1", "length")  # of a reply, in this order; a reward's own come after
 MUCH_LIKE_ROUGE1 = {"rouge2", "rougeL", "rougeLsum"}
 
@@ -296,6 +296,9 @@ def start_of(run: Run, name: str) -> tuple[float, float] | None:
     The interval is known of the score, from the deviation of the replies' scores. Replies to the same prompt are
     alike, so it counts prompts, not replies.
     """
+    if name == "validation_reward":  # measured before training
+        measured = [v for row in run.metrics if number(v := row.get("validation_reward_start"))]
+        return (measured[0], 0.0) if measured else None
     first = run.metrics[0] if len(run.metrics) > 1 else {}
     if first.get("update") != 1 or not number(first.get(name)):
         return None

@@ -15,6 +15,7 @@ import yaml
 import report
 from ppo_dialog import PPOConfig, show_results
 from report import (
+    COUNTERS,
     HEIGHT,
     LIGHT,
     NAME_LENGTH,
@@ -24,6 +25,7 @@ from report import (
     Frame,
     curve_chart,
     draw_curves,
+    lines_of,
     load_run,
     make_page,
     name_apart,
@@ -197,7 +199,7 @@ def test_every_figure_of_the_trainer_has_a_panel_or_is_a_counter(tmp_path):
     assert "Your own figures" not in sections
     of_reward = [shown for _, shown in sections["Reward"]]
     assert of_reward[:2] == [["score"], ["score_std"]]
-    assert len(sum((shown for panels in sections.values() for _, shown in panels), [])) == len(names) - 1  # episodes
+    assert {name for panels in sections.values() for _, shown in panels for name in shown} == names - COUNTERS
 
 
 @pytest.mark.parametrize(
@@ -667,3 +669,15 @@ def test_text_of_a_run_is_only_text(tmp_path, browser):
     browser.find_element("id", "search").send_keys("<script>window.evil")
     assert browser.find_element("id", "count").text == "1 of 3"
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_the_validation_curve_has_the_value_before_training(tmp_path):
+    rows = metric_rows(12, score=lambda i: 0.5)
+    for row in rows[3::4]:
+        row |= {"validation_reward": 0.5 + 0.01 * row["update"], "validation_reward_start": 0.45}
+    run = load_run(made_run(tmp_path / "mine", rows))
+    panels = [(panel, names) for shown in panels_of([run])[0].values() for panel, names in shown]
+    drawn = {name for _, names in panels for name in names}
+    assert "validation_reward" in drawn and "validation_reward_start" not in drawn
+    panel, names = next((p, n) for p, n in panels if "validation_reward" in n)
+    assert [line.start for line in lines_of(names, [run])] == [(0.45, 0.0)] and panel.start
