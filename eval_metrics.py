@@ -56,15 +56,15 @@ class EvalConfig:
     intent_model: str = ""
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
-    """Another judge, which the training never asked: is a gain in intent more than this one judge's taste?"""
+    """Another judge, which training did not use. It tells whether a gain in intent is more than one judge's taste."""
 
     # results
     replies: str = ""
-    """File for the replies, a line of JSON each; another evaluation takes it as --baseline-path and is sooner done."""
+    """File for the replies, a line of JSON each. Another evaluation can take it as --baseline-path to save time."""
     output: str = ""
     """JSON file for metrics, differences and settings; the table is printed in any case."""
     perplexity: bool = True
-    """Price the human replies as well, which takes about half of the time."""
+    """Compute the perplexity of the human replies too, which takes about half of the time."""
     bootstrap: int = 1000
     """Resamples for the intervals."""
 
@@ -272,7 +272,7 @@ class Evaluation:
 
         `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
         the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
-        of two models with different tokenizers it cannot be compared; None where they were not priced. With `weights`
+        of two models with different tokenizers it cannot be compared; None where it was not computed. With `weights`
         (N,), sample i counts that often.
         """
         weights = np.ones(len(self.texts)) if weights is None else weights
@@ -346,7 +346,7 @@ def answer(
     report: Report | None = None,
     perplexity: bool = True,
 ) -> Answers:
-    """Let the model, with dropout off, answer every sample and price the human replies (unless without `perplexity`,
+    """Let the model, with dropout off, answer every sample and score the human replies (not without `perplexity`,
     which leaves zeros there). It stays on its device."""
     started, training = time.perf_counter(), model.training
     model.eval()

@@ -176,7 +176,7 @@ class ActorCritic(nn.Module):
         """Logits (B, V) and values (B,) of the last position, and the key/value cache.
 
         input_ids (B, s) follow what is in `past`; attention_mask (B, past + s). A separate critic is not asked (values
-        are None): it prices finished replies in one pass, see `values_of`.
+        are None): it values finished replies in one pass, see `values_of`.
         """
         logits, past, last = cached_pass(self.policy, input_ids, attention_mask, past)
         return logits, self._values(last) if self.critic is None else None, past

@@ -68,7 +68,7 @@ class Reward:
         self.device, self.eou_marker = device, eou_marker
 
 
-PRICE = "reward_length_price"  # the statistic of LengthPrice
+PRICE = "reward_length_price"  # the metric of LengthController's penalty
 
 REWARDS: dict[str, Callable[..., Any]] = {}
 
@@ -164,7 +164,7 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
     if PRICE in statistics:
-        raise UserError(f"the reward calls a statistic '{PRICE}', which is the name of length_rate's price; rename it.")
+        raise UserError(f"the reward calls a statistic '{PRICE}', which is length_rate's own metric; rename it.")
     for name, values in statistics.items():
         if values.shape not in ((), scores.shape):
             raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")

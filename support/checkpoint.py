@@ -51,7 +51,7 @@ PROGRESS = "progress.json"
 
 @contextlib.contextmanager
 def fail_together(accelerator: Accelerator) -> Iterator[None]:
-    """A block that writes: where it fails on one process (OSError), it fails on all, so that none waits for another."""
+    """If any process raises OSError in the block, raise it on all, so that none hangs in a collective."""
     trouble = ""
     try:
         yield
@@ -113,7 +113,7 @@ def fingerprint(file: Path) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Take its name away first: a removal that is cut short leaves no checkpoint that looks like one."""
+    """Rename the folder first, so that an interrupted removal leaves nothing that looks like a checkpoint."""
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
@@ -128,12 +128,11 @@ def save_policy(
     run: Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """policy/: a plain Hugging Face folder with tokenizer and text format (of a LoRA policy, the adapter's);
-    value.safetensors: the rest of the network, with mean and deviation of the returns it predicts in units of as
-    metadata.
+    """Write the policy and the value head of a run.
 
-    `state` holds the weights where the network has only parts of them. A policy of the user's own without
-    `save_pretrained` is kept as policy/model.safetensors.
+    policy/ is a plain Hugging Face folder with tokenizer and text format; of a LoRA policy it holds the adapter.
+    value.safetensors is the value head. Metadata: mean and std that returns are normalised with. `state` holds the
+    weights if the network is sharded. A user's own policy without `save_pretrained` becomes policy/model.safetensors.
     """
     policy = model.policy
     of_policy = state and {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
@@ -172,7 +171,7 @@ def save_merged(run: Path) -> None:
 
 
 def checkpoint_error(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; empty where it is whole."""
+    """Say what is wrong with a checkpoint, in a few words; empty if it is valid."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
@@ -186,7 +185,7 @@ def checkpoint_error(folder: Path) -> str:
 
 
 def latest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    """Return the latest valid checkpoint, and a sentence for each newer one that is damaged."""
     refused = []
     for folder in reversed(checkpoints(run)):
         fault = checkpoint_error(folder)
@@ -197,7 +196,7 @@ def latest_valid_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def resume_point(run: Path, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to go on from, the same on every process; None to begin at the beginning."""
+    """Return the checkpoint to resume from, the same on every process; None to start from the beginning."""
     found, refused = latest_valid_checkpoint(run) if accelerator.is_main_process else (None, [])
     for sentence in refused:
         accelerator.print(f"WARNING: {sentence}", flush=True)
@@ -210,7 +209,7 @@ def resume_point(run: Path, accelerator: Accelerator) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """Put weights, optimizer and random states back, and return the progress."""
+    """Restore weights, optimizer and random states; return the saved state of the run."""
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
@@ -222,7 +221,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 
 
 def truncate_metrics(file: Path, updates: int) -> None:
-    """Leave the lines of the first `updates` updates in metrics.jsonl: what came after is done again."""
+    """Keep the lines of the first `updates` updates in metrics.jsonl; later updates are run again."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines[:updates] if line.endswith("\n")]
     if len(kept) < updates:
@@ -237,7 +236,7 @@ def truncate_metrics(file: Path, updates: int) -> None:
 
 
 class FolderLock:
-    """Held by the process that trains into a folder; the system lets go of it however that process ends."""
+    """The lock of a run's folder. The system releases it however the process ends."""
 
     def __init__(self, run: Path):
         self.file = open(run / ".lock", "a+", encoding="utf-8")  # held open for the run's life
@@ -260,7 +259,7 @@ class FolderLock:
 
 
 class OptionalOutput:
-    """A stream whose reader may go away: what is written from then on is lost, and nothing is raised."""
+    """A stream whose reader may close it: later output is lost, and nothing is raised."""
 
     def __init__(self, stream: Any):
         self.stream = stream

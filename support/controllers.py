@@ -1,4 +1,4 @@
-"""Controllers of the rewards: the coefficient of the KL penalty, and what a reply pays for its length."""
+"""Controllers of the rewards: the coefficient of the KL penalty, and a penalty on length."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ class AdaptiveKL:
 
 
 class LengthController:
-    """What a reply pays for its tokens, so that their mean number stays `ratio` times that of the start.
+    """A penalty on tokens that keeps the mean length of replies at `ratio` times its value before training.
 
-    METEOR weighs recall nine times as much as precision, so that a longer reply is paid better for the same words: a
-    policy that follows it drifts to the limit of tokens; a KL penalty that is paid by the token draws it the other way.
-    The price of a token is what one more of them earns in the rollout at hand (the slope of the score less the KL
-    penalty over lengths, within replies to one prompt), so that length as such is worth nothing, and
-    rate / target * (mean length / target - 1) besides, smoothed over rollouts, below 0 where replies have become short.
-    It is proportional to the error and no sum of it: what a price moves is how fast lengths change, and a sum would
-    swing.
+    METEOR weighs recall nine times as much as precision, so longer replies score higher, and a policy drifts to the
+    limit of tokens. A KL penalty on each token pushes the other way. The penalty on a token has two terms. The first is
+    the slope of the score less the KL penalty over length, within replies to one prompt: with it, length itself earns
+    nothing. The second is rate / target * (mean length / target - 1), smoothed over rollouts; it is negative where
+    replies are too short. It is proportional to the error. An integral term would oscillate, because the penalty
+    changes how fast the length moves.
     """
 
     SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
@@ -57,16 +56,16 @@ class LengthController:
 
     @property
     def target(self) -> float:
-        """Tokens: `ratio` times those of a reply of the start, on average."""
+        """Mean tokens of a reply: `ratio` times the mean before training."""
         return self.ratio * self.start
 
     def of(
         self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
     ) -> torch.Tensor:
-        """The price (N,), in units of the score, of replies of so many tokens (N,), `group` to a prompt.
+        """The penalty (N,), in units of the score, on replies of so many tokens (N,), `group` to a prompt.
 
-        `scores` (N,) are what they earn, less the KL penalty. A reply of the target's length pays nothing.
-        `reduce` sums over processes.
+        `scores` (N,) are their scores less the KL penalty. The penalty on a reply of the target length is 0. `reduce`
+        sums over processes.
         """
         lengths = lengths.float()
         shape = (-1, group) if group > 1 else (1, -1)

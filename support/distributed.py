@@ -1,8 +1,8 @@
-"""What carries a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was told.
+"""Engines of a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was told.
 
 A run needs three things of it: `make_accelerator`; `gathered_parameters`, so that a sharded network is gathered once
 instead of in each pass; and `full_state_dict`, all weights of a network to save.
-Frozen models have a place of their own, whatever carries the policy: `place` and `on_device`.
+Frozen models are placed independently of the engine: `place` and `on_device`.
 """
 
 from __future__ import annotations
@@ -243,11 +243,10 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
 
 @contextlib.contextmanager
 def gathered_parameters(accelerator: Accelerator, model: nn.Module, once: bool = True) -> Iterator[None]:
-    """All of a network's parameters on each process for the block, gathered once: no pass in it waits for another
-    process, however many passes each of them makes.
+    """Gather all parameters of a network on each process for the block, so that no pass waits for another process.
 
-    `model` is what `prepare` returned. Without sharded parameters there is nothing to do; nor is there where they are
-    not to be gathered `once`, as then every pass gathers its layers, and all processes have to make the same passes.
+    `model` is what `prepare` returned. No-op without sharded parameters, or with once=False (each pass then gathers
+    layer by layer, and all processes make the same passes).
     """
     if once and zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import unwrap_model_for_generation
@@ -263,9 +262,9 @@ def gathered_parameters(accelerator: Accelerator, model: nn.Module, once: bool =
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> Iterator[None]:
-    """The block with an FSDP2 module's parameters whole, or only what is not in its `layers` (the vocabulary).
+    """Gather an FSDP2 module's parameters for the block; with layers=False only those outside its layers.
 
-    `reshard` is whether its layers part with theirs after a pass outside of the block.
+    `reshard` says whether its layers release theirs after a pass outside the block.
     """
     root, *parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parts = parts if layers else []
@@ -291,8 +290,7 @@ def max_over_processes(number: int, accelerator: Accelerator) -> int:
 
 
 def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Every weight of a sharded network on the main process, for all processes to call; None where nothing is cut, as
-    the module itself has them."""
+    """Return all weights of a sharded network on the main process; all processes call it. None if it is not sharded."""
     if zero_stage(accelerator) == 3 or accelerator.is_fsdp2:
         return accelerator.get_state_dict(model)
     return None

@@ -1,7 +1,7 @@
 """Sampling whole replies with a key/value cache: the one decoding loop of rollouts and evaluation.
 
 What was sampled is kept with the log-probability it was sampled with, so that PPO needs no second pass, and with the
-set of tokens it was sampled from, so that the update can price a response under the very same distribution.
+set of tokens it was sampled from, so that the update scores a response under the same distribution.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def reply_log_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihood of each human reply with its marker, summed over its tokens, and its number of tokens: (N,), (N,).
 
-    Replies are priced whole, not cut at max_new_tokens; only what the model has no positions for goes.
+    Replies are scored whole, not cut at max_new_tokens; only tokens beyond the model's positions are left out.
     """
     device = next(model.parameters()).device
     positions = positions_of(getattr(model, "config", None)) or 2**20
@@ -307,7 +307,7 @@ def reply_log_likelihoods(
 def shifted_inputs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a network reads to price responses: input_ids, attention_mask and the positions to keep, (B, S - 1) each.
+    """What a network reads to score responses: input_ids, attention_mask and the positions to keep, (B, S - 1) each.
 
     input_ids, attention_mask (B, S), of which the last T columns are the response's, response_mask (B, T). The state
     before a token is the position before it, so the last token of a text is no input.
