@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from ppo_config import PPOConfig
 from support.config import check_command_line, parse_config
 from support.errors import UserError, run_script
@@ -70,7 +72,7 @@ class Shape:
     cache_width: int  # of keys, or of values, of one position in one layer
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
+    def of(cls, config: PreTrainedConfig) -> Shape:
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -103,7 +105,9 @@ AttentionInterface.register("counted", _attention)
 AttentionMaskInterface.register("counted", lambda *args, **kwargs: None)
 
 
-def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32, meta: bool = False) -> nn.Module:
+def empty_model(
+    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, meta: bool = False
+) -> nn.Module:
     """A model of this configuration whose weights take no memory."""
     with torch.device("meta") if meta else FAKE:
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -198,7 +202,9 @@ class Estimate:
         return sum(self.resident.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
 
-def estimate(config: EstimateConfig, policy_config: Any, judge_config: Any | None, max_new_tokens: int) -> Estimate:
+def estimate(
+    config: EstimateConfig, policy_config: PreTrainedConfig, judge_config: PreTrainedConfig | None, max_new_tokens: int
+) -> Estimate:
     """The account of a run of `policy_config`'s architecture. `judge_config` is None where no judge is loaded."""
     config.check()
     config.check_processes(config.processes)

@@ -526,22 +526,19 @@ def sample_dialogue(
     policy: nn.Module,
     start: nn.Module,
     codec: DialogueCodec,
-    samples: list[Sample],
+    sample: Sample,
     score: Callable,
-    config: Any,
     metrics: dict[str, float],
+    seed: int,
 ) -> dict[str, Any]:
-    """A line of samples.jsonl: one of `samples`, by turns, with what `start` and `policy` reply to it and their scores.
+    """A line of samples.jsonl: a sample with what `start` and `policy` reply to it, and the scores of both.
 
-    Sampled as the closing comparison samples, both with the same random numbers, which are their own: training does
-    not notice.
+    Both sample as the final comparison does, with the same random numbers. Training does not use these numbers.
     """
-    count = -(-metrics["update"] // max(1, config.sample_interval)) if metrics["update"] > 1 else 0
-    sample = samples[count % len(samples)]
     replies = {}
     for name, model in (("before", start), ("now", policy)):
         model.eval()
-        replies[name] = generate_replies(model, codec, [sample], EVAL_SAMPLING, config.seed)[0][0]
+        replies[name] = generate_replies(model, codec, [sample], EVAL_SAMPLING, seed)[0][0]
     human = sample.reply.strip()
     scores, statistics = score([sample.prompt] * 2, list(replies.values()), [human] * 2, [sample.act] * 2)
     figures = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}

@@ -976,7 +976,9 @@ def show_dialogue(parts: Parts, config: PPOConfig, metrics: dict[str, float], ru
     with parts.inference():
         if parts.generates:
             models = parts.policy, parts.ref_model
-            run.dialogue(sample_dialogue(*models, parts.codec, shown, parts.score, config, metrics))
+            update, every = metrics["update"], max(1, config.sample_interval)
+            sample = shown[(-(-update // every) if update > 1 else 0) % len(shown)]  # by turns
+            run.dialogue(sample_dialogue(*models, parts.codec, sample, parts.score, metrics, config.seed))
 
 
 def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:

@@ -17,13 +17,16 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import tyro
 import yaml
 
 from support.errors import UserError, answered_errors, did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
 TUTORIAL_KEYS = {
@@ -185,7 +188,7 @@ def _config_file(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return arguments, None
 
 
-def _resumed(cls: type, config: Any, arguments: list[str], description: str) -> tuple[Any, list[str]]:
+def _resumed(cls: type, config: DataclassInstance, arguments: list[str], description: str) -> tuple[Any, list[str]]:
     """The settings stored in the folder of the run that is to be resumed; the command line still overrides them."""
     stored = config.run_folder / "config.yaml"
     if not stored.is_file():
@@ -277,7 +280,7 @@ def _typed(cls: type, name: str, value: Any, file: str) -> Any:
         raise UserError(f"'{file}' sets {name} to {value!r}; expected {shown}.") from None
 
 
-def plain_values(config: Any) -> dict[str, Any]:
+def plain_values(config: DataclassInstance) -> dict[str, Any]:
     """Every field as YAML and trackers take it; what looks like a secret in `reward_args` is HIDDEN."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     if values.get("reward_args"):
@@ -285,7 +288,7 @@ def plain_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def save_yaml(config: Any, path: Path) -> None:
+def save_yaml(config: DataclassInstance, path: Path) -> None:
     """Every field, so that `--config PATH` repeats the run."""
     values = plain_values(config)
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

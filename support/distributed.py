@@ -12,10 +12,10 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -73,7 +73,22 @@ def own_engine() -> Iterator[None]:
                 os.environ.update({name: environment[name]} if name in environment else {})
 
 
-def make_accelerator(config: Any, run: Path) -> Accelerator:
+class EngineConfig(Protocol):
+    """The settings that choose the engine."""
+
+    mixed_precision: str | None
+    use_amp: bool
+    use_fp16: bool
+    use_deepspeed: bool
+    deepspeed_config: str
+    use_offload: bool
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    track: Sequence[str]
+    use_wandb: bool
+
+
+def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
     """Device, mixed precision, processes, engine and trackers, as the configuration and the launcher say."""
     cuda = torch.cuda.is_available()
     mixed_precision = config.mixed_precision
@@ -159,7 +174,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed_plugin(config: Any, mixed_precision: str | None) -> DeepSpeedPlugin:
+def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepSpeedPlugin:
     """The DeepSpeed of the tutorial's switches; a precision that was asked for comes before that of the file."""
     try:
         import deepspeed  # noqa: F401
@@ -178,7 +193,7 @@ def deepspeed_plugin(config: Any, mixed_precision: str | None) -> DeepSpeedPlugi
     return DeepSpeedPlugin(hf_ds_config=settings)
 
 
-def complete_deepspeed_config(accelerator: Accelerator, config: Any) -> None:
+def complete_deepspeed_config(accelerator: Accelerator, config: EngineConfig) -> None:
     """What DeepSpeed wants to know and only this project can tell it, whoever set it up."""
     plugin = accelerator.deepspeed_plugin
     settings = plugin.deepspeed_config

@@ -11,11 +11,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import PreTrainedConfig
 
 from support.errors import UserError, first_line
 from support.generation import cached_pass
@@ -111,7 +111,7 @@ def _candidates(model: nn.Module, head: bool) -> Iterator[Conventions]:
             yield Conventions(cache, first, pad_right=True)
 
 
-def probe_texts(config: Any, vocabulary: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (3, S) of three texts, padded on the left: the last two share a prompt, the first has a short one.
 
     The long prompt goes beyond every window, chunk and kernel that the configuration names, up to `longest` tokens.
@@ -128,7 +128,7 @@ def probe_texts(config: Any, vocabulary: int, longest: int) -> tuple[torch.Tenso
     return ids, mask
 
 
-def _numbers(config: Any) -> Iterator[tuple[str, int]]:
+def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """Name and value of every whole number in the text part of a configuration, also where a list holds it."""
     pending = list(config.to_dict().items())
     while pending:

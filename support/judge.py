@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 from support.data import ACTS
 from support.errors import UserError
@@ -51,7 +51,7 @@ class IntentJudge:
         return acts
 
 
-def acts_of_classes(config: Any, name: str) -> tuple[list[int], str]:
+def acts_of_classes(config: PreTrainedConfig, name: str) -> tuple[list[int], str]:
     """The act (1 to 4) of each class of a classifier (0: the class is no act), and a note or an empty string.
 
     `config` is the model's configuration. Names that are acts count, in any order and with other classes beside them.
@@ -98,7 +98,7 @@ def load_classifier(name: str, what: str = "classifier", **kwargs: Any) -> tuple
     return model, tokenizer
 
 
-def pair_tokens(config) -> int:
+def pair_tokens(config: PreTrainedConfig) -> int:
     """Tokens of a pair that an encoder of this configuration reads."""
     return min(MAX_TOKENS, positions_of(config) or MAX_TOKENS)
 

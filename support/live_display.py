@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
@@ -36,7 +36,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from support.diagnostics import FIRST, RECENT, find_warnings
+from support.diagnostics import FIRST, RECENT, Watched, find_warnings
 from support.files import is_number, nan_to_none
 from support.options import ProgressMode
 
@@ -251,6 +251,16 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 # The monitor of a training run
 
 
+class Shown(Watched, Protocol):
+    """The settings that the display reads."""
+
+    experiment_name: str
+    log_interval: int
+    progress: ProgressMode
+    sample_interval: int
+    total_time_steps: int
+
+
 class Monitor:
     """Shows a run of ppo_dialog.py, and says what is to be warned of; `config` is its PPOConfig.
 
@@ -258,7 +268,7 @@ class Monitor:
     where `start` was told that this is not the main process.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Shown):
         self.config = config
         self.main, self.live = False, None
         self.first: list[dict[str, Any]] = []

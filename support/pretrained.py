@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from support.errors import UserError, first_line
 from support.paths import check_name, is_adapter, other_weights
@@ -114,7 +115,7 @@ def _whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], suppli
     return model
 
 
-def check_plain(what: str, name: str, config: Any) -> None:
+def check_plain(what: str, name: str, config: PreTrainedConfig) -> None:
     """UserError for the configuration of a quantised model (bitsandbytes, GPTQ, AWQ, HQQ, FP8, MLX, ...)."""
     for key in ("quantization_config", "compression_config", "quantization"):
         found = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
@@ -228,7 +229,7 @@ def fit_embeddings(model: torch.nn.Module, adapter: Any, weights: dict[str, torc
         model.config.tie_word_embeddings = getattr(adapter, "ensure_weight_tying", False)
 
 
-def check_causal(what: str, name: str, config: Any) -> None:
+def check_causal(what: str, name: str, config: PreTrainedConfig) -> None:
     """UserError for a configuration that is no causal language model's.
 
     transformers would load an encoder as one, with a head that it never had.
@@ -321,7 +322,7 @@ def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
         )
 
 
-def first_position(config: Any) -> int:
+def first_position(config: PreTrainedConfig) -> int:
     """Position of a text's first token: 0, but padding_idx + 1 for RoBERTa and the models made like it."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -332,7 +333,7 @@ def first_position(config: Any) -> int:
     return config.pad_token_id + 1 if like_roberta else 0
 
 
-def positions_of(config: Any) -> int | None:
+def positions_of(config: PreTrainedConfig) -> int | None:
     """The most tokens of a text that a model of this configuration has positions for. None: no limit (ALiBi, Mamba)."""
     if not hasattr(config, "get_text_config"):  # of a network of the user's own
         return getattr(config, "max_position_embeddings", None)
@@ -342,7 +343,7 @@ def positions_of(config: Any) -> int | None:
     return positions - first_position(config) if positions and positions > 0 else None
 
 
-def check_positions(config: Any, fmt: Any, name: str, advice: str = "lower one of them") -> None:
+def check_positions(config: PreTrainedConfig, fmt: Any, name: str, advice: str = "lower one of them") -> None:
     """UserError where prompts and replies of a dialogue format (envs.DialogueFormat) are too long for the model."""
     positions, needed = positions_of(config), fmt.max_prompt_tokens + fmt.max_new_tokens
     if positions is not None and positions < needed:

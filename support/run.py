@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -37,11 +37,22 @@ from support.errors import UserError, describe_exception, import_path
 from support.files import nan_to_none
 from support.judge import WEAK_JUDGE
 from support.launcher import launcher
-from support.live_display import Monitor
+from support.live_display import Monitor, Shown
 from support.machine import peak_memory_mb, use_all_cores
 from support.pretrained import count_parameters
 from support.text import DialogueCodec
-from support.trackers import Log, start_trackers, tracker_ids
+from support.trackers import Log, Tracked, start_trackers, tracker_ids
+
+
+class RunConfig(Shown, Tracked, Protocol):
+    """The settings that a run's surroundings read."""
+
+    keep_checkpoints: int
+    resume: bool
+    save_interval: int
+
+    @property
+    def run_folder(self) -> Path: ...
 
 
 class Run:
@@ -51,7 +62,7 @@ class Run:
     `state` is the run's TrainState: its counters, and state_dict and load_state_dict for checkpoints.
     """
 
-    def __init__(self, config: Any, accelerator: Accelerator, notes: Sequence[str] = ()):
+    def __init__(self, config: RunConfig, accelerator: Accelerator, notes: Sequence[str] = ()):
         self.config, self.accelerator, self.notes = config, accelerator, notes
         self.folder: Path = config.run_folder
         self.main = accelerator.is_main_process

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 
@@ -19,7 +19,17 @@ TRACKED_AS = {"fps": "FPS"}  # the tutorial's name; the others are its names any
 TABLE = ("update", "context", "before", "now", "human", "score_before", "score_now")
 
 
-def start_trackers(config: Any, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
+class Tracked(Protocol):
+    """The settings of trackers."""
+
+    track: Sequence[str]
+    use_wandb: bool
+    wandb_entity: str
+    wandb_project: str
+    wandb_mode: str
+
+
+def start_trackers(config: Tracked, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
     """wandb, TensorBoard and trackio through Accelerate; a resumed run goes on where its `updates` ended.
 
     wandb (offline) and TensorBoard write into the run's folder, trackio where `trackio show` looks for it.

@@ -95,3 +95,8 @@ def test_functions_are_short_and_take_few_arguments():
         for name, node in functions
     }
     assert {name for name, names in arguments.items() if len(names) > 7} == WIDE.keys()
+
+
+def test_a_configuration_has_a_type():
+    for file in (SCRIPTS | SUPPORT).values():
+        assert "config: Any" not in file.read_text(encoding="utf-8"), file
