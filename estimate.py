@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig
-
 from ppo_config import PPOConfig
 from support.config import check_command_line, parse_config
 from support.errors import UserError, run_script
@@ -47,7 +45,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
 from ppo_config import PPOConfig

@@ -90,7 +90,7 @@ def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path
     settings |= dict(length_rate=2.0, length_ratio=1.25)
     whole = trained(experiment_name="whole", **settings)
     start, held = map(
-        float, re.search(r"replies have ([\d.]+) tokens; .* holds ([\d.]+)", capsys.readouterr().out).groups()
+        float, re.search(r"replies have ([\d.]+) tokens before .* is ([\d.]+)", capsys.readouterr().out).groups()
     )
     assert held == pytest.approx(1.25 * start, abs=0.1) and 3 < start < 20
     # the first call is the one before training, the fifth raises: three updates are done, two of them in a checkpoint
