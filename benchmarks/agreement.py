@@ -27,6 +27,7 @@ from ppo_dialog import BatchSizes, PPOConfig, Rollout, leave_one_out, whiten
 from support.config import parse_config
 from support.errors import UserError, run_script
 from support.generation import keep_candidates, shifted_inputs
+from support.libraries import quiet_libraries
 from support.packing import packed_lengths, split_by_tokens
 
 
@@ -120,6 +121,7 @@ def measure(config: AgreementConfig) -> str:
 
 
 def main() -> None:
+    quiet_libraries()
     config, _ = parse_config(AgreementConfig, sys.argv[1:], description=__doc__)
     print(measure(config))
 

@@ -48,6 +48,7 @@ from rewards import last_utterance
 from support import generation, machine, models, packing, pretrained
 from support.data import Dialogue, load_dialogues
 from support.errors import UserError, run_script
+from support.libraries import quiet_libraries
 from support.pretrained import load_tokenizer
 from support.text import DialogueCodec, DialogueFormat, Sample, make_samples
 
@@ -379,6 +380,7 @@ def run_apart(*options: str) -> dict[str, float]:
 
 
 def main() -> None:
+    quiet_libraries()
     config = tyro.cli(ThroughputConfig, description=__doc__)
     if "huge_pages" in config.without and os.environ[HUGE_PAGES] != "0":
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {HUGE_PAGES: "0"})

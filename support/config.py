@@ -24,6 +24,7 @@ import tyro
 import yaml
 
 from support.errors import UserError, answered_errors, did_you_mean
+from support.launcher import launcher
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -155,9 +156,14 @@ def check_command_line(
     `parse` is `parse_config` for the scripts that take a file of settings. `loading` is said at the end on a terminal,
     as the imports take seconds.
     """
-    with answered_errors():
-        config = parse(cls, sys.argv[1:], description)[0] if parse else command_line(cls, description)
-        getattr(config, "check", lambda: None)()
+    try:
+        with answered_errors():
+            config = parse(cls, sys.argv[1:], description)[0] if parse else command_line(cls, description)
+            getattr(config, "check", lambda: None)()
+    except SystemExit:
+        found = launcher()
+        with found.attended() if found else contextlib.nullcontext():  # else the launcher prints a traceback
+            raise
     if loading and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(loading, file=sys.stderr, flush=True)
 

@@ -110,7 +110,7 @@ def test_replies_to_one_prompt_are_learned_from_alike(engine, tmp_path):
     printed = ended(process)
     assert process.returncode == 0, printed[-3000:]
     run_by(engine, run_dir=tmp_path / "two", samples_per_prompt=2, ref_placement="sharded")
-    (expected,), (found,) = (lines(tmp_path / name / "ppo_dialog") for name in ("no_lockstep", "two"))
+    (expected,), (found,) = (lines(tmp_path / name / "ppo_dialog") for name in ("alone", "two"))
     for name in NUMBERS:
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
@@ -123,7 +123,7 @@ def test_an_adapter_is_trained_by_every_engine(engine, tmp_path):
     printed = ended(process)
     assert process.returncode == 0, printed[-3000:]
     run_by(engine, run_dir=tmp_path / "two", **settings)
-    (expected,), (found,) = (lines(tmp_path / name / "ppo_dialog") for name in ("no_lockstep", "two"))
+    (expected,), (found,) = (lines(tmp_path / name / "ppo_dialog") for name in ("alone", "two"))
     for name in NUMBERS:
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
     ours, theirs = (

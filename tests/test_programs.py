@@ -151,7 +151,7 @@ def test_reinforcement_after_supervised_training_in_one_process_is_as_in_a_fresh
     short = flags(total_time_steps=200, env_num=8, eval_limit=-1, validation_limit=0, intent_coef=0.0, run_dir=tmp_path)
     code = """
         import os, sys
-        from support.errors import quiet_libraries
+        from support.libraries import quiet_libraries
         from support.config import parse_config
         from ppo_dialog import PPOConfig, train
         from sft_dialog import SFTConfig, train_sft
