@@ -86,10 +86,6 @@ from support.text import DialogueCodec, DialogueFormat, Sample, count_of_samples
 from support.words import WordTokenizer, describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Judge and the user's own statistics
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 
 

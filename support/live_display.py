@@ -3,7 +3,7 @@
     with Monitor(config) as monitor:
         monitor.start(main)                        # from here on there is something to see
         monitor.stage("loading the models")
-        monitor.begin(run, updates, max_new_tokens)
+        monitor.begin(run, updates, max_new_tokens, warnings)
         monitor.update(metrics)                    # the display, or one line; and what is to be warned of
         monitor.dialogue(row)                      # a sample dialogue: the display, and samples.jsonl
 

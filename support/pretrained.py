@@ -344,7 +344,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def check_positions(config: PreTrainedConfig, fmt: Any, name: str, advice: str = "lower one of them") -> None:
-    """UserError where prompts and replies of a dialogue format (envs.DialogueFormat) are too long for the model."""
+    """UserError where prompts and replies of a dialogue format (text.DialogueFormat) are too long for the model."""
     positions, needed = positions_of(config), fmt.max_prompt_tokens + fmt.max_new_tokens
     if positions is not None and positions < needed:
         raise UserError(

@@ -1,6 +1,6 @@
 """What surrounds the training loop: the run's folder, display, trackers, checkpoints and signals.
 
-`Run` never calls the algorithm. If its methods did nothing, ppo_dialog.py would still train.
+`Run` calls no part of the algorithm.
 """
 
 from __future__ import annotations
