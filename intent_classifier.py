@@ -61,7 +61,7 @@ from support.data import ACTS, Dialogue, load_splits
 from support.data_checks import overlap_note
 from support.distributed import join_processes
 from support.files import atomic_folder, write_json
-from support.judge import _scores, encode_pairs, load_classifier, pair_tokens
+from support.judge import encode_pairs, judge_scores, load_classifier, pair_tokens
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
@@ -130,7 +130,7 @@ def train_intent(config: IntentConfig) -> Path:
                 out = model(**{k: v.to(model.device) for k, v in collate(rows[start : start + 64]).items()})
                 loss += out.loss.item() * len(out.logits)
                 predicted += (out.logits.argmax(-1) + 1).tolist()
-        return {"loss": loss / len(rows)} | _scores([act for _, _, act in rows], predicted)
+        return {"loss": loss / len(rows)} | judge_scores([act for _, _, act in rows], predicted)
 
     eval_pairs = pairs["validation"][: config.eval_samples or None]
     task = Task(

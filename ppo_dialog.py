@@ -1011,6 +1011,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judged)  # --resume restores weights and state
         measure_start(parts, config, state, run)
         observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
+        run.heed_signals()
 
         while state.env_steps < config.total_time_steps and not run.stop_requested():
             started = time.perf_counter()

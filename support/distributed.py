@@ -181,7 +181,7 @@ def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepS
     except ImportError:
         raise UserError("use_deepspeed needs the package deepspeed (Linux): pip install deepspeed.") from None
     settings = load_deepspeed(config.deepspeed_config)
-    # optimizer and schedule are ours, and batch sizes follow from ours, see settle_deepspeed
+    # optimizer and schedule are ours, and batch sizes follow from ours, see complete_deepspeed_config
     for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):
         settings.pop(name, None)
     settings.setdefault("zero_optimization", {})
@@ -231,7 +231,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     """Model and optimizer in the hands of the engine; `methods` of the model are called beside its forward."""
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
-        plugin.cpu_ram_efficient_loading = False  # see settle_deepspeed
+        plugin.cpu_ram_efficient_loading = False  # see complete_deepspeed_config
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type == "cpu":
             plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin it for
         if plugin.mixed_precision_policy is not None:  # gradients are added in fp32, and values stay so

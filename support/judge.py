@@ -131,7 +131,7 @@ def measure_judge(judge: IntentJudge, samples: Sequence[Sample], limit: int = 0)
     acts = [s.act for s in labelled]
     predicted = judge.acts([s.context[-1] for s in labelled], [s.reply for s in labelled])
     chance = max(Counter(acts).values()) / len(acts)
-    return _scores(acts, predicted) | {"chance": chance, "samples": len(acts)}
+    return judge_scores(acts, predicted) | {"chance": chance, "samples": len(acts)}
 
 
 def judge_sentence(measured: dict[str, float], split: str, what: str = "judge") -> str:
@@ -147,7 +147,7 @@ def judge_sentence(measured: dict[str, float], split: str, what: str = "judge") 
     )
 
 
-def _scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+def judge_scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score  # here, as it takes two seconds to import
 
     return {

@@ -142,6 +142,9 @@ class Run:
         self.saved = state.updates
         weak = warn_of_judge(judged["accuracy"], WEAK_JUDGE) if judged else {}
         self.monitor.begin(self.folder, state.updates, codec.format.max_new_tokens, weak)
+
+    def heed_signals(self) -> None:
+        """From here to `finish`, Ctrl-C and SIGTERM stop the run after the current update."""
         self.signals = self.at_end.enter_context(contextlib.ExitStack())
         self.signals.enter_context(self.stop)
 
