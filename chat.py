@@ -41,10 +41,9 @@ from support.paths import check_models
 
 
 @dataclass
-class ChatConfig(AgentConfig):
-    """Talk with a model."""
+class ConversationOptions:
+    """The conversation."""
 
-    # conversation
     prompt: str | None = None
     """Reply to this once and end."""
     versus: str = ""
@@ -57,6 +56,11 @@ class ChatConfig(AgentConfig):
     """Port of the page."""
     preferences: str = "preferences.jsonl"
     """File that the page appends choices to: prompt, chosen and rejected, as TRL's DPOTrainer reads them."""
+
+
+@dataclass
+class ChatConfig(ConversationOptions, AgentConfig):
+    """Talk with a model."""
 
     def check(self) -> None:
         """UserError for options that do not go together and for paths that do not exist."""

@@ -25,10 +25,9 @@ Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offlo
 
 
 @dataclass
-class EstimateConfig(PPOConfig):
-    """The options of ppo_dialog.py, and what it would be launched with."""
+class LaunchOptions:
+    """What ppo_dialog.py would be launched with."""
 
-    # what it would be launched with
     engine: Engine = "ddp"
     """What carries the run, by the names of the files in configs/accelerate."""
     processes: int = 1
@@ -37,6 +36,11 @@ class EstimateConfig(PPOConfig):
     """Where it would run: GPUs read more tokens at a time."""
     tflops: float = 0.0
     """10^12 floating-point operations a second that a process reaches (0: no time is told)."""
+
+
+@dataclass
+class EstimateConfig(PPOConfig, LaunchOptions):
+    """The options of ppo_dialog.py, and what it would be launched with."""
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -218,7 +222,7 @@ def estimate(
     micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
     rounds = max(1, round(config.episode_length / max_new_tokens))
     in_mini_batch = rounds * replies * (prompt + max_new_tokens) / config.num_mini_batch
-    tokens = int(min(micro_batch, in_mini_batch / max(1, config.gradient_accumulation_steps)))
+    tokens = int(min(micro_batch, in_mini_batch))
     replied = tokens * max_new_tokens / (prompt + max_new_tokens)
 
     sizes = sizes_of(
@@ -258,8 +262,8 @@ def estimate(
     ref = 0.0 if config.lora_rank else whole * (2.0 if config.ref_weights == "bf16" else 4.0)
     judge = 4.0 * count_parameters(empty_model(AutoJudge, judge_config)) if judge_config is not None else 0.0
     placements: tuple[tuple[str, float, Placement], ...] = (
-        ("reference", ref, config.placements[0]),
-        ("judge", judge, config.placements[1]),
+        ("reference", ref, config.ref_placement),
+        ("judge", judge, config.intent_placement),
     )
     for name, size, placement in placements:
         if placement == "offloaded" and config.device == "cuda":

@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from pydantic import NonNegativeInt, PositiveInt
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, first_line, run_script
-from support.options import EVAL_SAMPLING, Sampling
+from support.options import EVAL_SAMPLING, Sampling, check_values
 from support.paths import check_data, check_file_to_write, check_models
 
 
@@ -39,7 +40,6 @@ from support.paths import check_data, check_file_to_write, check_models
 class EvalConfig:
     """Evaluation of a dialogue model, against a baseline where one is given."""
 
-    # models and data
     model_path: str = tyro.MISSING
     """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
     its --replies, which are scored again."""
@@ -51,24 +51,22 @@ class EvalConfig:
     """Split of the data."""
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Use only the first so many samples (0: all)."""
     intent_model: str = ""
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
     """Another judge, which training did not use. It tells whether a gain in intent is more than one judge's taste."""
 
-    # results
     replies: str = ""
     """File for the replies, a line of JSON each. Another evaluation can take it as --baseline-path to save time."""
     output: str = ""
     """JSON file for metrics, differences and settings; the table is printed in any case."""
     perplexity: bool = True
     """Compute the perplexity of the human replies too, which takes about half of the time."""
-    bootstrap: int = 1000
+    bootstrap: PositiveInt = 1000
     """Resamples for the intervals."""
 
-    # sampling
     seed: int = 0
     """Seed of the sampling; both models get the same random numbers."""
     temperature: float = EVAL_SAMPLING.temperature
@@ -82,16 +80,13 @@ class EvalConfig:
     greedy: bool = EVAL_SAMPLING.greedy
     """Take the most likely token rather than sample."""
 
-    # engine
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Replies written at a time."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Run the models under autocast to bf16."""
 
     def __post_init__(self):
-        for name, least in (("limit", 0), ("batch_size", 1), ("bootstrap", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        check_values(self)
 
     def check(self) -> None:
         """UserError for files that cannot be written and for paths that do not exist."""

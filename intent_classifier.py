@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pydantic import PositiveInt
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, run_script
-from support.options import FitConfig
+from support.options import Above0, FitConfig
 from support.paths import check_data, check_models, check_new_folder
 
 
 @dataclass
-class IntentConfig(FitConfig):
-    """Training of the dialogue-act classifier."""
+class IntentOptions:
+    """Model and data."""
 
-    # model and data
     model_path: str = tyro.MISSING
     """Encoder to start from: hub name or folder."""
     data_path: str = "builtin"
@@ -38,11 +38,15 @@ class IntentConfig(FitConfig):
     half: Literal["all", "even", "odd"] = "all"
     """Which training dialogues to learn from; a judge of each half makes two that share no data."""
     eval_samples: int = 2000
-    """Validation pairs in each look during training (0: all); the final report uses all."""
-    lr: float = 1e-4
-    """Peak learning rate of AdamW; it warms up, then falls linearly to zero."""
-    batch_size: int = 32
-    """Pairs in an optimizer step, per process and accumulation step."""
+    """Validation pairs of each evaluation during training (0: all); the final report uses all."""
+
+
+@dataclass
+class IntentConfig(IntentOptions, FitConfig):
+    """Training of the dialogue-act classifier."""
+
+    lr: Above0 = 1e-4
+    batch_size: PositiveInt = 32
 
     def check(self) -> None:
         """UserError for paths that do not exist, and for an output folder that holds files."""

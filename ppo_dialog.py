@@ -99,21 +99,14 @@ class BatchSizes:
     num_mini_batch: int
     blocks: int  # groups of this process's slots, each of which gives every mini-batch its share
     first_block: int  # how many of them the processes before this one have
-    parts: int  # micro-batches that a mini-batch is at least cut into (gradient accumulation)
     micro_batch: int  # tokens of a micro-batch
 
     @classmethod
     def derive(cls, config: PPOConfig, max_new_tokens: int, accelerator: Accelerator) -> BatchSizes:
-        processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
+        processes = accelerator.num_processes
         rounds = max(1, round(config.episode_length / max_new_tokens))
         replies, group = rounds * config.env_num // processes, config.samples_per_prompt
         num_mini_batch = min(config.num_mini_batch, replies // group)
-        if replies // group // num_mini_batch < parts:
-            prompts = f" to {replies // group // num_mini_batch} prompts" if group > 1 else ""
-            raise UserError(
-                f"a mini-batch of {replies // num_mini_batch} replies{prompts} cannot be cut into {parts} parts; "
-                "lower gradient_accumulation_steps or num_mini_batch."
-            )
         # As many blocks as can be: the processes share them, and what a mini-batch holds does not depend on how
         prompts = config.env_num // group
         even = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
@@ -121,7 +114,7 @@ class BatchSizes:
         blocks = max(even, default=processes) // processes
         micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
         first_block = accelerator.process_index * blocks
-        return cls(rounds, replies, group, num_mini_batch, blocks, first_block, parts, micro_batch)
+        return cls(rounds, replies, group, num_mini_batch, blocks, first_block, micro_batch)
 
     def mini_batches(self, *stream: int) -> list[torch.Tensor]:
         """This process's rows of a rollout (n, group) in each mini-batch of a pass, drawn anew for each `stream`."""
@@ -593,13 +586,13 @@ def update(
             # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
             # all processes: each token weighs the same, however the batch is cut.
             tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
-            parts = max(sizes.parts, -(-int(tokens_of_groups.sum()) // sizes.micro_batch))
+            parts = -(-int(tokens_of_groups.sum()) // sizes.micro_batch)
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
             tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
             tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
             accelerator.step, accelerator.gradient_accumulation_steps = 0, parts
-            # Accelerate divides by the parts (DeepSpeed by those it was made with), data parallelism by the processes
-            divided = sizes.parts if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
+            # Accelerate divides by the parts (DeepSpeed does not), data parallelism by the processes
+            divided = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
             scale = divided * accelerator.num_processes / tokens
             for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
@@ -621,9 +614,9 @@ def update(
                     totals[name] = totals.get(name, 0.0) + value.where(value.isfinite(), value.new_zeros(()))
             epoch_tokens += tokens
         passes += 1
-        if config.target_kl is not None:
+        if config.early_stop_kl is not None:
             kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / epoch_tokens
-            if kl_of_pass > config.target_kl:
+            if kl_of_pass > config.early_stop_kl:
                 break
     grad_norm = totals.pop("grad_norm", float("nan")) / max(1, optimizer_steps)
     names = list(totals)
@@ -859,7 +852,7 @@ def load_reference(
     config: PPOConfig, name: str, actor_critic: ActorCritic, codec: DialogueCodec, accelerator: Accelerator, run: Run
 ) -> nn.Module:
     """The frozen model of the KL penalty, where the configuration wants it kept."""
-    placement, _ = config.placements
+    placement = config.ref_placement
     if config.lora_rank:
         if placement != "replicated":
             run.say(f"note: ref_placement {placement} has no meaning with lora_rank: the policy is its own reference")
@@ -895,7 +888,7 @@ def load_reward(
         return score_episodes(reward, *episodes, timeout=config.reward_timeout)
 
     judge, judged = load_judge(reward, config, accelerator.device), {}
-    models = [] if judge is None else [place(judge.model, config.placements[1], accelerator)]
+    models = [] if judge is None else [place(judge.model, config.intent_placement, accelerator)]
     run.stage("asking the reward about two replies")
     with on_device(*models, once=config.gather):
         check_reward(score, samples["train"][0], config.samples_per_prompt)

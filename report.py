@@ -113,7 +113,7 @@ PANELS = {
     "Distance from the start": (
         Panel("KL to the reference", "kl_div", "nats per token", "kl_target"),
         Panel("KL coefficient", "alpha", "rises while KL is above its target"),
-        Panel("KL of one update", "approx_kl", "nats per token, from the policy that sampled", "target_kl"),
+        Panel("KL of one update", "approx_kl", "nats per token, from the policy that sampled", "early_stop_kl"),
     ),
     "Replies": (
         Panel("Reply length", "mean_output_length", "tokens", "max_new_tokens", start=True),

@@ -27,10 +27,9 @@ from support.text import FormatOptions
 
 
 @dataclass
-class SFTConfig(FitConfig, FormatOptions):
-    """Supervised fine-tuning of a causal language model on dialogues."""
+class SFTOptions:
+    """Model and data."""
 
-    # model and data
     model_path: str = tyro.MISSING
     """Causal LM to start from: hub name, folder, the folder of a run, or 'builtin'."""
     tokenizer_path: str = ""
@@ -44,7 +43,12 @@ class SFTConfig(FitConfig, FormatOptions):
     loss_on: Literal["window", "reply", "dialogue"] = "window"
     """What is learned: every window of dialogue, its reply alone, or whole dialogues, each utterance once."""
     eval_samples: int = 500
-    """Validation samples in each look at the perplexity of the human replies (0: all)."""
+    """Validation samples of each evaluation of the perplexity of the human replies (0: all)."""
+
+
+@dataclass
+class SFTConfig(SFTOptions, FitConfig, FormatOptions):
+    """Supervised fine-tuning of a causal language model on dialogues."""
 
     def check(self) -> None:
         """UserError for paths that do not exist, and for an output folder that holds files."""

@@ -32,11 +32,16 @@ from support.packing import packed_lengths, split_by_tokens
 
 
 @dataclass
-class AgreementConfig(PPOConfig):
-    """Which rollouts are compared, and the settings of PPO."""
+class CompareOptions:
+    """Which rollouts are compared."""
 
     rollouts: int = 4
     """Rollouts, of env_num replies each."""
+
+
+@dataclass
+class AgreementConfig(PPOConfig, CompareOptions):
+    """Which rollouts are compared, and the settings of PPO."""
 
 
 FIGURES = "approx_kl clipfrac policy_loss value_loss entropy grad_norm passes skipped_steps".split()  # of an update

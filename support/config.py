@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
-import io
 import json
 import os
 import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import pydantic
 import tyro
 import yaml
 
 from support.errors import UserError, answered_errors, did_you_mean
 from support.launcher import launcher
+from support.options import Placement, RunOptions, checked_value
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Where a key of the tutorial's files stands, as a dotted path -> the field it sets.
+# Where a key of the tutorial's files, or an old name, is in a file -> the field that it sets
 TUTORIAL_KEYS = {
     "env.args.tokenizer_path": "tokenizer_path",
     "env.args.data_path": "data_path",
@@ -46,8 +43,28 @@ TUTORIAL_KEYS = {
     "value_loss_coef": "value_coef",
     "use_valuenorm": "normalize_values",
     "use_adv_normalize": "normalize_advantages",
+    "target_kl": "early_stop_kl",
 }
-# The tutorial's own classes are what this project does anyway.
+# Keys of the tutorial that `_replace_switches` turns into settings, and what says the same on the command line
+SWITCHES = {
+    "use_wandb": "--track wandb",
+    "use_amp": "--mixed-precision auto",
+    "use_fp16": "--mixed-precision fp16",
+    "use_deepspeed": "--deepspeed-config FILE",
+    "ref_ds_config": "--ref-placement",
+    "intent_ds_config": "--intent-placement",
+}
+# Flags that are gone -> what to give
+OLD_FLAGS = SWITCHES | {
+    "gradient_accumulation_steps": "--micro-batch-tokens, which bounds the memory of a pass",
+    "target_kl": "--early-stop-kl",
+    "wandb_mode": "WANDB_MODE in the environment, or wandb_mode in a file",
+    "wandb_entity": "WANDB_ENTITY in the environment, or wandb_entity in a file",
+    "use_offload": "use_offload in a file, or offload_optimizer in DeepSpeed's file",
+    "kl_clip": "kl_clip in a file",
+    "max_skipped_steps": "max_skipped_steps in a file",
+}
+# The tutorial's own classes are what this project does anyway
 TUTORIAL_VALUES = {
     "reward": {"NLPReward": "default"},
     "stats": {"NLPVecInfo": ""},
@@ -56,11 +73,7 @@ TUTORIAL_VALUES = {
     "critic_class": {"ValueNetworkGPT": ""},
 }
 # Options of ppo_dialog.py that change what a run shows, keeps, or stops at, and not what it computes
-NOT_COMPUTED = set(
-    "progress log_interval sample_interval save_interval keep_checkpoints validation_limit track use_wandb "
-    "wandb_entity wandb_project wandb_mode stats judge_samples eval_split eval_limit lora_merge reward_timeout "
-    "max_skipped_steps run_dir experiment_name resume".split()
-)
+NOT_COMPUTED = {f.name for f in dataclasses.fields(RunOptions)} | {"lora_merge", "reward_timeout", "max_skipped_steps"}
 SECRET = re.compile(r"token$|secret|password|credential|api_?key", re.IGNORECASE)
 HIDDEN = "(not stored)"
 SECTIONS = ("env", "env.args", "reward_class", "reward_class.args", "vec_info_class", "model_dict")
@@ -68,6 +81,7 @@ WITHOUT_MEANING = {
     "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
     "hidden_size": "the sizes of the network are those of the model in model_path",
     "data_chunk_length": "there is no recurrent network to cut sequences for",
+    "gradient_accumulation_steps": "micro_batch_tokens bounds the memory, and a mini-batch is one optimizer step",
     "reward_class.args.use_deepspeed": "ref_placement and intent_placement say where the frozen models are kept",
 }
 
@@ -93,56 +107,55 @@ NamedValues = Annotated[
 
 
 def command_line(cls: type, description: str, arguments: Sequence[str] | None = None, default: Any = None) -> Any:
-    """A `cls` from the command line: tyro.cli, whose `--help` gets the headings that the fields have in the source.
+    """Return a `cls` from the command line, by tyro. Each class of options that it is made of is a group of `--help`.
 
-    A comment that stands alone between the fields of the dataclass is the heading of those after it. `default` is what
-    a file of settings gave, for the scripts that take one.
+    `default` is what a file of settings gave, for the scripts that take one.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    given = {} if default is None else {"default": default}
-    given["config"] = (tyro.conf.PositionalMetavarFromFieldName,)  # PATH, not STR
-    if not {"-h", "--help"} & set(arguments):
-        return tyro.cli(cls, args=arguments, description=description, **given)
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, write_through=True)
-    shown.isatty = sys.stdout.isatty  # colours and lines where there would be some
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        name = Path(sys.argv[0]).name + " [--config FILE.yaml]" * (default is not None)
-        tyro.cli(cls, prog=name, args=["--help"], description=description, **given)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    markers = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitArgPrefixes)
+    with_file = {"prog": f"{Path(sys.argv[0]).name} [--config FILE.yaml]"} if default and "--help" in arguments else {}
+    groups = [c for c in cls.__mro__ if dataclasses.is_dataclass(c) and _own_fields(c)]
+    if "early_stop_kl" in {f.name for f in dataclasses.fields(cls)}:
+        _refuse_old_flags(arguments)
     try:
-        print(_under_headings(shown.buffer.getvalue().decode(shown.encoding), cls), flush=True)
-    except BrokenPipeError:  # `--help | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+        if len(groups) == 1:
+            given = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=arguments, description=description, config=markers, **given, **with_file)
+        values = vars(default) if default else {f.name: _default(f) for f in dataclasses.fields(cls)}
+        parts = {re.sub("(Options|Config)$", "", g.__name__).lower(): g for g in groups}
+        grouped = dataclasses.make_dataclass(cls.__name__, parts.items())
+        default = grouped(*(g(**{f.name: values[f.name] for f in dataclasses.fields(g)}) for g in groups))
+        chosen = tyro.cli(
+            grouped, args=arguments, default=default, description=description, config=markers, **with_file
+        )
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    return cls(**{f.name: getattr(group, f.name) for group in vars(chosen).values() for f in dataclasses.fields(group)})
 
 
-def headings(cls: type) -> dict[str, str]:
-    """The heading of each field of a dataclass that has one, in the order of the fields."""
-    found = {}
-    for part in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        heading = None
-        for line in inspect.getsource(part).splitlines():
-            if comment := re.match(r" {4}# (.+)", line):
-                heading = comment[1]
-            elif heading and (name := re.match(r" {4}(\w+): ", line)):
-                found.setdefault(name[1], heading)  # where a field is only given another default, it stays
-    return {f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found}
+def _refuse_old_flags(arguments: Sequence[str]) -> None:
+    """UserError for a flag that ppo_dialog.py had once, with what to give now."""
+    for argument in arguments:
+        name = argument.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        if argument.startswith("--") and name in OLD_FLAGS:
+            raise UserError(f"{argument.split('=')[0]} is no option any more; give {OLD_FLAGS[name]}.")
 
 
-def _under_headings(text: str, cls: type) -> str:
-    """The help text with a line that names the group before the first option of each."""
-    named, first = headings(cls), {}
-    for before, name in zip(("", *named), named):
-        if named[name] != named.get(before):
-            first["--" + name.replace("_", "-")] = named[name]
-    lines = []
-    for line in text.splitlines():
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
-        option = re.match(r"(.) (--[\w-]+)", plain)
-        if option and option[2] in first:
-            boxed = f"├─ {first[option[2]]} ".ljust(len(plain) - 1, "─") + "┤"
-            lines += [boxed] if option[1] == "│" else ["", f" {first[option[2]]}", " " + "-" * (len(plain) - 2)]
-        lines.append(line)
-    return "\n".join(lines)
+def _own_fields(cls: type) -> set[str]:
+    """Return the fields that a class of options adds to those of its bases; another default of one adds none."""
+    inherited = {f.name for base in cls.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+    return {f.name for f in dataclasses.fields(cls)} - inherited
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Return a field's default for tyro."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING if field.default is dataclasses.MISSING else field.default
 
 
 def check_command_line(
@@ -229,17 +242,19 @@ def load_yaml(cls: type, file: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any], list[str]]:
-    """The tree's keys as fields of `cls`."""
+    """Return the tree's keys as fields of `cls`, and the sentences."""
     fields = {f.name for f in dataclasses.fields(cls)}
     flat: dict[str, Any] = {}
     notes: list[str] = []
     reward_args: dict[str, Any] = {}
 
     def visit(path: str, value: Any) -> None:
-        if path in WITHOUT_MEANING:
+        name = TUTORIAL_KEYS.get(path, path)
+        if path == "gradient_accumulation_steps" and value == 1:
+            pass  # stored by runs of earlier versions
+        elif path in WITHOUT_MEANING:
             notes.append(f"{path} in '{file}' has no meaning here: {WITHOUT_MEANING[path]}.")
-        elif path in TUTORIAL_KEYS or path in fields:
-            name = TUTORIAL_KEYS.get(path, path)
+        elif name in fields or name in SWITCHES:
             if name in flat:
                 raise UserError(f"'{file}' sets {name} twice, once as {path}.")
             known = TUTORIAL_VALUES.get(name, {})
@@ -251,39 +266,58 @@ def _flatten(cls: type, tree: dict[Any, Any], file: str) -> tuple[dict[str, Any]
                 visit(f"{path}.{key}", inner)
         elif path == "reward_class.args" and value is None:
             pass  # `args:` with nothing after it
+        elif path in SECTIONS:
+            raise UserError(f"'{file}' sets {path} to {value!r}; expected keys of its own under it, such as 'id: ...'.")
         else:
-            if path in SECTIONS:
-                raise UserError(
-                    f"'{file}' sets {path} to {value!r}; expected keys of its own under it, such as 'id: ...'."
-                )
-            valid = fields | {p.split(".")[0] for p in TUTORIAL_KEYS}
-            raise UserError(
-                f"'{file}' sets '{path}', which is not a setting.{did_you_mean(path.split('.')[-1], valid)}"
-            )
+            hint = did_you_mean(path.split(".")[-1], fields | {p.split(".")[0] for p in TUTORIAL_KEYS})
+            raise UserError(f"'{file}' sets '{path}', which is not a setting.{hint}")
 
     for key, value in tree.items():
         visit(str(key), value)
     if reward_args:
         flat["reward_args"] = flat.get("reward_args", {}) | reward_args
-    return flat, notes
+    return _replace_switches(flat, file), notes
+
+
+def _replace_switches(flat: dict[str, Any], file: str) -> dict[str, Any]:
+    """Replace the tutorial's switches by the settings that they stand for."""
+    switches = {name: flat.pop(name) for name in SWITCHES if name in flat}
+    for name, value in switches.items():
+        kind = str if name.endswith("ds_config") else bool
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"'{file}' sets {name} to {value!r}; expected {kind.__name__}.")
+    if isinstance(flat.get("track"), str):
+        flat["track"] = [flat["track"]]
+    if switches.get("use_wandb"):
+        flat["track"] = list(dict.fromkeys([*flat.get("track", ()), "wandb"]))
+    if switches.get("use_amp") or switches.get("use_fp16"):
+        flat["mixed_precision"] = flat.get("mixed_precision") or ("fp16" if switches.get("use_fp16") else "auto")
+    for model in ("ref", "intent"):
+        if settings := switches.get(f"{model}_ds_config"):
+            flat[f"{model}_placement"] = placement_from(settings)
+    if switches.get("use_deepspeed") and not flat.get("deepspeed_config"):
+        raise UserError(f"'{file}' sets use_deepspeed; expected deepspeed_config too, DeepSpeed's JSON file.")
+    if switches.get("use_deepspeed") is False:
+        flat["deepspeed_config"] = ""
+    return flat
 
 
 def _typed(cls: type, name: str, value: Any, file: str) -> Any:
-    """The value in the type of its field: YAML reads `1e-6` as text, for one."""
-    expected = typing.get_type_hints(cls)[name]
+    """Return the value in the type of its field: YAML reads `1e-6` as text, for one."""
     if name == "mixed_precision" and value is False:  # YAML 1.1 reads a bare `no` as false
         value = "no"
-    if name == "track" and isinstance(value, str):
-        value = [value]
-    if expected is int and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # `1e5` is text to YAML
-            value = float(value)
-    try:
-        return pydantic.TypeAdapter(expected).validate_python(value)
-    except pydantic.ValidationError:
-        shown = getattr(expected, "__name__", None) if isinstance(expected, type) else str(expected)
-        shown = str(shown).replace("typing.", "")
-        raise UserError(f"'{file}' sets {name} to {value!r}; expected {shown}.") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, UserError):  # `1e5` is text to YAML
+            return checked_value(cls, name, float(value))
+    return checked_value(cls, name, value, source=f"'{file}' sets {name} to")
+
+
+def placement_from(file: str) -> Placement:
+    """Return where a DeepSpeed file for a frozen model (the tutorial's `ref_ds_config`) keeps it."""
+    zero = load_deepspeed(file).get("zero_optimization") or {}
+    if zero.get("stage") == 3:
+        return "sharded"
+    return "offloaded" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "replicated"
 
 
 def plain_values(config: DataclassInstance) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from support.errors import UserError
-
 if TYPE_CHECKING:
     import torch
 
@@ -20,13 +18,6 @@ class AdaptiveKL:
     """
 
     def __init__(self, coef: float = 0.2, target: float = 0.05, rate: float = 0.1, clip: float = 0.2):
-        for name, value in (("kl_coef", coef), ("kl_rate", rate), ("kl_clip", clip)):
-            if not 0 <= value < float("inf"):
-                raise UserError(f"{name} is {value}; expected 0 or more.")
-        if rate * clip >= 1:
-            raise UserError(f"kl_rate {rate} times kl_clip {clip} is {rate * clip}; expected less than 1.")
-        if not 0 < target < float("inf"):
-            raise UserError(f"kl_target is {target}; expected more than 0 (kl_rate 0 keeps the coefficient fixed).")
         self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
 
     def update(self, kl: float) -> None:
@@ -48,10 +39,6 @@ class LengthController:
     SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
 
     def __init__(self, rate: float, ratio: float = 1.0, start: float = 0.0):
-        if not 0 <= rate < float("inf"):
-            raise UserError(f"length_rate is {rate}; expected 0 or more.")
-        if not 0 < ratio < float("inf"):
-            raise UserError(f"length_ratio is {ratio}; expected more than 0, such as 1 for the start's own length.")
         self.rate, self.ratio, self.start, self.price = rate, ratio, start, 0.0
 
     @property

@@ -178,7 +178,7 @@ def check_clipping(trend: Trend, config: Watched, max_new_tokens: int) -> dict[s
         found["clipfrac_high"] = (
             f"{trend.now('clipfrac'):.2f} of the tokens are clipped: the policy changes more in an update than "
             f"clip_range ({config.clip_range:g}) allows, and the rest is lost. Try {smaller_lr}"
-            + (", or --ppo-epoch 1." if config.ppo_epoch > 1 else ", or --target-kl 0.02.")
+            + (", or --ppo-epoch 1." if config.ppo_epoch > 1 else ", or --early-stop-kl 0.02.")
         )
     return found
 

@@ -77,27 +77,22 @@ class EngineConfig(Protocol):
     """The settings that choose the engine."""
 
     mixed_precision: str | None
-    use_amp: bool
-    use_fp16: bool
-    use_deepspeed: bool
     deepspeed_config: str
     use_offload: bool
-    gradient_accumulation_steps: int
     max_grad_norm: float
     track: Sequence[str]
-    use_wandb: bool
 
 
 def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
     """Device, mixed precision, processes, engine and trackers, as the configuration and the launcher say."""
     cuda = torch.cuda.is_available()
     mixed_precision = config.mixed_precision
-    if mixed_precision is None and (config.use_amp or config.use_fp16):
-        mixed_precision = "fp16" if cuda or config.use_fp16 else "bf16"
+    if mixed_precision == "auto":
+        mixed_precision = "fp16" if cuda else "bf16"
     if (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and not cuda:
         raise UserError("fp16 mixed precision needs a GPU and there is none here; use --mixed-precision bf16 or no.")
     plugin = None
-    if config.use_deepspeed:
+    if config.deepspeed_config:
         plugin = deepspeed_plugin(config, mixed_precision)
         # one process, started without DeepSpeed's launcher: what that launcher would have set
         alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
@@ -117,14 +112,11 @@ def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
             let_fsdp_run_on_cpus()
     if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported; set fsdp_version to 2 (configs/accelerate/fsdp2.yaml does).")
-    if config.gradient_accumulation_steps > 1:  # the launcher has its own, 1 where it was told none
-        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    trackers = list(dict.fromkeys([*config.track, *(["wandb"] if config.use_wandb else [])]))
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # `update` splits a mini-batch itself
     accelerator = Accelerator(
         cpu=several_on_cpus() and not deepspeed and not fsdp,
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=trackers or None,
+        log_with=list(config.track) or None,
         project_dir=str(run),
         deepspeed_plugin=plugin,
         kwargs_handlers=[groups],
@@ -175,11 +167,11 @@ def free_port() -> int:
 
 
 def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepSpeedPlugin:
-    """The DeepSpeed of the tutorial's switches; a precision that was asked for comes before that of the file."""
+    """Return the DeepSpeed of `deepspeed_config`. A precision that was given comes before that of the file."""
     try:
         import deepspeed  # noqa: F401
     except ImportError:
-        raise UserError("use_deepspeed needs the package deepspeed (Linux): pip install deepspeed.") from None
+        raise UserError("deepspeed_config needs the package deepspeed (Linux): pip install deepspeed.") from None
     settings = load_deepspeed(config.deepspeed_config)
     # optimizer and schedule are ours, and batch sizes follow from ours, see complete_deepspeed_config
     for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):
@@ -187,7 +179,7 @@ def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepS
     settings.setdefault("zero_optimization", {})
     for name in ("fp16", "bf16") if mixed_precision else ():
         settings[name] = settings.get(name, {}) | {"enabled": name == mixed_precision}
-    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    settings["gradient_accumulation_steps"] = 1
     if config.use_offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return DeepSpeedPlugin(hf_ds_config=settings)
@@ -200,7 +192,7 @@ def complete_deepspeed_config(accelerator: Accelerator, config: EngineConfig) ->
     settings.pop("train_batch_size", None)  # the product of the others
     # a micro-batch: it computes nothing with it but that product
     settings["train_micro_batch_size_per_gpu"] = 1
-    settings["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    settings["gradient_accumulation_steps"] = 1  # `update` splits a mini-batch itself
     settings["gradient_clipping"] = config.max_grad_norm
     zero = settings["zero_optimization"]
     if zero.get("stage") == 3:

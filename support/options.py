@@ -1,95 +1,209 @@
-"""Options that several commands share. Nothing heavy is imported here, so that `--help` answers at once."""
+"""Options that several parts share. Nothing heavy is imported here, so that `--help` answers at once.
+
+A class of options is a group of `--help`. Annotations hold the range of each number, which `check_values` checks.
+Fields that are `Fixed` are keys of a file of settings, and no flags.
+"""
 
 from __future__ import annotations
 
+import functools
+import typing
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from support.config import load_deepspeed
 from support.errors import UserError
 
 ProgressMode = Literal["auto", "live", "plain"]
 Placement = Literal["replicated", "offloaded", "sharded"]
-TEMPLATE_NEW_TOKENS = 200  # what a chat model may say at most, where --max-new-tokens says nothing
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+TEMPLATE_NEW_TOKENS = 200  # limit of a chat model's reply, unless --max-new-tokens gives one
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field, with its range."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _adapter(cls: type, name: str) -> TypeAdapter:
+    return TypeAdapter(field_types(cls)[name])
+
+
+def checked_value(cls: type, name: str, value: Any, source: str = "") -> Any:
+    """Return a value in the type of the field `name` of `cls`. UserError for another type, or for one out of range.
+
+    `source` begins the sentence: where the value was given.
+    """
+    try:
+        return _adapter(cls, name).validate_python(value)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
+        raise UserError(f"{source or f'{name} is'} {value!r}; expected {expected}.") from None
+
+
+def check_values(options: Any) -> None:
+    """UserError for the first field whose value is out of its range."""
+    for name, hint in field_types(type(options)).items():
+        if any(hasattr(part, "__metadata__") for part in (hint, *typing.get_args(hint))):  # X | None too
+            checked_value(type(options), name, getattr(options, name))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """From which distribution a token is drawn."""
+    """The distribution that a token is sampled from."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_new_tokens: NonNegativeInt = 0
     greedy: bool = False
 
     def __post_init__(self):
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; expected more than 0 (greedy decoding is an option).")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if self.min_new_tokens < 0:
-            raise UserError(f"min_new_tokens is {self.min_new_tokens}; expected 0 or more.")
+        check_values(self)
 
 
 EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
 
 
 @dataclass
-class FitConfig:
-    """Settings of a supervised run."""
+class EngineOptions:
+    """Precision, memory and processes."""
 
-    # training
+    seed: NonNegativeInt = 0
+    """Seed of everything random."""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
+    """Accelerate's mixed precision. auto: fp16 on a GPU, bf16 on a CPU; left out: what `accelerate launch` was told."""
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON file. With it the run trains with DeepSpeed, as after `accelerate config`."""
+    use_offload: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """The tutorial's key: keep DeepSpeed's optimizer states in CPU memory."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights of the policy and of a separate critic; bf16 halves their memory and loses small steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time in the update."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """Tokens in a forward pass, with prompts; this bounds the memory (0: 1,024 on a CPU, 16,384 on a GPU). A prompt of
+    several replies counts once, unless the model cannot be packed."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of a LoRA adapter on the policy (0: train all weights). The reference is then the policy without the
+    adapter, so there is no second copy."""
+    lora_alpha: NonNegativeInt = 0
+    """Scale of the adapter (0: twice its rank)."""
+    lora_merge: bool = False
+    """Also write merged/ at the end: a plain model with the adapter merged into it."""
+    ref_placement: Placement = "replicated"
+    """Where the frozen reference is kept: on each device, in CPU memory between its uses, or sharded over the
+    processes."""
+    ref_weights: Literal["fp32", "bf16"] = "fp32"
+    """Type of the reference's weights."""
+    intent_placement: Placement = "replicated"
+    """Where the judge is kept."""
+    gather: bool = True
+    """Gather a sharded network once for each rollout. Off: layer by layer in every pass, which is much slower; needed
+    for networks that do not fit on one device."""
+
+
+@dataclass
+class RunOptions:
+    """Results, checkpoints and what is shown."""
+
+    run_dir: str = "runs"
+    """Folder for runs."""
+    experiment_name: str = "ppo_dialog"
+    """Name of this run's folder in run_dir; an earlier run of that name is kept under another."""
+    progress: ProgressMode = "auto"
+    """A live display, or plain lines; auto: the display on a terminal, lines in a pipe, a file and CI."""
+    log_interval: PositiveInt = 1
+    """Updates between two printed and tracked lines; metrics.jsonl has every update."""
+    sample_interval: NonNegativeInt = 10
+    """Updates between two sample dialogues, with the replies before training and now, in samples.jsonl (0: none)."""
+    save_interval: PositiveInt = 10
+    """Updates between two checkpoints. The end of a run, Ctrl-C and SIGTERM also write one."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep, the newest ones."""
+    resume: bool = False
+    """Resume from the latest valid checkpoint in the run's folder, with the settings stored there."""
+    validation_limit: NonNegativeInt = 200
+    """Validation samples on which each checkpoint is scored; best/ keeps the best policy (0: no best/)."""
+    judge_samples: NonNegativeInt = 1000
+    """Human validation replies on which the judge is measured before training (0: all)."""
+    eval_split: Literal["train", "validation", "test"] = "test"
+    """Split of the final comparison with the model that training began from."""
+    eval_limit: int = 1500
+    """Samples of the final comparison (0: all; negative: no comparison)."""
+    stats: str = ""
+    """Import path of your own statistics: a function (or class, made once) of (rollout, metrics) -> dict of numbers."""
+    track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Trackers that get the metrics as well as metrics.jsonl."""
+    wandb_project: str = "ppo_dialog"
+    """Project on wandb and trackio."""
+    wandb_entity: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = ""
+    """The tutorial's key: team on wandb, as $WANDB_ENTITY."""
+    wandb_mode: Annotated[Literal["", "online", "offline"], tyro.conf.Fixed, tyro.conf.Suppress] = ""
+    """As $WANDB_MODE: offline runs are kept in the run's folder for `wandb sync`."""
+
+    def check(self) -> None:
+        """UserError for the name of a folder that cannot be one."""
+        if Path(self.experiment_name).name != self.experiment_name or self.experiment_name in ("", ".", ".."):
+            raise UserError(f"experiment_name is '{self.experiment_name}'; expected the name of a folder in run_dir.")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run_dir) / self.experiment_name
+
+
+@dataclass
+class FitConfig:
+    """Supervised training."""
+
     seed: int = 0
     """Seed of initialisation, order and dropout."""
-    lr: float = 5e-5
+    lr: Above0 = 5e-5
     """Peak learning rate of AdamW; it warms up, then falls linearly to zero."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     warmup_steps: int = 50
     """Optimizer steps over which the learning rate rises."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Samples in an optimizer step, per process and accumulation step."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are added up before an optimizer step."""
-    epochs: float = 1.0
+    epochs: Above0 = 1.0
     """Passes over the training data."""
     max_minutes: float = 0.0
     """Stop after so many minutes of training (0: no limit); the learning rate reaches zero by then."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Above0 = 1.0
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Accelerate's mixed precision (bf16 pays on recent CPUs and GPUs); left out: what `accelerate launch` was told."""
-    eval_every: int = 250
-    """Optimizer steps between two looks at the validation split; the best weights are kept."""
-    log_every: int = 25
+    eval_every: PositiveInt = 250
+    """Optimizer steps between two evaluations on the validation split; the best weights are kept."""
+    log_every: PositiveInt = 25
     """Optimizer steps between two printed lines."""
     resume: bool = False
-    """Go on from the last look at the validation split of a run that was stopped."""
+    """Resume a run that was stopped, from its last evaluation."""
     progress: ProgressMode = "auto"
     """A progress bar, or plain lines; auto: the bar on a terminal, lines in a pipe, a file and CI."""
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("lr", "epochs", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected more than 0.")
+        check_values(self)
 
 
 @dataclass
 class AgentConfig:
-    """How a model is talked to."""
+    """The model and how it samples."""
 
     path: tyro.conf.Positional[str]
     """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
-
-    # model
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     format: Literal["auto", "dialogue", "template"] = "auto"
@@ -98,27 +212,17 @@ class AgentConfig:
     """System message, for a model with a chat template."""
     spaced: bool = False
     """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
-
-    # sampling
     temperature: float = 1.0
     """Below 1 the likely words become likelier."""
     top_k: int = 20
-    """Draw from so many most likely tokens (0: from all)."""
+    """Sample from the k most likely tokens (0: all)."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this probability."""
+    """Sample from the smallest set of tokens with this probability."""
     greedy: bool = False
     """Always take the most likely token."""
     min_new_tokens: int = 1
-    """A reply has at least so many tokens."""
+    """Least number of tokens in a reply."""
     max_new_tokens: int | None = None
-    """A reply has at most so many tokens (default: as in training; 200 with a chat template)."""
+    """Largest number of tokens in a reply (default: as in training; 200 with a chat template)."""
     seed: int | None = None
     """With a seed the same conversation gets the same replies; without, they differ each time."""
-
-
-def placement_from(file: str) -> Placement:
-    """Where a DeepSpeed file for a frozen model (the tutorial's `ref_ds_config`) wants it kept."""
-    zero = load_deepspeed(file).get("zero_optimization") or {}
-    if zero.get("stage") == 3:
-        return "sharded"
-    return "offloaded" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "replicated"

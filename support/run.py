@@ -41,10 +41,10 @@ from support.live_display import Monitor, Shown
 from support.machine import peak_memory_mb, use_all_cores
 from support.pretrained import count_parameters
 from support.text import DialogueCodec
-from support.trackers import Log, Tracked, start_trackers, tracker_ids
+from support.trackers import Log, start_trackers, tracker_ids
 
 
-class RunConfig(Shown, Tracked, Protocol):
+class RunConfig(Shown, Protocol):
     """The settings that a run's surroundings read."""
 
     keep_checkpoints: int

@@ -5,50 +5,43 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate import Accelerator
 
 from support.config import plain_values
 from support.errors import UserError, first_line
+from support.options import RunOptions
 
 TRACKED_AS = {"fps": "FPS"}  # the tutorial's name; the others are its names anyway
 TABLE = ("update", "context", "before", "now", "human", "score_before", "score_now")
 
 
-class Tracked(Protocol):
-    """The settings of trackers."""
-
-    track: Sequence[str]
-    use_wandb: bool
-    wandb_entity: str
-    wandb_project: str
-    wandb_mode: str
-
-
-def start_trackers(config: Tracked, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
+def start_trackers(config: RunOptions, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
     """wandb, TensorBoard and trackio through Accelerate; a resumed run goes on where its `updates` ended.
 
     wandb (offline) and TensorBoard write into the run's folder, trackio where `trackio show` looks for it.
     """
+    mode = config.wandb_mode or os.environ.get("WANDB_MODE", "online")
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in plain_values(config).items()}
     options = {"tensorboard": dict(purge_step=updates + 1) if updates else {}}
-    asked = {*config.track, *(["wandb"] if config.use_wandb else [])}
+    asked = set(config.track)
     missing = [name for name in sorted(asked) if find_spec(name) is None]
     if missing:
         raise UserError(f"--track {missing[0]} needs the package {missing[0]}: pip install {missing[0]}.")
     if "wandb" in asked and accelerator.is_main_process:
         import wandb
 
-        offline = config.wandb_mode == "offline"
+        offline = mode == "offline"
         # console off: it would keep every drawing of the display. quiet: no table of the run's last figures at its end
         quiet = wandb.Settings(console="off", quiet=True, show_info=not offline)
         wandb.setup()
         wandb.termsetup(quiet, None)  # offline it tells that it is offline; warnings and errors stay
-        options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=config.wandb_mode)
+        options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=mode)
         options["wandb"] |= dict(dir=str(run), settings=quiet)
         if "wandb" in ids:
             options["wandb"] |= dict(id=ids["wandb"], resume="allow")
@@ -59,10 +52,10 @@ def start_trackers(config: Tracked, accelerator: Accelerator, run: Path, ids: di
     except Exception as error:  # each tracker has its own: no login, no network, no permission
         raise UserError(
             f"a tracker could not start ({first_line(error)}). Without an account or a network use "
-            "--wandb-mode offline, --track tensorboard or --track trackio."
+            "WANDB_MODE=offline, --track tensorboard or --track trackio."
         ) from error
     ways = {"trackio": f"trackio show --project {config.wandb_project}", "tensorboard": f"tensorboard --logdir {run}"}
-    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if config.wandb_mode == "offline" else {}
+    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if mode == "offline" else {}
     for name in sorted(asked & set(ways)):
         accelerator.print(f"{name}: {ways[name]}", flush=True)
 

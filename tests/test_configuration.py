@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ppo_dialog import PPOConfig
-from support.config import TUTORIAL_KEYS, TUTORIAL_VALUES, load_deepspeed, load_yaml, parse_config, save_yaml
+from support.config import SWITCHES, TUTORIAL_KEYS, TUTORIAL_VALUES, load_deepspeed, load_yaml, parse_config, save_yaml
 from support.errors import UserError
 
 GPT2 = "rajkumarrrk/gpt2-fine-tuned-on-daily-dialog"
@@ -149,11 +149,11 @@ BLOCKS = {
         [],
     ),
     "custom info": (CUSTOM_INFO, dict(stats="CustomVecInfo"), []),
-    "amp": (AMP, dict(use_amp=True), []),
+    "amp": (AMP, dict(mixed_precision="auto"), []),
     "deepspeed": (
         DEEPSPEED,
-        dict(use_deepspeed=True, use_fp16=False, use_offload=False, deepspeed_config="ds_config.json")
-        | dict.fromkeys(("ref_ds_config", "intent_ds_config"), "eval_ds_config.json")
+        dict(use_offload=False, deepspeed_config="ds_config.json")
+        | dict.fromkeys(("ref_placement", "intent_placement"), "offloaded")
         | MODELS,
         ["reward_class.args.use_deepspeed"],
     ),
@@ -188,8 +188,10 @@ def blocks_of(tutorial):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_tutorials_blocks_load_with_their_values(name, write):
+def test_the_tutorials_blocks_load_with_their_values(name, write, tmp_path, monkeypatch):
     text, fields, without_meaning = BLOCKS[name]
+    monkeypatch.chdir(tmp_path)
+    write(EVAL_DS_CONFIG, "eval_ds_config.json")
     values, notes = load_yaml(PPOConfig, write(text))
     assert values == fields
     assert all(type(values[k]) is type(v) for k, v in fields.items())
@@ -213,13 +215,31 @@ def test_all_blocks_of_the_tutorial_together(write):
     for name in ("first", "reward", "wandb", "amp"):
         tree |= yaml.safe_load(BLOCKS[name][0])
     values, notes = load_yaml(PPOConfig, write(yaml.safe_dump(tree)))
-    assert values == SECOND | MODELS | BLOCKS["wandb"][1] | dict(seed=0, use_amp=True) and len(notes) == 1
+    assert values == SECOND | MODELS | BLOCKS["wandb"][1] | dict(seed=0, mixed_precision="auto") and len(notes) == 1
     PPOConfig(**values).check()
+
+
+@pytest.mark.parametrize(
+    "text, fields",
+    [
+        ("use_wandb: true\ntrack: tensorboard", dict(track=("tensorboard", "wandb"))),
+        ("use_wandb: false\nuse_amp: false\nuse_fp16: false\nref_ds_config: ''", {}),
+        ("use_amp: true\nuse_fp16: true", dict(mixed_precision="fp16")),
+        ("use_amp: true\nmixed_precision: bf16", dict(mixed_precision="bf16")),
+        ("use_deepspeed: false\ndeepspeed_config: ds.json", dict(deepspeed_config="")),
+        ("target_kl: 0.1\ngradient_accumulation_steps: 1", dict(early_stop_kl=0.1)),
+        ("target_kl:", dict(early_stop_kl=None)),
+    ],
+)
+def test_switches_and_old_names_become_settings(text, fields, write):
+    assert load_yaml(PPOConfig, write(text)) == (fields, [])
+    (note,) = load_yaml(PPOConfig, write("gradient_accumulation_steps: 4"))[1]
+    assert "has no meaning here: micro_batch_tokens bounds the memory" in note
 
 
 def test_keys_of_the_tutorial_stand_for_fields():
     fields = {f.name for f in dataclasses.fields(PPOConfig)}
-    assert set(TUTORIAL_KEYS.values()) <= fields and set(TUTORIAL_VALUES) <= fields
+    assert set(TUTORIAL_KEYS.values()) <= fields | set(SWITCHES) and set(TUTORIAL_VALUES) <= fields
 
 
 def test_other_names_of_openrl(write):
@@ -297,17 +317,21 @@ def test_arguments_of_ones_own_reward(write):
         ("env: {args: {tokenizer: gpt2}}", "sets 'env.args.tokenizer', which is not a setting"),
         ("env: {arg: {}}", "sets 'env.arg', which is not a setting"),
         ("1: 2", "sets '1', which is not a setting"),
-        ("lr: fast", "sets lr to 'fast'; expected float"),
-        ("lr: ", "sets lr to None; expected float"),
-        ("lr: [1]", r"sets lr to \[1\]; expected float"),
-        ("seed: 1.5", "sets seed to 1.5; expected int"),
-        ("use_share_model: 7", "sets use_share_model to 7; expected bool"),
-        ("model_path: 7", "sets model_path to 7; expected str"),
-        ("reward_args: 7", r"sets reward_args to 7; expected dict\[str, Any\]"),
-        ("lr_schedule: cosine", r"sets lr_schedule to 'cosine'; expected Literal\['constant', 'linear'\]"),
+        ("lr: fast", "sets lr to 'fast'; expected a valid number"),
+        ("lr: ", "sets lr to None; expected a valid number"),
+        ("lr: [1]", r"sets lr to \[1\]; expected a valid number"),
+        ("seed: 1.5", "sets seed to 1.5; expected a valid integer"),
+        ("use_share_model: 7", "sets use_share_model to 7; expected a valid boolean"),
+        ("model_path: 7", "sets model_path to 7; expected a valid string"),
+        ("reward_args: 7", r"sets reward_args to 7; expected a valid dictionary"),
+        ("lr_schedule: cosine", r"sets lr_schedule to 'cosine'; expected 'constant' or 'linear'"),
         ("eval_split: dev", "sets eval_split to 'dev'; expected .*'validation'"),
-        ("track: [mlflow]", "sets track to .*; expected tuple"),
-        ("max_new_tokens: many", "sets max_new_tokens to 'many'; expected int | None"),
+        ("track: [mlflow]", "sets track to .*; expected 'wandb', 'tensorboard' or 'trackio'"),
+        ("max_new_tokens: many", "sets max_new_tokens to 'many'; expected a valid integer"),
+        ("ppo_epoch: 0", "sets ppo_epoch to 0; expected a number greater than 0"),
+        ("use_amp: perhaps", "sets use_amp to 'perhaps'; expected bool"),
+        ("use_deepspeed: true", "sets use_deepspeed; expected deepspeed_config too"),
+        ("ref_ds_config: none.json", "DeepSpeed's configuration file 'none.json' does not exist"),
         ("clip_param: 0.1\nclip_range: 0.2", "sets clip_range twice, once as clip_range"),
         ("reward: a:b\nreward_class: {id: c:d}", "sets reward twice, once as reward_class.id"),
         ("- lr", "holds a list; expected 'key: value' lines"),
@@ -321,7 +345,7 @@ def test_files_that_cannot_be_used(text, fault, write):
     file = write(text)
     with pytest.raises(UserError, match=fault) as caught:
         load_yaml(PPOConfig, file)
-    assert file in str(caught.value) and "\n" not in str(caught.value)
+    assert (file in str(caught.value) or "none.json" in text) and "\n" not in str(caught.value)
 
 
 def test_no_advice_to_use_the_key_that_was_used(write):
@@ -344,7 +368,7 @@ def test_an_empty_file_sets_nothing_and_bytes_are_refused(write, tmp_path):
     "changes",
     [
         {},
-        dict(lr=1e-6, target_kl=0.1, max_new_tokens=30, eou_marker="<END>", track=("wandb", "tensorboard")),
+        dict(lr=1e-6, early_stop_kl=0.1, max_new_tokens=30, eou_marker="<END>", track=("wandb", "tensorboard")),
         dict(reward="a.py:B", reward_args={"word": "größe", "n": [1, 2.5, None], "deep": {"x": True}}),
         dict(mixed_precision="bf16", max_grad_norm=float("inf"), experiment_name="1e5", model_path="yes"),
     ],
@@ -404,14 +428,13 @@ REFUSED = dict(
     kl_target=(0.0, -1.0, NAN, INF),
     kl_clip=(-0.2, NAN),
     temperature=(0.0, -1.0, NAN),
-    target_kl=(-0.1, NAN),
+    early_stop_kl=(-0.1, NAN),
     seed=(-1,),
     total_time_steps=(0, -5),
     env_num=(0, -1),
     episode_length=(0,),
     ppo_epoch=(0,),
     num_mini_batch=(0,),
-    gradient_accumulation_steps=(0,),
     log_interval=(0,),
     save_interval=(0,),
     lr=(-1e-6, NAN, INF),
@@ -452,7 +475,6 @@ def test_values_that_cannot_work_are_refused(name, value):
     [
         (dict(model_class="a:B", policy_class="a:C"), "model_class is policy and value together"),
         (dict(model_class="a:B", critic_class="a:C"), "model_class is policy and value together"),
-        (dict(use_deepspeed=True), "use_deepspeed needs deepspeed_config"),
         (dict(intent_coef=0.0, meteor_coef=0.0), "intent_coef, meteor_coef and consensus_coef are all 0"),
         (dict(consensus_coef=1.0), "consensus_coef needs other replies"),
         (dict(commonplace_coef=1.0), "commonplace_coef needs other replies"),
@@ -470,7 +492,7 @@ def test_settings_that_do_not_go_together(settings, fault):
         dict(intent_coef=0.0, meteor_coef=0.0, consensus_coef=1.0, samples_per_prompt=2),
         dict(reward="a:b", intent_coef=0.0, meteor_coef=0.0),
         dict(lr=0.0, kl_coef=0.0, kl_rate=0.0, gamma=0.0, gae_lambda=1.0, top_p=1.0, eval_limit=-1, judge_samples=0),
-        dict(max_grad_norm=INF, clip_range=INF, value_clip_range=INF, target_kl=0.02),
+        dict(max_grad_norm=INF, clip_range=INF, value_clip_range=INF, early_stop_kl=0.02),
         dict(policy_class="a:B", critic_class="a:C"),
     ],
 )

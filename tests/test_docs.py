@@ -65,7 +65,7 @@ TINY = {  # appended to a command; the last of two values counts
     "intent_classifier.py": FIT,
     "sft_dialog.py": FIT,
     "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 2 --num-mini-batch 2 --ppo-epoch 1 "
-    "--gradient-accumulation-steps 1 --eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
+    "--eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
     "--mixed-precision no --run-dir runs",
 }
 FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUSAL_LM --intent-model ENCODER "

@@ -17,9 +17,9 @@ RUN = dict(total_time_steps=1, env_num=8, num_mini_batch=2, ppo_epoch=2, save_in
 RUN |= dict(eval_limit=-1, validation_limit=8, lr=1e-3, lr_schedule="constant", max_new_tokens=12)
 # engine -> what is asked of it beside the equality
 ENGINES = {
-    "ddp": dict(gradient_accumulation_steps=2, ref_placement="offloaded"),
+    "ddp": dict(micro_batch_tokens=100, ref_placement="offloaded"),
     "zero1": {},
-    "zero2": dict(gradient_accumulation_steps=2, intent_placement="offloaded"),
+    "zero2": dict(micro_batch_tokens=100, intent_placement="offloaded"),
     "zero2_offload": {},
     "zero3": dict(ref_placement="sharded"),
     "zero3_offload": {},
@@ -190,9 +190,18 @@ def test_the_tutorials_deepspeed_form_runs_as_printed(tmp_path, shared):
     for name, first in (("ds_config.json", "# ds_config.yaml"), ("eval_ds_config.json", "# eval_ds_config.yaml")):
         block = text[text.index(first) :]
         (tmp_path / name).write_text(block[: block.index("\n}\n") + 3])
-    ours = [ROOT / "ppo_dialog.py", "--use-deepspeed", "--deepspeed-config", "ds_config.json"]
-    frozen = ["--ref-ds-config", "eval_ds_config.json", "--intent-ds-config", "eval_ds_config.json"]
-    done = run(sys.executable, *map(str, ours), *frozen, *flags(**RUN | dict(run_dir="runs")), cwd=tmp_path)
+    keys = "{ref_ds_config: eval_ds_config.json, intent_ds_config: eval_ds_config.json}"
+    (tmp_path / "nlp_ppo_ds.yaml").write_text(
+        f"use_deepspeed: true\nuse_fp16: false\ndeepspeed_config: ds_config.json\nreward_class: {{args: {keys}}}\n"
+    )
+    done = run(
+        sys.executable,
+        str(ROOT / "ppo_dialog.py"),
+        "--config",
+        "nlp_ppo_ds.yaml",
+        *flags(**RUN | dict(run_dir="runs")),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = lines(tmp_path / "runs" / "ppo_dialog")
     assert found["grad_norm"] > 0

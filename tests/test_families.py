@@ -147,7 +147,7 @@ def test_weights_in_bf16_train_and_are_saved_so(tmp_path):
         (dict(lora_merge=True), "lora_merge needs lora_rank"),
         (dict(lora_rank=4, ref_model="other"), "leave model_class, policy_class and ref_model out"),
         (dict(lora_rank=-1), "lora_rank is -1"),
-        (dict(ref_ds_config="nowhere.json"), "DeepSpeed's configuration file 'nowhere.json' does not exist"),
+        (dict(deepspeed_config="nowhere.json"), "DeepSpeed's configuration file 'nowhere.json' does not exist"),
     ],
 )
 def test_engine_settings_that_cannot_be_are_said(settings, said, tmp_path):

@@ -380,12 +380,10 @@ def config_for_update(**changes) -> PPOConfig:
     return PPOConfig(**dict(ppo_epoch=1, num_mini_batch=1, lr=1e-2, critic_lr=1e-2, entropy_coef=0.01) | changes)
 
 
-def updated(
-    make, rollout: Rollout, config: PPOConfig, parts: int = 1, group: int = 1
-) -> tuple[dict[str, torch.Tensor], dict]:
+def updated(make, rollout: Rollout, config: PPOConfig, group: int = 1) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and statistics after one `update` with SGD, whose step shows the gradient as it is."""
     Accelerator._shared_state = {}
-    accelerator = Accelerator(gradient_accumulation_steps=parts)
+    accelerator = Accelerator()
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -393,7 +391,7 @@ def updated(
     scale.update(0.3, 0.5)
     advantages, returns = gae(token_rewards(rollout, 0.2, rollout.scores), rollout.values, rollout.mask, 1.0, 0.95)
     rows = len(rollout.mask)
-    sizes = BatchSizes(1, rows, group, config.num_mini_batch, 1, 0, parts, config.micro_batch_tokens or 1024)
+    sizes = BatchSizes(1, rows, group, config.num_mini_batch, 1, 0, config.micro_batch_tokens or 1024)
     targets, old_values = scale.normalize(returns), scale.normalize(rollout.values)
     batch = Batch(rollout, advantages, returns, targets, old_values, None)
     stats = update(model, optimizer, accelerator, batch, config, sizes, (0,))
@@ -409,7 +407,6 @@ def test_parts_micro_batches_and_packing_change_nothing(make):
         return make(packed=False)
 
     others = [
-        updated(make, rollout, config_for_update(gradient_accumulation_steps=3), parts=3),
         updated(make, rollout, config_for_update(micro_batch_tokens=20)),
         updated(make, rollout, config_for_update(micro_batch_tokens=1)),  # a reply at a time
         updated(unpacked, rollout, config_for_update()),
@@ -488,7 +485,7 @@ def test_first_pass_gradient_is_the_plain_policy_gradient():
 
 def test_early_stop_on_kl_and_dropout_off():
     rollout = rolled(shared(), Sampling())
-    _, stats = updated(shared, rollout, config_for_update(ppo_epoch=5, target_kl=1e-9))
+    _, stats = updated(shared, rollout, config_for_update(ppo_epoch=5, early_stop_kl=1e-9))
     assert stats["passes"] == 2  # the first pass is at KL 0
     _, stats = updated(shared, rollout, config_for_update(ppo_epoch=5))
     assert stats["passes"] == 5
@@ -527,19 +524,15 @@ def test_rollout_figures_add_up():
 
 
 def test_batch_sizes_are_derived_and_refused():
-    one = SimpleNamespace(num_processes=1, process_index=0, gradient_accumulation_steps=1, device=torch.device("cpu"))
+    one = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
     tutorial = PPOConfig(env_num=2, episode_length=128, num_mini_batch=20)
     assert BatchSizes.derive(tutorial, 20, one) == BatchSizes(
-        rounds=6, replies=12, group=1, num_mini_batch=12, blocks=1, first_block=0, parts=1, micro_batch=1024
+        rounds=6, replies=12, group=1, num_mini_batch=12, blocks=1, first_block=0, micro_batch=1024
     )
     with pytest.raises(UserError, match="env_num is 3; expected a multiple of the 2 processes"):
         PPOConfig(env_num=3).check_processes(2)
     with pytest.raises(UserError, match="samples_per_prompt is 4; expected a divisor of the 6 dialogues"):
         PPOConfig(env_num=12, samples_per_prompt=4).check_processes(2)
-    with pytest.raises(UserError, match="cannot be cut"):
-        BatchSizes.derive(
-            tutorial, 20, SimpleNamespace(num_processes=1, gradient_accumulation_steps=2, device=torch.device("cpu"))
-        )
 
 
 @pytest.mark.parametrize(
@@ -555,7 +548,7 @@ def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(en
         """(round, slot) of each mini-batch, by all processes."""
         together = [set() for _ in range(num_mini_batch)]
         for index in range(processes):
-            fields = dict(num_processes=processes, process_index=index, gradient_accumulation_steps=1)
+            fields = dict(num_processes=processes, process_index=index)
             sizes = BatchSizes.derive(config, 20, SimpleNamespace(device=torch.device("cpu"), **fields))
             slots = env_num // processes
             for mini_batch, rows in zip(together, sizes.mini_batches(7, 0, 1), strict=True):

@@ -122,7 +122,7 @@ def test_each_run_of_a_process_has_its_own_precision_and_is_as_the_first(tmp_pat
     short = dict(
         run_dir=str(tmp_path), total_time_steps=1, env_num=8, eval_limit=-1, validation_limit=0, intent_coef=0.0
     )
-    half = short | dict(mixed_precision="bf16", gradient_accumulation_steps=2)
+    half = short | dict(mixed_precision="bf16", micro_batch_tokens=300)
 
     def made(**settings) -> dict:
         environment = dict(os.environ)
@@ -273,10 +273,10 @@ def test_two_models_accumulation_sampling_and_bf16_together(tmp_path):
         run_dir=str(tmp_path),
         total_time_steps=600,  # one update: bf16 is slow where the hardware lacks it
         use_share_model=False,
-        gradient_accumulation_steps=2,
+        micro_batch_tokens=300,
         top_k=20,
         temperature=0.9,
-        use_amp=True,
+        mixed_precision="auto",
         entropy_coef=0.01,
         episode_length=40,
         track=("tensorboard",),
@@ -292,7 +292,7 @@ def test_two_models_accumulation_sampling_and_bf16_together(tmp_path):
 
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    folder = trained(run_dir=str(tmp_path), use_wandb=True, wandb_mode="offline", total_time_steps=300, eval_limit=-1)
+    folder = trained(run_dir=str(tmp_path), track=("wandb",), wandb_mode="offline", total_time_steps=300, eval_limit=-1)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 

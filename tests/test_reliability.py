@@ -144,9 +144,9 @@ def test_only_what_changes_the_numbers_makes_it_another_run(tmp_path):
         return parse_config(PPOConfig, ["--resume", "--run-dir", str(tmp_path), *arguments], "")[1]
 
     shown = dict(progress="plain", log_interval=3, sample_interval=0, save_interval=2, keep_checkpoints=5)
-    shown |= dict(validation_limit=5, track="tensorboard", wandb_project="x", wandb_mode="offline", stats="a:c")
-    shown |= dict(judge_samples=7, eval_split="validation", eval_limit=3, reward_timeout=9.0, max_skipped_steps=1)
-    assert notes(*flags(**shown), "--use-wandb", "--lora-merge") == []
+    shown |= dict(validation_limit=5, track="tensorboard", wandb_project="x", stats="a:c")
+    shown |= dict(judge_samples=7, eval_split="validation", eval_limit=3, reward_timeout=9.0)
+    assert notes(*flags(**shown), "--lora-merge") == []
     assert notes("--reward-args", "api_key=sesame", "weight=1") == []  # a secret is not stored, so it is given again
     (note,) = notes("--reward-args", "api_key=sesame", "weight=2")
     assert "sesame" not in note and "reward_args is {'api_key': '(not stored)', 'weight': 2}" in note
@@ -588,9 +588,10 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(ca
 
 
 @pytest.mark.slow
-def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path):
+def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path, monkeypatch):
     """wandb hands what is logged to a process of its own."""
-    process, folder = started(tmp_path, total_time_steps=8000, track="wandb", wandb_mode="offline")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    process, folder = started(tmp_path, total_time_steps=8000, track="wandb")
     wait_for(process, folder, updates=2)
     children = psutil.Process(process.pid).children
     while not (servers := [p for p in children(recursive=True) if "wandb" in p.name()]):
