@@ -113,14 +113,13 @@ import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
-from torch import nn
 from transformers import AutoConfig
 
-from rewards import intent_hits
+from rewards import Scores, intent_hits
 from support.builtin import resolve_model
 from support.data import load_dialogues
 from support.files import nan_to_none, write_json
-from support.generation import Report, generate_replies, reply_log_likelihoods
+from support.generation import ReplySettings, Report, generate_replies, reply_log_likelihoods
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar
@@ -333,22 +332,22 @@ class Answers:
 
 def answer(
     model: torch.nn.Module,
-    codec: DialogueCodec,
     samples: Sequence[Sample],
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 32,
+    settings: ReplySettings,
     report: Report | None = None,
     perplexity: bool = True,
 ) -> Answers:
-    """Let the model, with dropout off, answer every sample and score the human replies (not without `perplexity`,
-    which leaves zeros there). It stays on its device."""
+    """Let the model, with dropout off, answer every sample and score the human replies.
+
+    Without `perplexity` the scores of the human replies are zeros. The model stays on its device.
+    """
     started, training = time.perf_counter(), model.training
     model.eval()
-    texts, lengths = generate_replies(model, codec, samples, sampling, seed, batch_size, report)
+    texts, lengths = generate_replies(model, samples, settings, report)
     log_likelihoods = tokens = torch.zeros(len(samples))
     if perplexity:
-        log_likelihoods, tokens = reply_log_likelihoods(model, codec, list(samples), batch_size)
+        scoring = settings.batch_size, settings.share
+        log_likelihoods, tokens = reply_log_likelihoods(model, settings.codec, samples, *scoring)
     model.train(training)
     seconds = time.perf_counter() - started
     return Answers(texts, lengths, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
@@ -386,18 +385,15 @@ def score_answers(
 
 def evaluate_model(
     model: torch.nn.Module,
-    codec: DialogueCodec,
     samples: Sequence[Sample],
     judge: IntentJudge | None,
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 32,
+    settings: ReplySettings,
     report: Report | None = None,
 ) -> Evaluation:
-    """`answer`, then `score_answers`. Raises ValueError where there is no sample."""
+    """`answer`, then `score_answers`. Raises ValueError if there is no sample."""
     if not samples:
         raise ValueError("there is no sample to evaluate on")
-    return score_answers(answer(model, codec, samples, sampling, seed, batch_size, report), samples, judge)
+    return score_answers(answer(model, samples, settings, report), samples, judge)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,57 +489,27 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
 # During a run of PPO
 
 
-def validation_reward(
-    policy: nn.Module, codec: DialogueCodec, samples: list[Sample], reward: Callable, seed: int
-) -> float:
-    """Mean reward of replies to validation prompts, sampled as the closing comparison samples, with the same seed."""
-    policy.eval()
-    texts, _ = generate_replies(policy, codec, samples, EVAL_SAMPLING, seed)
-    columns = [s.prompt for s in samples], texts, [s.reply.strip() for s in samples], [s.act for s in samples]
-    return float(reward(*columns)[0].mean())
+def reward_of_replies(texts: Sequence[str], samples: Sequence[Sample], score: Callable) -> Scores:
+    """Score a reply to each sample with the reward of a run."""
+    references = [s.reply.strip() for s in samples]
+    return score([s.prompt for s in samples], list(texts), references, [s.act for s in samples])
 
 
-LENGTH_PROMPTS = 256  # their mean is within 2% of that of all, with lengths that vary by a third
+def sample_dialogue(sample: Sample, before: str, now: str, score: Callable, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of samples.jsonl: a sample, the replies before training and now, and the scores of both.
 
-
-def mean_length(policy: nn.Module, codec: DialogueCodec, samples: list[Sample], sampling: Sampling, seed: int) -> float:
-    """Tokens, on average, of a reply to each of LENGTH_PROMPTS prompts from all over `samples`."""
-    policy.eval()
-    spread = samples[:: -(-len(samples) // LENGTH_PROMPTS)]
-    _, lengths = generate_replies(policy, codec, spread, sampling, seed)
-    return sum(lengths) / len(lengths)
-
-
-SHOWN = 8  # validation dialogues that the sample dialogues are taken from
-
-
-def sample_dialogue(
-    policy: nn.Module,
-    start: nn.Module,
-    codec: DialogueCodec,
-    sample: Sample,
-    score: Callable,
-    metrics: dict[str, float],
-    seed: int,
-) -> dict[str, Any]:
-    """A line of samples.jsonl: a sample with what `start` and `policy` reply to it, and the scores of both.
-
-    Both sample as the final comparison does, with the same random numbers. Training does not use these numbers.
+    `metrics` gives the update and the environment steps.
     """
-    replies = {}
-    for name, model in (("before", start), ("now", policy)):
-        model.eval()
-        replies[name] = generate_replies(model, codec, [sample], EVAL_SAMPLING, seed)[0][0]
-    human = sample.reply.strip()
-    scores, statistics = score([sample.prompt] * 2, list(replies.values()), [human] * 2, [sample.act] * 2)
-    figures = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}
+    scores, statistics = reward_of_replies([before, now], [sample] * 2, score)
+    shown = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}
     return {
         "update": metrics["update"],
         "env_steps": metrics["env_steps"],
         "context": [utterance.strip() for utterance in sample.context],
-        **replies,
-        "human": human,
-        "scores": {name: {k: float(v[i]) for k, v in figures.items()} for i, name in enumerate(replies)},
+        "before": before,
+        "now": now,
+        "human": sample.reply.strip(),
+        "scores": {name: {k: float(v[i]) for k, v in shown.items()} for i, name in enumerate(("before", "now"))},
     }
 
 
@@ -553,24 +519,13 @@ class Scored:
 
     evaluation: Evaluation
     rewards: np.ndarray  # (N,)
-    statistics: dict[str, np.ndarray]  # (N,) each, what the reward had to tell
+    statistics: dict[str, np.ndarray]  # (N,) each, what the reward returned beside them
 
 
-def evaluate_reward(
-    model: torch.nn.Module,
-    name: str,
-    codec: DialogueCodec,
-    samples: list[Sample],
-    score: Callable,
-    judge: IntentJudge | None,
-    seed: int,
-    quiet: bool,
-) -> Scored:
-    """Evaluate a model, called `name` on the bar, and score its replies with the reward of a run."""
-    with progress(name, lines=False, main=not quiet) as report:
-        evaluation = evaluate_model(model, codec, samples, judge, EVAL_SAMPLING, seed, report=report)
-    columns = [s.prompt for s in samples], evaluation.texts, [s.reply.strip() for s in samples]
-    return Scored(evaluation, *score(*columns, [s.act for s in samples]))
+def score_result(answers: Answers, samples: Sequence[Sample], score: Callable, judge: IntentJudge | None) -> Scored:
+    """Compute the metrics of a run's model, and the run's reward of each reply."""
+    evaluation = score_answers(answers, samples, judge)
+    return Scored(evaluation, *reward_of_replies(answers.texts, samples, score))
 
 
 def write_comparison(run: Path, split: str, samples: list[Sample], before: Scored, after: Scored) -> None:
@@ -682,7 +637,7 @@ def load_judges(
 
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check everything that was given, then evaluate, print the table and write `output`."""
-    sampling, device = config.sampling, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
     judge_names = find_judges(config)
     names = {"policy": config.model_path, "baseline": config.baseline_path}
@@ -723,8 +678,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             with progress(heading) as report:
-                how = sampling, config.seed, config.batch_size, report, config.perplexity
-                answers[heading] = answer(model, codec, asked[heading][0], *how)
+                settings = ReplySettings(codec, config.sampling, config.seed, config.batch_size)
+                answers[heading] = answer(model, asked[heading][0], settings, report, config.perplexity)
         model.cpu()
     if config.replies and Path(config.replies) != Path(config.model_path):
         answers["policy"].save(Path(config.replies), *asked["policy"])

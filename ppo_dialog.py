@@ -25,7 +25,7 @@ from ppo_config import PPOConfig
 from support.config import check_command_line, parse_config
 from support.controllers import AdaptiveKL, LengthController
 from support.errors import UserError, first_line, import_path, run_script
-from support.options import Sampling
+from support.options import EVAL_SAMPLING, Sampling
 from support.paths import check_name
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -35,12 +35,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
-from eval_metrics import SHOWN, evaluate_reward, mean_length, sample_dialogue, validation_reward, write_comparison
+from eval_metrics import answer, progress, reward_of_replies, sample_dialogue, score_result, write_comparison
 from rewards import (
     PRICE,
     Reward,
@@ -58,7 +58,9 @@ from support.data import SPLITS, load_splits
 from support.data_checks import overlap_note
 from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
 from support.generation import (
+    ReplySettings,
     cached_pass,
+    generate_replies,
     keep_candidates,
     no_lockstep,
     sample_responses,
@@ -653,14 +655,22 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
 # Training
 
 
+SAMPLING, SHUFFLING = 0, 1  # what random numbers are for: each purpose has a stream of its own
+SHOWN = 8  # validation dialogues that the sample dialogues are taken from
+LENGTH_PROMPTS = 256  # their mean length is within 2% of that of all, if lengths vary by a third
+
+
 class TrainState:
     """Counters, controllers and the value scale: all that a checkpoint adds to weights, optimizer and random states."""
 
     COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
 
+    SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers")
+
     def __init__(self, config: PPOConfig):
         vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which tell the dialogues at hand
         self.start_reward: float | None = None  # on the validation samples, before training
+        self.start_replies: list[str] = []  # to the sample dialogues, before training
         self.best_reward: float | None = None  # on the validation samples, at the checkpoints so far
         self.trackers: dict[str, str] = {}  # their ids, so that a resumed run goes on in the same ones
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
@@ -668,7 +678,7 @@ class TrainState:
         self.values = RunningMoments(config.normalize_values)
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in (*self.COUNTERS, "start_reward", "best_reward", "trackers")}
+        counters = {name: getattr(self, name) for name in self.SAVED}
         return counters | {
             "kl_coef": self.kl.coef,
             "length_price": dict(price=self.length.price, start=self.length.start),
@@ -676,9 +686,8 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in (*self.COUNTERS, "best_reward", "trackers"):
+        for name in self.SAVED:
             setattr(self, name, state[name])
-        self.start_reward = state.get("start_reward")  # older checkpoints lack it
         self.kl.coef = state["kl_coef"]
         vars(self.length).update({name: state["length_price"].get(name, 0.0) for name in ("price", "start")})
         vars(self.values).update(state["value_scale"])
@@ -701,24 +710,45 @@ class TrainState:
             )
 
 
-@dataclass
 class Parts:
-    """What a run computes with."""
+    """What a run computes with: models, dialogues, reward and environment."""
 
-    accelerator: Accelerator
-    codec: DialogueCodec
-    samples: dict[str, list[Sample]]
-    actor_critic: ActorCritic
-    model: nn.Module  # what the engine made of actor_critic
-    optimizer: torch.optim.Optimizer
-    ref_model: nn.Module
-    score: Callable[..., Scores]  # the reward, whose answers are checked
-    judge: IntentJudge | None
-    judged: dict[str, float]  # of measure_judge
-    stats: Callable[..., dict[str, float]] | None  # the user's own
-    env: DialogueVectorEnv
-    sizes: BatchSizes
-    gather: bool
+    def __init__(self, config: PPOConfig, accelerator: Accelerator, run: Run):
+        """Load and build all of it. UserError for what does not fit together."""
+        run.stage("looking for the models")
+        name = resolve_model(config.model_path)
+        check_model_names(config, name)
+        self.accelerator, fmt = accelerator, config.dialogue_format(name)
+        self.sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
+        if self.sizes.num_mini_batch < config.num_mini_batch:
+            run.say(
+                f"note: num_mini_batch {config.num_mini_batch} exceeds the {self.sizes.num_mini_batch} "
+                f"{'prompts' if self.sizes.group > 1 else 'replies'} of a rollout: using that"
+            )
+        self.codec = DialogueCodec(load_tokenizer(config.tokenizer_path or name), fmt)
+        run.stage("loading the models")
+        self.actor_critic = load_actor_critic(config, name, self.codec, run)  # refused first if it cannot be trained
+        run.stage("reading the dialogues")
+        self.samples = load_samples(config, fmt, run)
+        run.stage("loading the models")
+        self.ref_model = load_reference(config, name, self.actor_critic, self.codec, accelerator, run)
+        optimizer = make_optimizer(config, self.actor_critic, accelerator)
+        run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
+        # `model` is what the engine makes of actor_critic
+        self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
+        self.score, self.judge, self.judge_metrics = load_reward(config, fmt, self.samples, accelerator, run)
+        self.env = DialogueVectorEnv(
+            self.samples["train"],
+            self.codec,
+            config.env_num,
+            self.score,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.samples_per_prompt,
+        )
+        self.stats, self.gather = load_stats(config.stats), config.gather
+        validation = self.samples["validation"]
+        self.shown = validation[:: -(-len(validation) // SHOWN)]  # sample dialogues, from all over the split
 
     @property
     def policy(self) -> nn.Module:
@@ -726,83 +756,37 @@ class Parts:
 
     @property
     def lockstep(self) -> bool:
-        """Whether each pass needs all processes: a network that is not gathered is whole only for all at once."""
+        """Whether each pass needs all processes, because the network is gathered layer by layer."""
         return self.accelerator.num_processes > 1 and not self.gather
 
     @property
-    def generates(self) -> bool:
-        """Whether this process generates when the main one does."""
+    def scores_replies(self) -> bool:
+        """Whether this process scores the replies of an evaluation; the main one does."""
         return self.accelerator.is_main_process or self.lockstep
 
+    def reply_settings(self, seed: int, sampling: Sampling = EVAL_SAMPLING) -> ReplySettings:
+        """Return how replies of an evaluation are generated: divided among the processes if each can do it alone."""
+        return ReplySettings(self.codec, sampling, seed, share=not self.lockstep)
+
+    def reply_to(self, sample: Sample, seed: int) -> str:
+        """Return the policy's reply to one sample, with the same random numbers in each update."""
+        self.policy.eval()
+        return generate_replies(self.policy, [sample], ReplySettings(self.codec, seed=seed))[0][0]
+
     def rollout_settings(self, sampling: Sampling) -> RolloutSettings:
-        together = no_lockstep
-        if self.lockstep:
-
-            def together(number):
-                return max_over_processes(number, self.accelerator)
-
+        together = partial(max_over_processes, accelerator=self.accelerator) if self.lockstep else no_lockstep
         return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, together)
 
     def inference(self) -> contextlib.AbstractContextManager[None]:
-        """All networks, ready for passes without gradients."""
+        """Prepare all networks for passes without gradients."""
         frozen = [self.ref_model] if self.judge is None else [self.ref_model, self.judge.model]
         return inference(self.accelerator, self.model, frozen, self.gather)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x over processes."""
+        """Sum x over processes."""
         if self.accelerator.num_processes == 1:
             return x
         return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum").cpu()
-
-
-def build(config: PPOConfig, accelerator: Accelerator, run: Run) -> Parts:
-    """Load models and dialogues, and build reward and environment. UserError for what does not fit together."""
-    run.stage("looking for the models")
-    name = resolve_model(config.model_path)
-    check_model_names(config, name)
-    fmt = config.dialogue_format(name)
-    sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
-    if sizes.num_mini_batch < config.num_mini_batch:
-        run.say(
-            f"note: num_mini_batch {config.num_mini_batch} exceeds the {sizes.num_mini_batch} "
-            f"{'prompts' if sizes.group > 1 else 'replies'} of a rollout: using that"
-        )
-    codec = DialogueCodec(load_tokenizer(config.tokenizer_path or name), fmt)
-    run.stage("loading the models")
-    actor_critic = load_actor_critic(config, name, codec, run)  # a model that cannot be trained is refused first
-    run.stage("reading the dialogues")
-    samples = load_samples(config, fmt, run)
-    run.stage("loading the models")
-    ref_model = load_reference(config, name, actor_critic, codec, accelerator, run)
-    optimizer = make_optimizer(config, actor_critic, accelerator)
-    run.describe(actor_critic, sizes.replies, sizes.num_mini_batch)
-    model, optimizer = prepare(accelerator, actor_critic, optimizer, methods=("decode", "values_of"))
-    score, judge, judged = load_reward(config, fmt, samples, accelerator, run)
-    env = DialogueVectorEnv(
-        samples["train"],
-        codec,
-        config.env_num,
-        score,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.samples_per_prompt,
-    )
-    return Parts(
-        accelerator=accelerator,
-        codec=codec,
-        samples=samples,
-        actor_critic=actor_critic,
-        model=model,
-        optimizer=optimizer,
-        ref_model=ref_model,
-        score=score,
-        judge=judge,
-        judged=judged,
-        stats=load_stats(config.stats),
-        env=env,
-        sizes=sizes,
-        gather=config.gather,
-    )
 
 
 def check_model_names(config: PPOConfig, name: str) -> None:
@@ -913,23 +897,21 @@ def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> Inten
 
 
 def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
-    """Measure the model before training: its validation reward, and the length of its replies if controlled."""
-    validation = parts.samples["validation"][: config.validation_limit]
-    if state.updates or not (validation or config.length_rate):
+    """Measure the model before training: validation reward, sample replies, and the length of replies if controlled."""
+    if state.updates:
         return
     run.stage("measuring the model before training")
     with keep_random_states(), parts.inference():
-        if parts.generates and validation:
-            how = parts.policy, parts.codec, validation
-            state.start_reward = validation_reward(*how, parts.score, config.seed)
-        if parts.generates and config.length_rate:
-            how = parts.policy, parts.codec, parts.samples["train"]
-            state.length.start = mean_length(*how, config.sampling, config.seed)
-    if config.length_rate:
-        state.length.start = broadcast_object_list([state.length.start])[0]
-        run.say(
-            f"replies have {state.length.start:.1f} tokens before training; the target is {state.length.target:.1f}"
-        )
+        state.start_reward = validation_reward(parts, config)
+        if config.sample_interval:
+            state.start_replies = [parts.reply_to(sample, config.seed) for sample in parts.shown]
+        if config.length_rate:
+            samples = parts.samples["train"]
+            spread = samples[:: -(-len(samples) // LENGTH_PROMPTS)]
+            _, lengths = generate_replies(parts.policy, spread, parts.reply_settings(config.seed, config.sampling))
+            state.length.start = sum(lengths) / len(lengths)
+            target = state.length.target
+            run.say(f"replies have {state.length.start:.1f} tokens before training; the target is {target:.1f}")
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
@@ -939,55 +921,62 @@ def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, s
 
 
 def uniforms_of(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
-    """The random numbers (rounds, num_envs, max_new_tokens) of an update's rollout; each dialogue slot has its own."""
+    """Draw the random numbers (rounds, num_envs, max_new_tokens) of a rollout; each dialogue slot has its own."""
     shape = parts.sizes.rounds, config.env_num, parts.codec.format.max_new_tokens  # of all processes
-    return torch.rand(shape, generator=make_generator(config.seed, update, 0))[:, parts.env.slots]
+    return torch.rand(shape, generator=make_generator(config.seed, update, SAMPLING))[:, parts.env.slots]
+
+
+def validation_reward(parts: Parts, config: PPOConfig) -> float | None:
+    """Return the mean reward of the policy's replies to validation prompts; None on processes that do not score."""
+    samples = parts.samples["validation"][: config.validation_limit]
+    if not samples:
+        return None
+    parts.policy.eval()
+    texts, _ = generate_replies(parts.policy, samples, parts.reply_settings(config.seed))
+    return float(reward_of_replies(texts, samples, parts.score)[0].mean()) if parts.scores_replies else None
 
 
 def validate(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[str, float]) -> bool:
     """Add the reward on validation samples to `metrics`; return whether it is the best so far."""
-    samples, best = parts.samples["validation"][: config.validation_limit], False
-    if not samples:
-        return False
     with parts.inference():
-        if parts.generates:
-            reached = validation_reward(parts.policy, parts.codec, samples, parts.score, config.seed)
-            best = state.best_reward is None or reached > state.best_reward
-            state.best_reward = reached if best else state.best_reward
-            metrics |= {"validation_reward": reached, "validation_reward_start": state.start_reward}
+        reached = validation_reward(parts, config)
+    if reached is None:
+        return False
+    metrics |= {"validation_reward": reached, "validation_reward_start": state.start_reward}
+    best = state.best_reward is None or reached > state.best_reward
+    state.best_reward = reached if best else state.best_reward
     return best
 
 
-def show_dialogue(parts: Parts, config: PPOConfig, metrics: dict[str, float], run: Run) -> None:
-    """Show one validation dialogue with the replies of the reference and of the policy."""
-    validation = parts.samples["validation"]
-    shown = validation[:: -(-len(validation) // SHOWN)]  # from all over the split
+def show_dialogue(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[str, float], run: Run) -> None:
+    """Show one validation dialogue with the policy's replies before training and now. The dialogues take turns."""
+    every = max(1, config.sample_interval)
+    k = (-(-state.updates // every) if state.updates > 1 else 0) % len(parts.shown)
     with parts.inference():
-        if parts.generates:
-            models = parts.policy, parts.ref_model
-            update, every = metrics["update"], max(1, config.sample_interval)
-            sample = shown[(-(-update // every) if update > 1 else 0) % len(shown)]  # by turns
-            run.dialogue(sample_dialogue(*models, parts.codec, sample, parts.score, metrics, config.seed))
+        now = parts.reply_to(parts.shown[k], config.seed)
+        if parts.scores_replies:
+            run.dialogue(sample_dialogue(parts.shown[k], state.start_replies[k], now, parts.score, metrics))
 
 
 def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
     """Compare the policy with the model that training began from, on dialogues that were not trained on."""
     if config.eval_limit < 0:
         return
-    run.say(f"evaluating the supervised start and the PPO result on the {config.eval_split} split")
+    run.say(f"evaluating the model before PPO and after it on the {config.eval_split} split")
+    name, quiet = resolve_model(config.model_path), not run.main or config.progress == "plain"
+    samples = parts.samples[config.eval_split][: config.eval_limit or None]
     with parts.inference():
-        if parts.generates:
-            start, name = parts.ref_model, resolve_model(config.model_path)
-            if config.ref_model and resolve_model(config.ref_model) != name:
-                start = load_causal_lm(name).to(parts.accelerator.device)
-            samples, split = parts.samples[config.eval_split][: config.eval_limit or None], config.eval_split
-            quiet = not run.main or config.progress == "plain"
-            pair = [
-                evaluate_reward(model, name, parts.codec, samples, parts.score, parts.judge, config.seed, quiet)
-                for name, model in (("the supervised start", start), ("the PPO result", parts.policy))
-            ]
+        start = parts.ref_model
+        if config.ref_model and resolve_model(config.ref_model) != name:
+            start = load_causal_lm(name, longest=longest_text(parts.codec.format)).to(parts.accelerator.device)
+        answers = []
+        for label, model in (("before PPO", start), ("after PPO", parts.policy)):
+            with progress(label, lines=False, main=not quiet) as report:
+                answers.append(answer(model, samples, parts.reply_settings(config.seed), report))
+        if parts.scores_replies:
+            before, after = (score_result(a, samples, parts.score, parts.judge) for a in answers)
             if run.main:
-                write_comparison(run.folder, split, samples, *pair)
+                write_comparison(run.folder, config.eval_split, samples, before, after)
             run.log_comparison()
 
 
@@ -998,10 +987,10 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     accelerator = make_accelerator(config, config.run_folder)
     with Run(config, accelerator, notes) as run:
         set_seed(config.seed)
-        parts = build(config, accelerator, run)
+        parts = Parts(config, accelerator, run)
         model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
-        run.begin(state, parts.actor_critic, model, parts.codec, parts.judged)  # --resume restores weights and state
+        run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
         measure_start(parts, config, state, run)
         observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
         run.heed_signals()
@@ -1024,20 +1013,19 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
 
             # 3. improve policy and value
             run.stage("learning from them")
-            update_started = time.perf_counter()
-            losses = update(model, optimizer, accelerator, batch, config, sizes, (config.seed, state.updates, 1))
-            update_seconds = time.perf_counter() - update_started
+            sampled, stream = time.perf_counter(), (config.seed, state.updates, SHUFFLING)
+            losses = update(model, optimizer, accelerator, batch, config, sizes, stream)
+            ended = time.perf_counter()
 
             # 4. adapt coefficients, log, save
-            figures = rollout_metrics(batch, state.kl.coef, parts.reduce)
-            state.advance(figures | losses, config, time.perf_counter() - started, env.rounds - 1)
-            metrics = update_metrics(state, figures, losses, optimizer, time.perf_counter() - started)
-            metrics |= rollout.seconds | {"update_s": update_seconds}
-            metrics["peak_memory_mb"] = peak_memory_mb(accelerator.device)
+            metrics = rollout_metrics(batch, state.kl.coef, parts.reduce) | losses
+            state.advance(metrics, config, ended - started, env.rounds - 1)
+            metrics = update_metrics(state, metrics, optimizer, ended - started) | rollout.seconds
+            metrics |= {"update_s": ended - sampled, "peak_memory_mb": peak_memory_mb(accelerator.device)}
             metrics |= compute_stats(parts.stats, rollout, metrics)
             best = run.checkpoint_due() and validate(parts, config, state, metrics)
             if run.dialogue_due():
-                show_dialogue(parts, config, metrics, run)
+                show_dialogue(parts, config, state, metrics, run)
             run.log(metrics)
             if run.checkpoint_due():
                 run.checkpoint(best)
@@ -1054,20 +1042,13 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
 
 
 def update_metrics(
-    state: TrainState, figures: dict[str, float], losses: dict[str, float], optimizer: Any, seconds: float
+    state: TrainState, metrics: dict[str, float], optimizer: torch.optim.Optimizer, seconds: float
 ) -> dict[str, float]:
-    """The metrics of an update, after `state` has counted it."""
-    counted = ("tokens", "episodes")
-    return {
-        "update": state.updates,
-        "env_steps": state.env_steps,
-        "episodes": state.episodes,
-        "fps": figures["tokens"] / seconds,
-        **{name: value for name, value in figures.items() if name not in counted},
-        **losses,
-        "lr": optimizer.param_groups[0]["lr"],
-        "critic_lr": optimizer.param_groups[1]["lr"],
-    }
+    """Return the metrics of an update with the run's counters, after `state` has counted it."""
+    counters = {"update": state.updates, "env_steps": state.env_steps, "episodes": state.episodes}
+    rates = {name: group["lr"] for name, group in zip(("lr", "critic_lr"), optimizer.param_groups)}
+    of_update = {name: value for name, value in metrics.items() if name not in ("tokens", "episodes")}
+    return counters | {"fps": metrics["tokens"] / seconds} | of_update | rates
 
 
 def build_reward(

@@ -20,7 +20,7 @@ from typing import Any, Protocol, get_args
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -294,6 +294,19 @@ def max_over_processes(number: int, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def share_of(indices: Sequence[int], share: bool) -> list[int]:
+    """Return this process's part of `indices`, or all of them without `share`."""
+    state = PartialState()
+    return list(indices)[state.process_index :: state.num_processes] if share else list(indices)
+
+
+def gather_shares(found: dict[int, Any], share: bool) -> dict[int, Any]:
+    """Return what all processes found for their parts, on each process."""
+    if not share or PartialState().num_processes == 1:
+        return found
+    return {i: value for part in gather_object([found]) for i, value in part.items()}
 
 
 def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from support import packing
-from support.options import Sampling
+from support.distributed import gather_shares, share_of
+from support.options import EVAL_SAMPLING, Sampling
 from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
 from support.text import DialogueCodec, Sample
@@ -276,18 +277,18 @@ def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
 
 @torch.no_grad()
 def reply_log_likelihoods(
-    model: torch.nn.Module, codec: DialogueCodec, samples: list[Sample], batch_size: int = 32
+    model: torch.nn.Module, codec: DialogueCodec, samples: Sequence[Sample], batch_size: int = 32, share: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-likelihood of each human reply with its marker, summed over its tokens, and its number of tokens: (N,), (N,).
+    """Return the log-likelihood of each human reply with its marker, and its number of tokens: (N,), (N,).
 
-    Replies are scored whole, not cut at max_new_tokens; only tokens beyond the model's positions are left out.
+    Replies are scored whole, not cut at max_new_tokens; only tokens beyond the model's positions are left out. With
+    `share` each process scores a part of the samples, and returns all.
     """
     device = next(model.parameters()).device
     positions = positions_of(getattr(model, "config", None)) or 2**20
-    sums, counts = torch.zeros(len(samples)), torch.zeros(len(samples))
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    found: dict[int, tuple[float, int]] = {}
+    for chunk in batched(share_of(order, share), batch_size):
         prompts = codec.encode_prompts([samples[i].prompt for i in chunk])
         prompt_ids, prompt_mask = map(torch.from_numpy, prompts)
         room = positions - prompt_ids.shape[1]
@@ -299,8 +300,11 @@ def reply_log_likelihoods(
         )
         logits = logits_at(model, *(x.to(device) for x in inputs))
         flat = token_log_probs(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
-        sums[chunk] = torch.stack([logprobs.sum() for logprobs in flat.split(reply_mask.sum(-1).tolist())])
-        counts[chunk] = reply_mask.sum(-1).float()
+        lengths = reply_mask.sum(-1).tolist()
+        sums = torch.stack([logprobs.sum() for logprobs in flat.split(lengths)])
+        found |= dict(zip(chunk, zip(sums.tolist(), lengths)))
+    found = gather_shares(found, share)
+    sums, counts = torch.tensor([found[i] for i in range(len(samples))]).view(-1, 2).unbind(-1)
     return sums, counts
 
 
@@ -320,32 +324,43 @@ def shifted_inputs(
 Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
 
 
-def generate_replies(
-    model: torch.nn.Module,
-    codec: DialogueCodec,
-    samples: Sequence[Sample],
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 32,
-    report: Report | None = None,
-) -> tuple[list[str], list[int]]:
-    """A reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
+@dataclass(frozen=True)
+class ReplySettings:
+    """How replies to samples are generated."""
 
-    Reply i depends on the model, `seed`, i and prompt i alone, not on its batch. Turn dropout off first: model.eval().
+    codec: DialogueCodec
+    sampling: Sampling = EVAL_SAMPLING
+    seed: int = 0
+    batch_size: int = 32
+    share: bool = False  # each process generates a part of the replies, and returns all
+
+
+def generate_replies(
+    model: torch.nn.Module, samples: Sequence[Sample], settings: ReplySettings, report: Report | None = None
+) -> tuple[list[str], list[int]]:
+    """Generate a reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
+
+    Reply i depends on the model, the seed, i and prompt i alone, not on its batch. Call model.eval() first.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    codec, device = settings.codec, next(model.parameters()).device
+    generator = torch.Generator().manual_seed(settings.seed)
     uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
-    texts, lengths = [""] * len(samples), [0] * len(samples)
+    found: dict[int, tuple[str, int]] = {}
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    mine = share_of(order, settings.share)
+    for chunk in batched(mine, settings.batch_size):
         ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt for i in chunk]))
-        responses = sample_responses(
-            causal_lm_step(model), codec, ids.to(device), mask.to(device), sampling, uniforms[chunk].to(device)
-        )
+        prompts = ids.to(device), mask.to(device)
+        step, of_chunk = causal_lm_step(model), uniforms[chunk].to(device)
+        responses = sample_responses(step, codec, *prompts, settings.sampling, of_chunk)
         for i, row, length in zip(chunk, responses.ids.tolist(), responses.mask.sum(-1).tolist()):
-            texts[i], lengths[i] = codec.decode_response(row[:length]), length
+            found[i] = codec.decode_response(row[:length]), length
         if report:
-            report(start + len(chunk), len(order))
-    return texts, lengths
+            report(len(found), len(mine))
+    found = gather_shares(found, settings.share)
+    return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
+
+
+def batched(indices: list[int], size: int) -> list[list[int]]:
+    """Cut a list into lists of `size`; the last may be shorter."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -126,7 +126,13 @@ class Run:
         self.state, self.actor_critic, self.model, self.codec = state, actor_critic, model, codec
         point = resume_point(self.folder, accelerator) if config.resume else None
         if point:
-            state.load_state_dict(load_checkpoint(accelerator, point))
+            try:
+                state.load_state_dict(load_checkpoint(accelerator, point))
+            except KeyError as error:
+                raise UserError(
+                    f"checkpoint {point} was written by an earlier version, without {error}; expected one of this "
+                    "version. Train again, or start a new run from the policy/ in the run's folder."
+                ) from None
             self.say(f"resumed after update {state.updates}, {state.env_steps:,} environment steps, from {point}")
         if self.main:
             self.at_end.callback(open_run(self.folder, keep=config.resume).release)
@@ -203,7 +209,9 @@ class Run:
             self.trackers.summary(self.folder / "eval.json", self.state.updates)
 
     def checkpoint_due(self) -> bool:
-        return self.state.updates % self.config.save_interval == 0
+        """Whether this update is saved: every save_interval-th, and the last."""
+        last = self.state.env_steps >= self.config.total_time_steps
+        return last or self.state.updates % self.config.save_interval == 0
 
     def checkpoint(self, best: bool = False) -> None:
         """Save all that the run is; the policy by itself, for chat and evaluation; and best/, if it is the best."""

@@ -43,7 +43,7 @@ from rewards import words
 from support import meteor as meteor_module
 from support.data import load_dialogues
 from support.errors import UserError
-from support.generation import generate_replies, reply_log_likelihoods
+from support.generation import ReplySettings, generate_replies, reply_log_likelihoods
 from support.metric_names import BETTER, LABELS, verdict
 from support.options import EVAL_SAMPLING
 from support.text import DialogueCodec, DialogueFormat, make_samples
@@ -323,35 +323,34 @@ def test_evaluations_of_other_samples_are_refused():
 def test_replies_do_not_depend_on_batch_or_company(tokenizer, samples):
     model, codec = random_gpt2(tokenizer).eval(), DialogueCodec(tokenizer, DialogueFormat(max_new_tokens=8))
     seen = []
-    texts, lengths = generate_replies(
-        model, codec, samples, EVAL_SAMPLING, 3, batch_size=10, report=lambda *done: seen.append(done)
-    )
+    settings = ReplySettings(codec, seed=3, batch_size=10)
+    texts, lengths = generate_replies(model, samples, settings, report=lambda *done: seen.append(done))
     assert seen == [(10, 10)]
     for batch_size in (1, 4):
-        assert generate_replies(model, codec, samples, EVAL_SAMPLING, 3, batch_size) == (texts, lengths)
-    assert generate_replies(model, codec, samples[:5], EVAL_SAMPLING, 3, 5) == (texts[:5], lengths[:5])
-    assert generate_replies(model, codec, samples, EVAL_SAMPLING, 4, 10)[0] != texts
+        assert generate_replies(model, samples, ReplySettings(codec, seed=3, batch_size=batch_size)) == (texts, lengths)
+    assert generate_replies(model, samples[:5], ReplySettings(codec, seed=3, batch_size=5)) == (texts[:5], lengths[:5])
+    assert generate_replies(model, samples, ReplySettings(codec, seed=4, batch_size=10))[0] != texts
     assert all(EVAL_SAMPLING.min_new_tokens <= length <= codec.format.max_new_tokens for length in lengths)
 
 
 def test_evaluating_a_model(tokenizer, samples):
     model, codec = random_gpt2(tokenizer), DialogueCodec(tokenizer, DialogueFormat(max_new_tokens=8))
     assert model.training
-    result = evaluate_model(model, codec, samples, ActJudge(), EVAL_SAMPLING, batch_size=8)
+    result = evaluate_model(model, samples, ActJudge(), ReplySettings(codec, batch_size=8))
     assert model.training  # left as it came, and evaluated without dropout all the same:
     model.eval()
-    texts, lengths = generate_replies(model, codec, samples, EVAL_SAMPLING, batch_size=8)
+    texts, lengths = generate_replies(model, samples, ReplySettings(codec, batch_size=8))
     metrics = result.metrics()
     assert list(metrics) == KEYS and result.texts == texts
     assert metrics["mean_output_length"] == pytest.approx(np.mean(lengths))
     assert metrics["intent"] == np.mean([bool(t) and s.act == 1 for t, s in zip(texts, samples)])
     sums, counts = reply_log_likelihoods(model, codec, samples)
     assert metrics["perplexity"] == pytest.approx(torch.exp(-sums.sum() / counts.sum()).item(), rel=1e-4)
-    unpriced = answer(model, codec, samples, EVAL_SAMPLING, perplexity=False)
+    unpriced = answer(model, samples, ReplySettings(codec), perplexity=False)
     rest = score_answers(unpriced, samples, ActJudge()).metrics()
     assert rest.pop("perplexity") is None and rest == {k: v for k, v in metrics.items() if k != "perplexity"}
     unlabelled = [dataclasses.replace(s, act=0) for s in samples[:2]]
-    assert evaluate_model(model, codec, unlabelled, ActJudge(), EVAL_SAMPLING).metrics()["intent"] is None
+    assert evaluate_model(model, unlabelled, ActJudge(), ReplySettings(codec)).metrics()["intent"] is None
 
 
 def test_baseline_keeps_its_marker_and_takes_the_limits(tmp_path):

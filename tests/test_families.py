@@ -21,8 +21,7 @@ from transformers import (
 from support.builtin import builtin_model
 from support.data import load_dialogues
 from support.errors import UserError
-from support.generation import generate_replies
-from support.options import EVAL_SAMPLING
+from support.generation import ReplySettings, generate_replies
 from support.paths import is_adapter
 from support.pretrained import load_pretrained, load_tokenizer
 from support.text import DialogueCodec, DialogueFormat, make_samples
@@ -58,7 +57,7 @@ def replies(folder: Path) -> list[str]:
     model = load_pretrained(AutoModelForCausalLM, str(folder), "model", dtype=torch.float32).eval()
     codec = DialogueCodec(load_tokenizer(str(folder)), DialogueFormat.load(folder))
     samples = make_samples(load_dialogues("builtin", "validation"), codec.format)[:8]
-    return generate_replies(model, codec, samples, EVAL_SAMPLING)[0]
+    return generate_replies(model, samples, ReplySettings(codec))[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
