@@ -20,6 +20,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from rewards import Scores, checked_scores
 from support.errors import UserError
 from support.text import DialogueCodec, Sample, drop_torn_characters
 
@@ -45,7 +46,7 @@ class DialogueVectorEnv(VectorEnv):
         samples: Sequence[Sample],
         codec: DialogueCodec,
         env_num: int,
-        reward: Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]] | None = None,
+        reward: Callable[..., Any] | None = None,
         process_index: int = 0,
         num_processes: int = 1,
         samples_per_prompt: int = 1,
@@ -71,7 +72,7 @@ class DialogueVectorEnv(VectorEnv):
         self.single_action_space = spaces.Box(-1, vocabulary - 1, (fmt.max_new_tokens,), np.int64)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.statistics: tuple[str, ...] = ()  # names of what the reward had to tell in the last step
+        self.scores: Scores | None = None  # of the last step
         self.seed, self.rounds, self._current, self._epoch_order = 0, 0, None, (None, None)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -95,24 +96,19 @@ class DialogueVectorEnv(VectorEnv):
 
         responses = [said(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
         finished, final_obs = self._current, self._observations
-        rewards, statistics = np.zeros(self.num_envs), {}
+        self.scores = Scores(np.zeros(self.num_envs))
         if self.reward is not None:
-            rewards, statistics = self.reward(
-                [s.prompt for s in finished],
-                responses,
-                [s.reply.strip() for s in finished],
-                [s.act for s in finished],
-            )
+            columns = [s.prompt for s in finished], responses, [s.reply.strip() for s in finished]
+            self.scores = checked_scores(self.reward(*columns, [s.act for s in finished]), responses)
         final_info = self._infos(finished) | _column("response", responses)
-        for name, values in statistics.items():
+        for name, values in self.scores.statistics.items():
             if name in final_info:
                 raise UserError(f"the reward calls a statistic '{name}', which the environment uses itself; rename it.")
             final_info |= _column(name, values)
-        self.statistics = tuple(statistics)
         observations, infos = self._next_dialogues()
         everyone = np.ones(self.num_envs, dtype=bool)
         infos |= {"final_obs": final_obs, "_final_obs": everyone, "final_info": final_info, "_final_info": everyone}
-        return observations, np.asarray(rewards, np.float64), everyone.copy(), ~everyone, infos
+        return observations, np.asarray(self.scores.total, np.float64), everyone.copy(), ~everyone, infos
 
     def _next_dialogues(self):
         first = self.rounds * self.env_num + self.slots.start

@@ -500,8 +500,8 @@ def sample_dialogue(sample: Sample, before: str, now: str, score: Callable, metr
 
     `metrics` gives the update and the environment steps.
     """
-    scores, statistics = reward_of_replies([before, now], [sample] * 2, score)
-    shown = {"score": scores} | {k: v for k, v in statistics.items() if not k.startswith("reward_")}
+    scores = reward_of_replies([before, now], [sample] * 2, score)
+    shown = {"score": scores.total} | scores.metrics
     return {
         "update": metrics["update"],
         "env_steps": metrics["env_steps"],
@@ -518,19 +518,18 @@ class Scored:
     """An evaluation with the reward of each reply."""
 
     evaluation: Evaluation
-    rewards: np.ndarray  # (N,)
-    statistics: dict[str, np.ndarray]  # (N,) each, what the reward returned beside them
+    scores: Scores
 
 
 def score_result(answers: Answers, samples: Sequence[Sample], score: Callable, judge: IntentJudge | None) -> Scored:
     """Compute the metrics of a run's model, and the run's reward of each reply."""
     evaluation = score_answers(answers, samples, judge)
-    return Scored(evaluation, *reward_of_replies(answers.texts, samples, score))
+    return Scored(evaluation, reward_of_replies(answers.texts, samples, score))
 
 
 def write_comparison(run: Path, split: str, samples: list[Sample], before: Scored, after: Scored) -> None:
     """Write eval.json and eval_samples.jsonl (each sample with both replies and their scores); print the table."""
-    gains = after.rewards - before.rewards
+    gains = after.scores.total - before.scores.total
     error = float(gains.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
     gain = float(gains.mean())
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
@@ -539,8 +538,8 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
     settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
     result = compare(after.evaluation, before.evaluation, settings=settings)
     result["reward"] = {
-        "policy": float(after.rewards.mean()),
-        "baseline": float(before.rewards.mean()),
+        "policy": float(after.scores.total.mean()),
+        "baseline": float(before.scores.total.mean()),
         "difference": gain,
         "standard_error": error,
     }
@@ -551,7 +550,7 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
     write_json(run / "eval.json", result)
     print(format_table(result, headings=("supervised", "PPO")))
     print(
-        f"{split} reward: {before.rewards.mean():.3f} -> {after.rewards.mean():.3f}, "
+        f"{split} reward: {before.scores.total.mean():.3f} -> {after.scores.total.mean():.3f}, "
         f"a change of {gain:+.3f} with a standard error of {error:.3f}",
         flush=True,
     )
@@ -560,11 +559,11 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
 def sample_scores(scored: Scored) -> list[dict[str, Any]]:
     """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
     evaluation = scored.evaluation
-    columns = scored.statistics | evaluation.scores
-    columns |= {"reward": scored.rewards, "length": evaluation.scores["mean_output_length"]}
-    names = [name for name in columns if name != "mean_output_length" and not name.startswith("reward_")]
+    columns = scored.scores.metrics | evaluation.scores
+    columns |= {"reward": scored.scores.total, "length": columns.pop("mean_output_length")}
     return [
-        {"text": text} | {name: float(columns[name][i]) for name in names} for i, text in enumerate(evaluation.texts)
+        {"text": text} | {name: float(column[i]) for name, column in columns.items()}
+        for i, text in enumerate(evaluation.texts)
     ]
 
 

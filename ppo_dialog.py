@@ -42,7 +42,7 @@ from transformers import AutoConfig
 from envs import DialogueVectorEnv
 from eval_metrics import answer, progress, reward_of_replies, sample_dialogue, score_result, write_comparison
 from rewards import (
-    PRICE,
+    LENGTH_PENALTY,
     Reward,
     Scores,
     check_acts,
@@ -93,14 +93,14 @@ from support.words import WordTokenizer, describe, word_tokenizer_for
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Everything that follows from env_num, episode_length and the process count, derived in this one place."""
+    """Numbers that follow from env_num, episode_length and the process count."""
 
     rounds: int  # replies of each dialogue slot in a rollout
     replies: int  # replies of this process in a rollout
     group: int  # replies to one prompt, which stay together
     num_mini_batch: int
-    blocks: int  # groups of this process's slots, each of which gives every mini-batch its share
-    first_block: int  # how many of them the processes before this one have
+    blocks: int  # blocks of slots on this process; each mini-batch has as many replies of one block as of another
+    first_block: int  # number of this process's first block
     micro_batch: int  # tokens of a micro-batch
 
     @classmethod
@@ -109,7 +109,7 @@ class BatchSizes:
         rounds = max(1, round(config.episode_length / max_new_tokens))
         replies, group = rounds * config.env_num // processes, config.samples_per_prompt
         num_mini_batch = min(config.num_mini_batch, replies // group)
-        # As many blocks as can be: the processes share them, and what a mini-batch holds does not depend on how
+        # The largest number of blocks: a mini-batch then holds the same replies for any number of processes
         prompts = config.env_num // group
         even = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
         even = [b for b in even if rounds * prompts // b % num_mini_batch == 0]
@@ -119,7 +119,7 @@ class BatchSizes:
         return cls(rounds, replies, group, num_mini_batch, blocks, first_block, micro_batch)
 
     def mini_batches(self, *stream: int) -> list[torch.Tensor]:
-        """This process's rows of a rollout (n, group) in each mini-batch of a pass, drawn anew for each `stream`."""
+        """Draw the mini-batches of a pass: this process's rows of the rollout, (n, group) each, seeded by `stream`."""
         rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
         shuffled = [
             block[torch.randperm(len(block), generator=make_generator(*stream, self.first_block + i))]
@@ -136,7 +136,7 @@ class ActorCritic(nn.Module):
     """A causal LM as policy, with a value for the state before each token.
 
     Without a critic, the value is a linear head on the hidden state that the language-model head reads, so one pass
-    gives both. `critic(input_ids, attention_mask, position_ids) -> (B, S)` is a network of its own.
+    gives both. A critic is a second network: `critic(input_ids, attention_mask, position_ids) -> (B, S)`.
     """
 
     def __init__(self, policy: nn.Module, critic: nn.Module | None = None):
@@ -145,17 +145,17 @@ class ActorCritic(nn.Module):
         if critic is None:
             lm_head = policy.get_output_embeddings()
             self.value_head = value_head(lm_head.weight.shape[1])
-            # What the head reads is the last hidden state, normalised, of the positions kept: no model family needs
-            # another line for it, and scaled or capped logits stay the model's own business.
+            # The head reads the last hidden state, normalised, of the kept positions. This holds for every model
+            # family, also for those that scale or cap their logits.
             lm_head.register_forward_pre_hook(self._keep_hidden)
 
     def _keep_hidden(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hidden = inputs[0]
 
     def forward(self, input_ids, attention_mask, keep):
-        """Logits (n, V) and values (n,) at the n positions that keep (B, S) marks, row after row.
+        """Return logits (n, V) and values (n,) at the n positions that keep (B, S) marks, row after row.
 
-        input_ids, attention_mask (B, S), padded on either side: what is padding costs nothing, see support/packing.py.
+        input_ids, attention_mask (B, S) may be padded on either side; support/packing.py removes the padding.
         """
         inputs, select = pack(self.policy, input_ids, attention_mask, keep)
         logits = select(self.policy(**inputs, use_cache=False).logits)
@@ -164,10 +164,10 @@ class ActorCritic(nn.Module):
         return logits, self._values(select)
 
     def decode(self, input_ids, attention_mask, past=None):
-        """Logits (B, V) and values (B,) of the last position, and the key/value cache.
+        """Return logits (B, V) and values (B,) of the last position, and the key/value cache.
 
-        input_ids (B, s) follow what is in `past`; attention_mask (B, past + s). A separate critic is not asked (values
-        are None): it values finished replies in one pass, see `values_of`.
+        input_ids (B, s) follow the tokens in `past`; attention_mask (B, past + s). With a separate critic the values
+        are None: `values_of` computes them for finished replies, in one pass.
         """
         logits, past, last = cached_pass(self.policy, input_ids, attention_mask, past)
         return logits, self._values(last) if self.critic is None else None, past
@@ -177,7 +177,7 @@ class ActorCritic(nn.Module):
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     def values_of(self, input_ids, attention_mask, keep) -> torch.Tensor:
-        """A separate critic's values (n,) at the kept positions."""
+        """Return a separate critic's values (n,) at the kept positions."""
         inputs, select = pack(self.critic, input_ids, attention_mask, keep, head=False)
         return select(self.critic(**inputs)).float()
 
@@ -186,7 +186,7 @@ class ActorCritic(nn.Module):
 
 
 class Critic(nn.Module):
-    """A value network with the trunk of a pretrained model; it has no vocabulary."""
+    """A value network: the trunk of a pretrained model, without its vocabulary, and a value head."""
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
@@ -196,14 +196,14 @@ class Critic(nn.Module):
         self.value_head = value_head(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, **packing):
-        """Values (B, S)."""
+        """Return values (B, S)."""
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packing)
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
 def value_head(width: int) -> nn.Linear:
-    """Starts at zero: whatever the hidden states look like, the first values are 0, then near the mean return."""
+    """Make a linear head of zeros, so that the first values are 0 for any hidden states."""
     head = nn.Linear(width, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -211,7 +211,7 @@ def value_head(width: int) -> nn.Linear:
 
 
 def build_model(config: PPOConfig, name: str) -> ActorCritic:
-    """The network to train, by the configuration: one trunk, two models, or the user's classes."""
+    """Make the network to train: one trunk, two models, or the user's classes."""
 
     def make(path, what):
         return import_path(path, what)(config)
@@ -254,7 +254,7 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
 
 @dataclass
 class Rollout:
-    """N replies. P is the longest prompt, T the longest response; prompts are padded left, responses right."""
+    """N replies, of prompts padded on the left to P tokens and responses padded on the right to T tokens."""
 
     input_ids: torch.Tensor  # (N, P + T)
     attention_mask: torch.Tensor  # (N, P + T)
@@ -262,13 +262,19 @@ class Rollout:
     logprobs: torch.Tensor  # (N, T) under the distribution sampled from
     kl: torch.Tensor  # (N, T) log pi - log pi_ref of the sampled token
     values: torch.Tensor  # (N, T) of the state before each token, in units of reward
-    candidates: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p left, see generation.choose_candidates
+    candidates: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p leave, see generation.choose_candidates
     scores: torch.Tensor  # (N,) the reward of the whole reply
-    statistics: dict[str, torch.Tensor]  # (N,) what the reward had to tell
+    parts: dict[str, torch.Tensor]  # (N,) each, parts of the reward
+    metrics: dict[str, torch.Tensor]  # (N,) each, what else the reward returned
     prompts: list[str]
     responses: list[str]
     references: list[str]
     seconds: dict[str, float]  # rollout and scoring
+
+    @property
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Metrics and parts of the reward under the names that they are logged with."""
+        return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
 
     @property
     def response_length(self) -> int:
@@ -303,7 +309,7 @@ def collect(
     value_scale: RunningMoments,
     settings: RolloutSettings,
 ) -> tuple[Rollout, dict[str, Any]]:
-    """Collect a reply in each of the env's dialogues for each round; also return the next observations.
+    """Collect a reply in each of the env's dialogues for each round. Also return the next observations.
 
     `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
     """
@@ -325,7 +331,7 @@ def collect_round(
     value_scale: RunningMoments,
     settings: RolloutSettings,
 ) -> tuple[Rollout, dict[str, Any]]:
-    """One reply in each of the env's dialogues; `uniforms` (num_envs, max_new_tokens). See `collect`."""
+    """Collect one reply in each of the env's dialogues; `uniforms` (num_envs, max_new_tokens). See `collect`."""
     sampling, device, together = settings.sampling, settings.device, settings.together
     # 1. prompts, without the columns that are padding in all of them
     started = time.perf_counter()
@@ -340,7 +346,7 @@ def collect_round(
     input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
     attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
 
-    # 3. what a separate critic and the frozen reference make of the finished text
+    # 3. log-probabilities under the reference, and values of a separate critic, of the finished text
     values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
     if getattr(model, "critic", None) is not None:
         values = torch.zeros_like(out.values)
@@ -357,8 +363,8 @@ def collect_round(
     sampled = time.perf_counter()
 
     # 4. the environment scores the replies and hands out the next dialogues
-    observations, scores, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
-    final = infos["final_info"]
+    observations, _, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
+    final, scores = infos["final_info"], env.scores
     as_column = partial(torch.tensor, dtype=torch.float32, device=device)
     rollout = Rollout(
         input_ids=input_ids,
@@ -368,8 +374,9 @@ def collect_round(
         kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
         values=value_scale.denormalize(values) * out.mask,
         candidates=out.candidates,
-        scores=as_column(scores),
-        statistics={name: as_column(final[name]) for name in env.statistics},
+        scores=as_column(scores.total),
+        parts={name: as_column(values) for name, values in scores.parts.items()},
+        metrics={name: as_column(values) for name, values in scores.metrics.items()},
         prompts=list(final["prompt"]),
         responses=list(final["response"]),
         references=[reply.strip() for reply in final["reply"]],
@@ -378,35 +385,36 @@ def collect_round(
     return rollout, observations
 
 
-def join(parts: list[Rollout]) -> Rollout:
-    """Rounds as one batch: prompts padded on the left, responses on the right, to the longest."""
-    width = max(r.input_ids.shape[1] - r.response_length for r in parts)
-    length = max(r.response_length for r in parts)
+def join(rounds: list[Rollout]) -> Rollout:
+    """Join rounds to one rollout, padded to the longest prompt and the longest response."""
+    width = max(r.input_ids.shape[1] - r.response_length for r in rounds)
+    length = max(r.response_length for r in rounds)
 
     def text(rollout: Rollout, x: torch.Tensor) -> torch.Tensor:
         prompt, response = x[:, : -rollout.response_length], x[:, -rollout.response_length :]
         return torch.cat([F.pad(prompt, (width - prompt.shape[1], 0)), pad_right(response, length)], dim=-1)
 
     candidates = None
-    if parts[0].candidates is not None:
-        most = max(r.candidates.shape[-1] for r in parts)
-        candidates = torch.cat([pad_right(pad_right(r.candidates, most, -1, dim=2), length, -1) for r in parts])
+    if rounds[0].candidates is not None:
+        most = max(r.candidates.shape[-1] for r in rounds)
+        candidates = torch.cat([pad_right(pad_right(r.candidates, most, -1, dim=2), length, -1) for r in rounds])
     return Rollout(
-        **{name: torch.cat([text(r, getattr(r, name)) for r in parts]) for name in ("input_ids", "attention_mask")},
+        **{name: torch.cat([text(r, getattr(r, name)) for r in rounds]) for name in ("input_ids", "attention_mask")},
         **{
-            name: torch.cat([pad_right(getattr(r, name), length) for r in parts])
+            name: torch.cat([pad_right(getattr(r, name), length) for r in rounds])
             for name in ("mask", "logprobs", "kl", "values")
         },
         candidates=candidates,
-        scores=torch.cat([r.scores for r in parts]),
-        statistics={name: torch.cat([r.statistics[name] for r in parts]) for name in parts[0].statistics},
-        **{name: [x for r in parts for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
-        seconds={name: sum(r.seconds[name] for r in parts) for name in parts[0].seconds},
+        scores=torch.cat([r.scores for r in rounds]),
+        parts={name: torch.cat([r.parts[name] for r in rounds]) for name in rounds[0].parts},
+        metrics={name: torch.cat([r.metrics[name] for r in rounds]) for name in rounds[0].metrics},
+        **{name: [x for r in rounds for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
+        seconds={name: sum(r.seconds[name] for r in rounds) for name in rounds[0].seconds},
     )
 
 
 def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.Tensor:
-    """x padded to n in dimension `dim`."""
+    """Pad x to n in dimension `dim`."""
     filler = [0, 0] * (x.dim() - 1 - dim) + [0, n - x.shape[dim]]
     return F.pad(x, filler, value=value)
 
@@ -416,7 +424,7 @@ def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.
 
 
 def token_rewards(rollout: Rollout, kl_coef: float, scores: torch.Tensor) -> torch.Tensor:
-    """Rewards (N, T): the KL penalty at every token, and the reply's score (N,) at its last one."""
+    """Return rewards (N, T): the KL penalty at every token, and the reply's score (N,) at its last one."""
     rewards = -kl_coef * rollout.kl
     last = rollout.mask.sum(-1) - 1  # (N,)
     rewards[torch.arange(len(last), device=last.device), last] += scores
@@ -424,10 +432,10 @@ def token_rewards(rollout: Rollout, kl_coef: float, scores: torch.Tensor) -> tor
 
 
 def leave_one_out(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
-    """Scores (N,) less the mean score of the other replies to the same prompt, which stand beside it.
+    """Subtract from each score (N,) the mean score of the other replies to the same prompt.
 
-    How good replies to a prompt are on average says nothing about which of them to prefer (RLOO, Ahmadian et al.,
-    2024); what a single reply per prompt leaves to the value network alone.
+    Leave-one-out baseline (RLOO, Ahmadian et al., 2024). Replies to one prompt are neighbours. A single reply per
+    prompt has no such baseline, and its score stays as it is.
     """
     if samples_per_prompt == 1:
         return scores
@@ -439,9 +447,9 @@ def leave_one_out(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns (N, T), 0 where masked. Generalised advantage estimation (Schulman et al., 2016).
+    """Compute advantages and returns (N, T), 0 where masked, by generalised advantage estimation.
 
-    Every reply is a whole episode: after its last token there is no value.
+    Schulman et al., 2016. Every reply is a whole episode: the value after its last token is 0.
     """
     advantages = torch.zeros_like(rewards)
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
@@ -455,7 +463,7 @@ def gae(
 
 
 def masked_moments(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambda x: x) -> tuple[float, float]:
-    """Mean and (population) variance of x where mask is set; `reduce` sums over processes."""
+    """Return mean and (population) variance of x where mask is set; `reduce` sums over processes."""
     x, mask = x.cpu().double(), mask.cpu().double()  # not every accelerator has float64
     n, total, squares = reduce(torch.stack([mask.sum(), (x * mask).sum(), (x * x * mask).sum()])).tolist()
     mean = total / n
@@ -463,13 +471,13 @@ def masked_moments(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambd
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor, reduce: Callable = lambda x: x) -> torch.Tensor:
-    """x with mean 0 and variance 1 over the masked-in entries of all processes, 0 elsewhere."""
+    """Scale x to mean 0 and variance 1 over the unmasked entries of all processes; the others become 0."""
     mean, variance = masked_moments(x, mask, reduce)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
 
 
 class RunningMoments:
-    """Mean and deviation of returns, an average over updates that forgets; the scale in which values are predicted."""
+    """Exponential moving mean and deviation of the returns. The value network predicts returns in this scale."""
 
     def __init__(self, enabled: bool = True, decay: float = 0.9):
         self.enabled, self.decay = enabled, decay
@@ -499,18 +507,18 @@ class RunningMoments:
 
 @dataclass
 class Batch:
-    """A rollout with all that the update needs of it. N replies, T tokens; 0 where masked."""
+    """A rollout with advantages and targets: what `update` reads. N replies, T tokens; 0 where masked."""
 
     rollout: Rollout
     advantages: torch.Tensor  # (N, T), whitened if normalize_advantages
     returns: torch.Tensor  # (N, T) in units of the score
-    targets: torch.Tensor  # (N, T) the returns in the units that the value network predicts
-    old_values: torch.Tensor  # (N, T) the values of the rollout, in the units they were predicted in
-    length_penalty: torch.Tensor | None  # (N,) what each reply pays for its length
+    targets: torch.Tensor  # (N, T) returns in the scale that the value network predicts
+    old_values: torch.Tensor  # (N, T) values of the rollout, in the scale that they were predicted in
+    length_penalty: torch.Tensor | None  # (N,) penalty on each reply's length
 
 
 def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: Callable) -> Batch:
-    """Compute token rewards, advantages and returns; move the scale of the values. `reduce` sums over processes."""
+    """Compute token rewards, advantages and returns; update the scale of values. `reduce` sums over processes."""
     penalty, scores = None, rollout.scores
     if config.length_rate:
         earned = scores - state.kl.coef * rollout.kl.sum(-1)
@@ -519,7 +527,7 @@ def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: C
     scores = leave_one_out(scores, config.samples_per_prompt)
     rewards = token_rewards(rollout, state.kl.coef, scores)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-    old_values = state.values.normalize(rollout.values)  # before the scale moves
+    old_values = state.values.normalize(rollout.values)  # before the scale is updated
     state.values.update(*masked_moments(returns, rollout.mask, reduce))
     if config.normalize_advantages:
         advantages = whiten(advantages, rollout.mask, reduce)
@@ -533,7 +541,7 @@ def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: C
 def policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped loss of each token (n,), and approx_kl and clipfrac of each.
+    """Return PPO's clipped loss of each token (n,), and approx_kl and clipfrac of each.
 
     approx_kl is the low-variance estimate (r - 1) - log r of KL(old || new) (Schulman, joschu.net/blog/kl-approx).
     """
@@ -548,13 +556,13 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """Half the squared error of each token's value (n,), the larger of plain and clipped (Schulman et al., 2017)."""
+    """Return half the squared error of each value (n,), the larger of plain and clipped (Schulman et al., 2017)."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def token_entropy(logits: torch.Tensor, temperature: float, candidates: torch.Tensor | None) -> torch.Tensor:
-    """Entropy (n,), in nats, of the distribution that is sampled from."""
+    """Return the entropy (n,), in nats, of the distribution that tokens are sampled from."""
     logprobs = keep_candidates(logits.float() / temperature, candidates).log_softmax(-1)
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(-1)
 
@@ -572,9 +580,9 @@ def update(
     sizes: BatchSizes,
     stream: tuple[int, ...],
 ) -> dict[str, float]:
-    """Make `ppo_epoch` passes over the batch; return means of losses and statistics over tokens and processes.
+    """Make `ppo_epoch` passes over the batch. Return means of losses and statistics over tokens and processes.
 
-    `stream` numbers what is random: how each pass is cut into mini-batches.
+    `stream` seeds the order of the replies in each pass.
     """
     rollout = batch.rollout
     model.train()
@@ -585,8 +593,8 @@ def update(
     for epoch in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         for mini_batch in sizes.mini_batches(*stream, epoch):
-            # As many micro-batches as the process with the longest replies needs: all pass as often. And the tokens of
-            # all processes: each token weighs the same, however the batch is cut.
+            # All processes make as many micro-batches as the one with the longest replies. The loss is divided by the
+            # tokens of all processes, so that each token has the same weight in any split.
             tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
             parts = -(-int(tokens_of_groups.sum()) // sizes.micro_batch)
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
@@ -605,7 +613,7 @@ def update(
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                         usable = norm is None or math.isfinite(norm)
-                        if usable or accelerator.scaler is not None:  # fp16's scaler skips steps itself, and learns
+                        if usable or accelerator.scaler is not None:  # fp16's scaler skips such steps itself
                             optimizer.step()
                         optimizer.zero_grad()
                         optimizer_steps, skipped = optimizer_steps + usable, skipped + (not usable)
@@ -628,7 +636,7 @@ def update(
 
 
 def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOConfig) -> dict[str, torch.Tensor]:
-    """One forward pass over some rows: losses and statistics, each summed over the rows' tokens."""
+    """Make one forward pass over some rows. Return losses and statistics, each summed over the rows' tokens."""
     rollout = batch.rollout
     mask = rollout.mask[rows]
 
@@ -645,7 +653,7 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
         "value_loss": value_loss(
             values, at_tokens(batch.old_values), at_tokens(batch.targets), config.value_clip_range
         ),
-        # without a bonus on it, the sampled tokens' own log-probabilities estimate the entropy, and cost nothing
+        # without a bonus the entropy is only logged: minus the sampled tokens' log-probability estimates it
         "entropy": token_entropy(logits, config.temperature, candidates) if config.entropy_coef else -old_logprobs,
     }
     return {name: x.sum() for name, x in stats.items()}
@@ -661,18 +669,18 @@ LENGTH_PROMPTS = 256  # their mean length is within 2% of that of all, if length
 
 
 class TrainState:
-    """Counters, controllers and the value scale: all that a checkpoint adds to weights, optimizer and random states."""
+    """Counters, controllers and the value scale: the part of a checkpoint that is not weights, optimizer or RNG."""
 
     COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
 
     SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers")
 
     def __init__(self, config: PPOConfig):
-        vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which tell the dialogues at hand
+        vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which give the next dialogues
         self.start_reward: float | None = None  # on the validation samples, before training
         self.start_replies: list[str] = []  # to the sample dialogues, before training
-        self.best_reward: float | None = None  # on the validation samples, at the checkpoints so far
-        self.trackers: dict[str, str] = {}  # their ids, so that a resumed run goes on in the same ones
+        self.best_reward: float | None = None  # the largest of the checkpoints so far
+        self.trackers: dict[str, str] = {}  # their ids, with which a resumed run continues the same ones
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
         self.length = LengthController(config.length_rate, config.length_ratio)
         self.values = RunningMoments(config.normalize_values)
@@ -693,7 +701,7 @@ class TrainState:
         vars(self.values).update(state["value_scale"])
 
     def advance(self, metrics: dict[str, float], config: PPOConfig, seconds: float, rounds: int) -> None:
-        """Count an update and adapt the coefficients to it. `metrics` are those of rollout_metrics and update."""
+        """Count an update and adapt the coefficients. `metrics` are those of rollout_metrics and update."""
         self.kl.update(metrics["kl_div"])
         if config.length_rate:
             self.length.update(metrics["mean_output_length"])
@@ -705,7 +713,7 @@ class TrainState:
         if self.skipped_steps > config.max_skipped_steps:
             raise UserError(
                 f"{self.skipped_steps} optimizer steps had a loss or gradient that is not finite "
-                f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or go on from "
+                f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or continue from "
                 "the last checkpoint with --resume."
             )
 
@@ -790,7 +798,7 @@ class Parts:
 
 
 def check_model_names(config: PPOConfig, name: str) -> None:
-    """UserError for a mistyped path and for a classifier that is no judge, before anything is loaded."""
+    """UserError for a mistyped path and for an unusable classifier, before anything is loaded."""
     for what, path in (("model", name), ("ref_model", config.ref_model), ("intent model", config.intent_model)):
         if path and path != "builtin":
             check_name(what, resolve_model(path))
@@ -801,6 +809,7 @@ def check_model_names(config: PPOConfig, name: str) -> None:
 
 
 def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: Run) -> ActorCritic:
+    """Load the network to train, without dropout. UserError if it does not fit the tokenizer and the format."""
     model = build_model(config, name)
     check_model(model, codec, name)
     disable_dropout(model)
@@ -813,7 +822,7 @@ def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: R
 
 
 def load_samples(config: PPOConfig, fmt: DialogueFormat, run: Run) -> dict[str, list[Sample]]:
-    """The samples of the splits that the run needs. UserError for a split without samples."""
+    """Load the samples of the splits that the run needs. UserError for a split without samples."""
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
     if run.main and (note := overlap_note(config.data_path, dialogues)):
@@ -835,7 +844,7 @@ def load_samples(config: PPOConfig, fmt: DialogueFormat, run: Run) -> dict[str, 
 def load_reference(
     config: PPOConfig, name: str, actor_critic: ActorCritic, codec: DialogueCodec, accelerator: Accelerator, run: Run
 ) -> nn.Module:
-    """The frozen model of the KL penalty, where the configuration wants it kept."""
+    """Load the frozen model of the KL penalty and place it."""
     placement = config.ref_placement
     if config.lora_rank:
         if placement != "replicated":
@@ -848,7 +857,7 @@ def load_reference(
 
 
 def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Accelerator) -> torch.optim.AdamW:
-    """AdamW with a learning rate for the policy and one for the value parameters."""
+    """Make AdamW with a learning rate for the policy and one for the value parameters."""
     value_parameters = actor_critic.value_parameters()
     of_value = {id(p) for p in value_parameters}
     of_policy = [p for p in actor_critic.parameters() if p.requires_grad and id(p) not in of_value]
@@ -862,7 +871,7 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
 def load_reward(
     config: PPOConfig, fmt: DialogueFormat, samples: dict[str, list[Sample]], accelerator: Accelerator, run: Run
 ) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
-    """The checked reward, the judge, and what the judge makes of human replies; both are tried before training."""
+    """Load reward and judge, and try both before training. Return the checked reward, the judge and its metrics."""
     word_tokenizer = word_tokenizer_for(s.reply for s in samples["train"])
     if word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
@@ -871,9 +880,9 @@ def load_reward(
     def score(*episodes):
         return score_episodes(reward, *episodes, timeout=config.reward_timeout)
 
-    judge, judged = load_judge(reward, config, accelerator.device), {}
+    judge, judge_metrics = load_judge(reward, config, accelerator.device), {}
     models = [] if judge is None else [place(judge.model, config.intent_placement, accelerator)]
-    run.stage("asking the reward about two replies")
+    run.stage("trying the reward on two replies")
     with on_device(*models, once=config.gather):
         check_reward(score, samples["train"][0], config.samples_per_prompt)
     if judge is not None:
@@ -882,14 +891,26 @@ def load_reward(
             run.say(f"note: {judge.note}")
         with on_device(*models, once=config.gather):
             for split in ("validation", "train"):  # the latter if the former has no acts
-                if judged := measure_judge(judge, samples[split], config.judge_samples):
-                    run.say(judge_sentence(judged, split))
+                if judge_metrics := measure_judge(judge, samples[split], config.judge_samples):
+                    run.say(judge_sentence(judge_metrics, split))
                     break
-    return score, judge, judged
+    return score, judge, judge_metrics
+
+
+def build_reward(
+    config: PPOConfig, device: torch.device, eou_marker: str, word_tokenizer: WordTokenizer = "unicode"
+) -> Reward:
+    """Make the reward that the configuration names."""
+    args = dict(config.reward_args)
+    if config.reward == "default":
+        judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
+        coefs = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
+        args = dict(intent_model=judge) | {name: getattr(config, name) for name in coefs} | args
+    return make_reward(config.reward, args, device, eou_marker, word_tokenizer)
 
 
 def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> IntentJudge | None:
-    """The judge of the reward; for a reward without one, the one of the closing comparison, if there is one."""
+    """Return the judge of the reward; for a reward without one, the judge of the final comparison, or None."""
     judge = getattr(reward, "judge", None)
     if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
         judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
@@ -915,6 +936,7 @@ def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) 
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
+    """Set the learning rates for the environment steps made so far."""
     fraction_left = 1 - state.env_steps / config.total_time_steps
     for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
         group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
@@ -933,7 +955,7 @@ def validation_reward(parts: Parts, config: PPOConfig) -> float | None:
         return None
     parts.policy.eval()
     texts, _ = generate_replies(parts.policy, samples, parts.reply_settings(config.seed))
-    return float(reward_of_replies(texts, samples, parts.score)[0].mean()) if parts.scores_replies else None
+    return float(reward_of_replies(texts, samples, parts.score).total.mean()) if parts.scores_replies else None
 
 
 def validate(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[str, float]) -> bool:
@@ -982,7 +1004,7 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
 
 @own_engine()
 def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
-    """Train, then compare with the model that training began from. Returns the run's folder."""
+    """Train, then compare with the model that training began from. Return the run's folder."""
     config.check()
     accelerator = make_accelerator(config, config.run_folder)
     with Run(config, accelerator, notes) as run:
@@ -1026,7 +1048,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
             best = run.checkpoint_due() and validate(parts, config, state, metrics)
             if run.dialogue_due():
                 show_dialogue(parts, config, state, metrics, run)
-            run.log(metrics)
+            run.log(metrics, list(rollout.metrics))
             if run.checkpoint_due():
                 run.checkpoint(best)
         run.finish()
@@ -1051,44 +1073,29 @@ def update_metrics(
     return counters | {"fps": metrics["tokens"] / seconds} | of_update | rates
 
 
-def build_reward(
-    config: PPOConfig, device: torch.device, eou_marker: str, word_tokenizer: WordTokenizer = "unicode"
-) -> Reward:
-    args = dict(config.reward_args)
-    if config.reward == "default":
-        judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
-        coefs = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
-        args = dict(intent_model=judge) | {name: getattr(config, name) for name in coefs} | args
-    return make_reward(config.reward, args, device, eou_marker, word_tokenizer)
-
-
 def make_generator(*stream: int) -> torch.Generator:
-    """A generator of its own for each purpose and update: nothing random depends on what ran before."""
+    """Make a generator for one purpose and update, so that no random number depends on what ran before."""
     state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, float]:
-    """Means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score.
+    """Return means over the replies (kl_div: over the tokens) of all processes. Rewards are in units of the score.
 
-    A statistic's mean is over the replies that have it; the others are NaN.
+    A statistic that is NaN for a reply does not count in its mean.
     """
     rollout, returns = batch.rollout, batch.returns
     n, tokens = reduce(torch.stack([rollout.scores.new_tensor(len(rollout.mask)), rollout.mask.sum().float()])).tolist()
-    penalty = -alpha * rollout.kl.sum(-1)  # (N,)
-    rewarded, length = rollout.scores, {}
-    if batch.length_penalty is not None:
-        rewarded, length = rewarded - batch.length_penalty, {PRICE: -batch.length_penalty}
-    columns = {"episode_reward": rewarded + penalty, "score": rollout.scores}
-    columns |= rollout.statistics | length | {"reward_kl": penalty}
-    if not any(name.startswith("reward_") and name != PRICE for name in rollout.statistics):
-        columns["reward_score"] = rollout.scores  # a reward that does not tell its parts is one
-    parts = [name for name in columns if name.startswith("reward_")]
-    columns |= {f"share_{name.removeprefix('reward_')}": columns[name].abs() for name in parts}
+    penalties = {} if batch.length_penalty is None else {LENGTH_PENALTY: -batch.length_penalty}  # (N,) each
+    penalties["kl"] = -alpha * rollout.kl.sum(-1)
+    parts = (rollout.parts or {"score": rollout.scores}) | penalties
+    columns = {"episode_reward": sum(penalties.values(), rollout.scores), "score": rollout.scores}
+    columns |= rollout.metrics | {f"reward_{name}": x for name, x in parts.items()}
+    columns |= {f"share_{name}": x.abs() for name, x in parts.items()}
     sums = torch.stack([column.nansum() for column in columns.values()])
     counts = torch.stack([(~column.isnan()).sum() for column in columns.values()])
     means = dict(zip(columns, (reduce(sums) / reduce(counts)).tolist()))
-    whole = sum(means[f"share_{p.removeprefix('reward_')}"] for p in parts) or 1.0
+    whole = sum(means[f"share_{name}"] for name in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
     prompt_tokens, prompt_positions = reduce(
         rollout.prompt_mask.new_tensor([rollout.prompt_mask.sum(), rollout.prompt_mask.numel()])
@@ -1102,7 +1109,7 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,
         "mean_output_length": tokens / n,
-        # computed only where the model cannot be packed, see support/packing.py; room in the cache everywhere
+        # padding is computed only if the model cannot be packed (support/packing.py); it takes cache memory always
         "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
         "tokens": tokens,
@@ -1111,14 +1118,14 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
 
 
 def show_results(run: Path) -> None:
-    """Write the run's page and say where it is; a page that cannot be drawn is said in a sentence and costs nothing."""
+    """Write the run's report and print its path. A report that cannot be drawn is a warning."""
     try:
-        from report import write_report  # here, as Matplotlib takes its time to load, and may be missing
+        from report import write_report  # here, because Matplotlib loads slowly, and may be missing
 
         print(f"report: {write_report([run])}", flush=True)
-    except Exception as error:  # whatever a picture can fail of: fonts, disk, figures that nobody thought of
+    except Exception as error:  # fonts, disk, values that cannot be drawn
         print(
-            f"WARNING: the report could not be written ({first_line(error)}); the run itself is whole, and "
+            f"WARNING: the report could not be written ({first_line(error)}); the run itself is complete. "
             f"`python report.py {run}` tries again",
             flush=True,
         )

@@ -59,7 +59,6 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from support.data import ACTS
-from support.live_display import reward_statistics
 from support.metric_names import BETTER, LABELS, verdict
 
 matplotlib.use("Agg")
@@ -354,8 +353,7 @@ def panels_of(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[Panel, list[str
             if not set(shown) <= set(constant):
                 titled = replace(panel, title=title_of(panel, shown))
                 sections.setdefault(section, []).append((titled, shown))
-    of_reward = {n for run in runs for row in run.metrics[:1] for n in reward_statistics(row)}
-    own = [(Panel(n, n, start=n in of_reward), [n]) for n in left if n not in constant]
+    own = [(Panel(n, n, start=True), [n]) for n in left if n not in constant]
     drawn = {n for panels in sections.values() for _, shown in panels for n in shown}
     return sections | ({"Your own figures": own} if own else {}), {n: v for n, v in constant.items() if n not in drawn}
 

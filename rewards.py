@@ -10,9 +10,9 @@ A reward looks at whole replies, a batch at a time:
     def brevity(prompts, responses, references, acts):      # a plain function works too
         return np.array([1 / (1 + len(r.split())) for r in responses])
 
-The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply, and a KL penalty for each
-token with an adaptive coefficient (`token_kl`, `AdaptiveKL`), which PPO adds whatever the reward is, as it does a price
-of length (`LengthController`) where one is asked for.
+The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply. PPO adds to every reward a KL
+penalty for each token (`token_kl`) with an adaptive coefficient (`AdaptiveKL` in support/controllers.py), and with
+length_rate a penalty on length (`LengthController`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,35 @@ from support.meteor import _meteor_parts, meteor
 from support.text import Sample
 from support.words import WordTokenizer, words
 
-Scores = tuple[np.ndarray, dict[str, np.ndarray]]
+LENGTH_PENALTY = "length_price"  # the name of LengthController's penalty among the parts of the reward
+
+
+@dataclass
+class Scores:
+    """What a reward returns for N replies. Each array is (N,)."""
+
+    total: np.ndarray
+    """The scores that PPO maximises: finite numbers."""
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+    """Weighted parts that add up to the total, by name. Their means are logged as reward_NAME and share_NAME."""
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)
+    """Other numbers by name, whose means are logged as NAME. NaN for a reply does not count in the mean."""
+
+    @property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Metrics and parts under the names that they are logged with."""
+        return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack as a pair of total and statistics, the form that a reward of your own may return."""
+        return iter((self.total, self.statistics))
 
 
 class Reward:
     """A score for each reply. Subclass it, define `__call__`, and name it in the configuration.
 
-    The constructor gets `reward_args` of the configuration as keyword arguments. `device` and `eou_marker` (the text
-    that parts the utterances of a prompt) are set before the first call. So is `word_tokenizer`, which a run chooses by
-    the human replies of its training data (support/words.py).
+    The constructor gets `reward_args` of the configuration as keyword arguments. Before the first call a run sets
+    `device`, `eou_marker` (the text between the utterances of a prompt) and `word_tokenizer` (support/words.py).
     """
 
     device: torch.device | str = "cpu"
@@ -52,23 +73,21 @@ class Reward:
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], acts: Sequence[int]
-    ) -> Scores | Sequence[float]:
-        """Scores (N,) of N replies, and statistics by name, (N,) each, which are logged as means.
+    ) -> Scores | tuple[Sequence[float], dict[str, Sequence[float]]] | Sequence[float]:
+        """Return `Scores` of N replies; or N numbers; or a pair of N numbers and statistics by name.
 
-        Scores alone will do: a list, an array or a tensor of N numbers. A statistic may be NaN for some replies: its
-        mean is over the others.
+        Numbers may be a list, an array or a tensor. In a pair, statistics called reward_NAME are parts of the reward,
+        and the others are metrics.
 
         `prompts` are the contexts as the policy sees them, `references` the human replies, `acts` their dialogue acts
-        (1 inform, 2 question, 3 directive, 4 commissive; 0 where the data has no labels).
+        (1 inform, 2 question, 3 directive, 4 commissive; 0 without a label).
         """
         raise NotImplementedError
 
     def setup(self, device: torch.device | str, eou_marker: str) -> None:
-        """Called once before the first batch: load models here and put them on `device`."""
+        """Load models here and put them on `device`. A run calls this once, before the first batch."""
         self.device, self.eou_marker = device, eou_marker
 
-
-PRICE = "reward_length_price"  # the metric of LengthController's penalty
 
 REWARDS: dict[str, Callable[..., Any]] = {}
 
@@ -90,9 +109,9 @@ def make_reward(
     eou_marker: str,
     word_tokenizer: WordTokenizer = "unicode",
 ) -> Reward:
-    """The reward that `name` stands for: a registered name, or an import path `module:Name` or `file.py:name`.
+    """Make the reward `name`: a registered name, or an import path `module:Name` or `file.py:name`.
 
-    Raises UserError where there is none, where `args` do not fit it, or where it is neither class nor function.
+    UserError if there is none, if `args` do not fit it, or if it is neither a class nor a function.
     """
     if name in REWARDS:
         target = REWARDS[name]
@@ -135,17 +154,21 @@ class FunctionReward(Reward):
         return self.function(prompts, responses, references, acts, **self.args)
 
 
-def score_episodes(reward: Callable[..., Scores], prompts, responses, references, acts, timeout: float = 0.0) -> Scores:
-    """Call a reward and check what comes back: one finite number for each reply, else UserError.
+def score_episodes(reward: Callable[..., Any], prompts, responses, references, acts, timeout: float = 0.0) -> Scores:
+    """Call a reward, and check what it returns (see `checked_scores`).
 
-    It may return the scores alone, as a list, tuple, array or tensor, or scores and statistics. UserError too for what
-    it raises, and for a call that takes longer than `timeout` (seconds), if one is set.
+    UserError also for what the reward raises, and for a call that takes longer than `timeout` seconds, if that is set.
     """
-    result = _call(reward, (prompts, responses, references, acts), timeout)
-    if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping):
+    return checked_scores(_call(reward, (prompts, responses, references, acts), timeout), responses)
+
+
+def checked_scores(result: Any, responses: Sequence[str]) -> Scores:
+    """Return as `Scores` what a reward returned. UserError unless each reply has one finite number."""
+    scores, statistics = result, {}
+    if isinstance(result, Scores):
+        scores, statistics = result.total, result.statistics
+    elif isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping):
         scores, statistics = result
-    else:
-        scores, statistics = result, {}
     if scores is None or isinstance(scores, (str, Mapping)):
         raise UserError(
             f"the reward returned {'nothing' if result is None else f'a {type(result).__name__}'}; expected scores "
@@ -163,16 +186,18 @@ def score_episodes(reward: Callable[..., Scores], prompts, responses, references
     if not np.isfinite(scores).all():
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
-    if PRICE in statistics:
-        raise UserError(f"the reward calls a statistic '{PRICE}', which is length_rate's own metric; rename it.")
     for name, values in statistics.items():
         if values.shape not in ((), scores.shape):
             raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")
-    return scores, {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
+        if name == f"reward_{LENGTH_PENALTY}":
+            raise UserError(f"the reward calls a statistic '{name}', which is length_rate's own metric; rename it.")
+    statistics = {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
+    parts = {n.removeprefix("reward_"): v for n, v in statistics.items() if n.startswith("reward_")}
+    return Scores(scores, parts, {n: v for n, v in statistics.items() if not n.startswith("reward_")})
 
 
 def _numbers(values: Any) -> np.ndarray:
-    """A number, or numbers in a list, an array or a tensor on any device, as an array."""
+    """Return a number, or numbers in a list, an array or a tensor on any device, as an array."""
     if isinstance(values, (list, tuple)):
         values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
     if isinstance(values, torch.Tensor):
@@ -181,7 +206,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
-    """What the reward returns; what it raises as a sentence that names the place, and its taking too long as one."""
+    """Call the reward. UserError for what it raises, with the place, and for a call that takes too long."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -190,7 +215,7 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
         except Exception as error:
             outcome.append(error)
 
-    if timeout:  # a call that hangs cannot be ended from here, but it can be left behind: the thread is a daemon
+    if timeout:  # a call that hangs cannot be ended from here, but a daemon thread does not keep the process alive
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(timeout)
@@ -217,10 +242,10 @@ def check_acts(samples: Sequence[Sample]) -> None:
 
 
 def check_reward(score: Callable, sample: Sample, group: int) -> None:
-    """Ask the reward about a human reply and an empty one, so that its faults show before the first rollout.
+    """Try the reward on a human reply and an empty one, so that its faults appear before the first rollout.
 
-    Both reply to one prompt, `group` times in all where that is more than two. `score` is a checked call of the
-    reward, see rewards.score_episodes. A reward that draws random numbers leaves the run's as they were.
+    Both reply to one prompt, in turn, `group` times in all but at least twice. `score` is a checked call of the
+    reward (score_episodes). Random numbers that the reward draws do not change those of the run.
     """
     replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
     replies = replies[: max(2, group)]
@@ -232,12 +257,12 @@ def check_reward(score: Callable, sample: Sample, group: int) -> None:
         with keep_random_states():
             score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))
     except UserError as error:
-        raise UserError(f"{error} (Before training, it was asked about a human reply and an empty one.)") from error
+        raise UserError(f"{error} (It was tried before training, on a human reply and an empty one.)") from error
 
 
 @contextlib.contextmanager
 def keep_random_states() -> Iterator[None]:
-    """The global generators of Python, NumPy and torch are after the block as they were before it."""
+    """Restore the global generators of Python, NumPy and torch after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -252,9 +277,9 @@ def keep_random_states() -> Iterator[None]:
 
 
 class Intent(Reward):
-    """1 where the judge's dialogue act for the response, given the last utterance, is the act of the human reply.
+    """1 if the judge's dialogue act for the response, given the last utterance, is the act of the human reply.
 
-    A human reply without an act earns 0, and its statistic `intent` is NaN.
+    For a human reply without an act the score is 0 and the metric `intent` is NaN.
     """
 
     def __init__(self, intent_model: str):
@@ -266,15 +291,15 @@ class Intent(Reward):
 
     def __call__(self, prompts, responses, references, acts):
         hits = intent_hits(self.judge, [last_utterance(p, self.eou_marker) for p in prompts], responses, acts)
-        return np.nan_to_num(hits), {"intent": hits}
+        return Scores(np.nan_to_num(hits), metrics={"intent": hits})
 
 
 def intent_hits(
     judge: IntentJudge, previous: Sequence[str], responses: Sequence[str], acts: Sequence[int]
 ) -> np.ndarray:
-    """(N,) 1.0 where the judge's act for the response, said after `previous`, is the human reply's; an empty one: 0.
+    """Return (N,): 1.0 if the judge's act for the response, said after `previous`, is the human reply's, else 0.
 
-    NaN where the human reply has no act.
+    An empty response has 0. NaN if the human reply has no act.
     """
     predicted = judge.acts(previous, responses)
     return np.array([float(bool(r) and p == a) if a else np.nan for r, p, a in zip(responses, predicted, acts)])
@@ -285,21 +310,19 @@ class Meteor(Reward):
 
     def setup(self, device, eou_marker):
         super().setup(device, eou_marker)
-        _meteor_parts()  # whether synonyms count is said before training starts
+        _meteor_parts()  # prints before training whether synonyms count
 
     def __call__(self, prompts, responses, references, acts):
         scores = np.array([meteor(*pair, self.word_tokenizer) for pair in zip(responses, references)])
-        return scores, {"meteor": scores}
+        return Scores(scores, metrics={"meteor": scores})
 
 
 class MBRConsensus(Meteor):
-    """Mean METEOR of the response against the other replies to its prompt.
+    """Mean METEOR of the response against the other replies to its prompt; 0 for a single reply.
 
-    One human reply is a noisy judge of what fits a prompt: nearly all that it says of a reply's words is chance. The
-    policy's own replies are many. A reply that is close to them is the one to give when METEOR is to be high on
-    average over what people may say: the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020), as a reward.
-    By itself it leads to one reply for all prompts, see `CrossPromptOverlap`. Replies to a prompt stand side by side; a
-    single one has 0.
+    One human reply is a noisy reference, and the policy's own replies are many. A reply close to them has a high METEOR
+    on average over what people may say. This is the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020). By
+    itself it leads to one reply for all prompts, see `CrossPromptOverlap`. Replies to one prompt are neighbours.
     """
 
     def __call__(self, prompts, responses, references, acts):
@@ -308,12 +331,13 @@ class MBRConsensus(Meteor):
             for i in group:
                 others = [responses[j] for j in group if j != i]
                 scores[i] = np.mean([meteor(responses[i], other, self.word_tokenizer) for other in others])
-        return scores, {"consensus": scores}
+        return Scores(scores, metrics={"consensus": scores})
 
 
 class CrossPromptOverlap(Reward):
-    """What replies share with those to other prompts: minus the share of a reply's pairs of neighbouring words that
-    stand in them, what distinct-2 falls by. Of a reply without others to its prompt beside it: 0.
+    """Minus the share of a reply's word pairs that replies to other prompts have too; 0 for a single reply.
+
+    Pairs are neighbouring words. Such pairs are what lowers distinct-2.
     """
 
     def __call__(self, prompts, responses, references, acts):
@@ -324,11 +348,11 @@ class CrossPromptOverlap(Reward):
             here = Counter(pair for i in group for pair in pairs[i])
             for i in group:
                 shares[i] = sum(everywhere[pair] > here[pair] for pair in pairs[i]) / max(1, len(pairs[i]))
-        return -shares, {"commonplace": shares}
+        return Scores(-shares, metrics={"commonplace": shares})
 
 
 def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> list[list[int]]:
-    """Two or more neighbours with the same prompt and human reply, the indices of each such run."""
+    """Return the indices of each run of two or more neighbours with the same prompt and human reply."""
     runs = itertools.groupby(range(len(prompts)), key=lambda i: (prompts[i], references[i]))
     return [run for run in (list(indices) for _, indices in runs) if len(run) > 1]
 
@@ -337,8 +361,7 @@ def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> 
 class DialogueReward(Reward):
     """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus - commonplace_coef * commonplaces.
 
-    A part with weight 0 is not computed. Statistics: those of the parts, and `reward_intent`, `reward_meteor`,
-    `reward_consensus`, `reward_commonplace`, their weighted shares.
+    A part with weight 0 is not computed.
     """
 
     def __init__(
@@ -368,16 +391,14 @@ class DialogueReward(Reward):
             part.setup(device, eou_marker)
 
     def __call__(self, prompts, responses, references, acts):
-        total, statistics = np.zeros(len(responses)), {}
-        for name, (weight, part) in self.parts.items():
-            scores, statistics_of_part = part(prompts, responses, references, acts)
-            statistics |= statistics_of_part | {f"reward_{name}": weight * scores}
-            total = total + weight * scores
-        return total, statistics
+        found = {name: part(prompts, responses, references, acts) for name, (_, part) in self.parts.items()}
+        parts = {name: weight * found[name].total for name, (weight, _) in self.parts.items()}
+        metrics = {name: values for scores in found.values() for name, values in scores.metrics.items()}
+        return Scores(sum(parts.values(), np.zeros(len(responses))), parts, metrics)
 
 
 def last_utterance(prompt: str, eou_marker: str) -> str:
-    """The utterance that the reply answers."""
+    """Return the utterance that the reply answers."""
     utterances = [u for u in prompt.split(eou_marker) if u.strip()]
     return utterances[-1] if utterances else ""
 
@@ -387,8 +408,8 @@ def last_utterance(prompt: str, eou_marker: str) -> str:
 
 
 def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log pi(a|s) - log pi_ref(a|s) of each sampled token (B, T), 0 where masked; PPO's penalty is -alpha times this.
+    """Return log pi(a|s) - log pi_ref(a|s) of each sampled token (B, T), 0 where masked.
 
-    A sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
+    This is a sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
     """
     return (logprobs - ref_logprobs) * mask

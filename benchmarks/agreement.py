@@ -53,7 +53,7 @@ class Enough(Exception):
 
 def parts_of(rollout: Rollout) -> dict[str, torch.Tensor]:
     """What each reply (N,) has of each part of the reward."""
-    parts = {name: x for name, x in rollout.statistics.items() if f"reward_{name}" in rollout.statistics}
+    parts = {name: x for name, x in rollout.metrics.items() if name in rollout.parts}
     return (parts or {"score": rollout.scores}) | {"length": rollout.mask.sum(-1).float()}
 
 

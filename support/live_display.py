@@ -207,14 +207,6 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def reward_statistics(metrics: dict[str, Any]) -> list[str]:
-    """The reward's own statistics: rollout_figures puts them between the score and the KL penalty."""
-    names = list(metrics)
-    if "score" not in names or "reward_kl" not in names:
-        return []
-    return [n for n in names[names.index("score") + 1 : names.index("reward_kl")] if not n.startswith("reward_")]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run: one JSON object a line, each with the `update` that it belongs to
 
@@ -276,6 +268,7 @@ class Monitor:
         self.said: set[str] = set()
         self.dialogues: deque[dict[str, Any]] = deque(maxlen=50)
         self.what, self.since = "", time.monotonic()
+        self.of_reward: Sequence[str] = ()
         self.spinner = Spinner("dots", style=TREND)
         self.guard = SystemExitOnSigterm()
 
@@ -322,8 +315,9 @@ class Monitor:
         self.dialogues.extend(keep_rows(run / "samples.jsonl", updates))
         self._warn(warnings, updates, self.steps_before)
 
-    def update(self, metrics: dict[str, Any]) -> None:
-        """An update is done."""
+    def update(self, metrics: dict[str, Any], of_reward: Sequence[str] = ()) -> None:
+        """Show the metrics of an update. `of_reward` names those that the reward returned."""
+        self.of_reward = of_reward
         if not self.main:
             return
         self._remember(metrics)
@@ -391,9 +385,8 @@ class Monitor:
 
     def _figures(self, width: int) -> RenderableType:
         """The figures of the last update with their trends, in two columns where there is room."""
-        now = self.recent[-1]
         left = [("score", "score", "{:.3f}")]
-        left += [(f"  {one_line(name)}", name, "{:.3f}") for name in reward_statistics(now)[:4]]
+        left += [(f"  {one_line(name)}", name, "{:.3f}") for name in self.of_reward[:4]]
         left += [(f"KL, target {self.config.kl_target:g}", "kl_div", "{:.4f}"), ("alpha", "alpha", "{:.3f}")]
         right = [
             (f"length, max {self.max_new_tokens}", "mean_output_length", "{:.1f}"),

@@ -186,12 +186,15 @@ class Run:
 
     # After each update
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Write the metrics of an update to metrics.jsonl, the display and the trackers."""
+    def log(self, metrics: dict[str, float], of_reward: Sequence[str]) -> None:
+        """Write the metrics of an update to metrics.jsonl, the display and the trackers.
+
+        `of_reward` names those that the reward returned.
+        """
         if self.main:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(nan_to_none(metrics)) + "\n")
-        self.monitor.update(metrics)
+        self.monitor.update(metrics, of_reward)
         if self.state.updates % self.config.log_interval == 0:
             self.trackers({k: v for k, v in metrics.items() if k != "update"}, step=self.state.updates)
 

@@ -100,7 +100,8 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
         values=values * out.mask,
         candidates=out.candidates,
         scores=torch.rand(len(ids), generator=generator),
-        statistics={},
+        parts={},
+        metrics={},
         prompts=[],
         responses=[],
         references=[],
@@ -512,7 +513,7 @@ def test_update_raises_the_probability_of_what_was_rewarded():
 
 def test_rollout_figures_add_up():
     rollout = rolled(shared(), Sampling())
-    rollout.statistics = {"reward_intent": torch.full((6,), 0.3), "intent": torch.full((6,), 0.6)}
+    rollout.parts, rollout.metrics = {"intent": torch.full((6,), 0.3)}, {"intent": torch.full((6,), 0.6)}
     rewards = token_rewards(rollout, 0.2, rollout.scores)
     figures = rollout_metrics(Batch(rollout, rewards, rewards, rewards, rewards, None), 0.2, lambda x: x)
     assert figures["episode_reward"] == pytest.approx(

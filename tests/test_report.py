@@ -244,10 +244,9 @@ def test_the_start_is_drawn_where_the_first_rollout_measured_it(tmp_path, monkey
     assert "dotted: start 0.5 \u00b1 0.2" in charts["Score"]["note"]
     assert [len(charts[title]["starts"]) for title in ("polite", "Intent", "Parts of the reward: kl")] == [1, 1, 1]
     assert charts["polite"]["starts"][0]["band"][1] == 0  # its deviation is not known
-    for title in ("entropy", "mine"):  # means over the update's steps, and a figure of who knows what
-        assert charts[title.capitalize() if title == "entropy" else title]["starts"] == []
+    assert charts["Entropy"]["starts"] == []  # a mean over the update's steps
     page = make_page([run])
-    assert page.count('<line class="start"') == 4 and page.count('class="band"') == 1
+    assert page.count('<line class="start"') == 5 and page.count('class="band"') == 1
 
     figures = []
     monkeypatch.setattr(report.plt, "close", figures.append)

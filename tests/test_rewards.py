@@ -240,7 +240,7 @@ def test_intent_is_whether_the_judge_hears_the_act(judge_folder, config):
     assert hits.tolist() == [1, 1, 1, 0]  # the last reply is empty
     assert statistics["intent"].tolist() == hits.tolist()
     wrong = [act % 4 + 1 for act in heard]
-    assert intent(PROMPTS, RESPONSES, REFERENCES, wrong)[0].tolist() == [0, 0, 0, 0]
+    assert intent(PROMPTS, RESPONSES, REFERENCES, wrong).total.tolist() == [0, 0, 0, 0]
 
 
 def test_a_judge_reads_as_much_of_a_pair_as_it_has_positions_for(judge_folder):
@@ -283,9 +283,9 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     assert isinstance(reward.judge, IntentJudge)
     alone = Intent(folder)
     alone.setup("cpu", "<EOU>")
-    assert intent.tolist() == alone(PROMPTS, RESPONSES, REFERENCES, ACTS)[0].tolist()
+    assert intent.tolist() == alone(PROMPTS, RESPONSES, REFERENCES, ACTS).total.tolist()
     halves = make_reward("default", dict(intent_model=folder), "cpu", "<EOU>")
-    assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS)[0] == pytest.approx(0.5 * (intent + meteors))
+    assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS).total == pytest.approx(0.5 * (intent + meteors))
 
 
 def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonplaces_cost(no_wordnet):
@@ -308,7 +308,7 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     # "the cat" stands elsewhere, "cat sat" does not; the last has no other reply to its prompt beside it
     assert statistics["commonplace"].tolist() == (-price).tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]
     for part in (MBRConsensus(), CrossPromptOverlap()):
-        assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0])[0].any()  # no pairs, no matches
+        assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0]).total.any()  # no pairs, no matches
 
     args = dict(intent_model="/no/such/judge", intent_coef=0, consensus_coef=2.0, commonplace_coef=0.3)
     total, statistics = make_reward("default", args, "cpu", "<EOU>")(*episodes)
@@ -376,7 +376,7 @@ def test_own_class_and_function_by_path(own_file, where):
     scores, statistics = score_episodes(polite, ["", ""], replies, ["", ""], [0, 0])
     assert scores.tolist() == statistics["polite"].tolist() == [1, 0]
     curt = make_reward(f"{where}:Polite", {"word": "no"}, "cpu", "<EOU>")
-    assert score_episodes(curt, ["", ""], replies, ["", ""], [0, 0])[0].tolist() == [0, 1]
+    assert score_episodes(curt, ["", ""], replies, ["", ""], [0, 0]).total.tolist() == [0, 1]
     brevity = make_reward(f"{where}:brevity", {"scale": 10}, "cpu", "<EOU>")
     scores, statistics = score_episodes(brevity, ["", ""], replies, ["", ""], [0, 0])
     assert scores.tolist() == [2, 5] and statistics == {}
@@ -441,7 +441,9 @@ def test_an_object_without_setup_will_do(own_file):
     own_file.write_text(
         "class Bare:\n    def __call__(self, p, responses, references, acts):\n        return [1], {}\n"
     )
-    assert score_episodes(make_reward("my_own_rewards:Bare", {}, "cpu", ""), [""], ["a"], [""], [0])[0].tolist() == [1]
+    assert score_episodes(make_reward("my_own_rewards:Bare", {}, "cpu", ""), [""], ["a"], [""], [0]).total.tolist() == [
+        1
+    ]
 
 
 @pytest.mark.parametrize(
@@ -533,15 +535,6 @@ def test_adaptive_kl_over_rollouts():
     assert (fixed.coef, none.coef) == (0.2, 0.0)
 
 
-@pytest.mark.parametrize(
-    "settings, fault",
-    [({"coef": -0.1}, "kl_coef is -0.1"), ({"rate": -1}, "kl_rate is -1"), ({"target": 0.0}, "kl_target is 0.0")],
-)
-def test_adaptive_kl_refuses(settings, fault):
-    with pytest.raises(UserError, match=fault):
-        AdaptiveKL(**settings)
-
-
 def test_token_kl_by_hand_and_0_where_masked():
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -9.0, -9.0]])
     reference = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -1.0, -1.0]])
@@ -603,7 +596,3 @@ def test_the_price_of_length_holds_the_mean_at_its_target():
     given = LengthController(rate=0.5, ratio=1.25, start=8.0)
     given.update(12.0)
     assert given.target == 10 and given.price == pytest.approx(0.4 * 0.5 * 0.2)
-    with pytest.raises(UserError, match="length_rate is -1"):
-        LengthController(-1)
-    with pytest.raises(UserError, match="length_ratio is -2"):
-        LengthController(1, ratio=-2)
