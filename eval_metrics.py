@@ -1,15 +1,15 @@
-"""Measure a dialogue model: how near its replies are to the human ones, how varied, how long; one model or two.
+"""Measure a dialogue model, or compare two: how close the replies are to the human ones, how varied, how long.
 
     python eval_metrics.py --model-path runs/my_run --baseline-path builtin --output metrics.json
     python eval_metrics.py --model-path FOLDER --baseline-path FOLDER --data-path daily_dialog --split validation \\
         --intent-model FOLDER --limit 500
 
-The metrics are classes with Hugging Face evaluate's interface that need neither hub nor cache files:
+The metrics are classes with the interface of Hugging Face evaluate, and need no downloads:
 
     evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN()]).compute(predictions=replies, references=human)
 
-For a whole model call `evaluate_model`, for two `compare`: every difference comes with a 95% interval of the paired
-bootstrap (Koehn, 2004), for which both models answer the same prompts with the same random numbers.
+`evaluate_model` measures a model, and `compare` compares two. Each difference has a 95% interval, by the paired
+bootstrap (Koehn, 2004). Both models answer the same prompts with the same random numbers.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class EvalConfig:
     intent_model: str = ""
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
-    """Another judge, which training did not use. It tells whether a gain in intent is more than one judge's taste."""
+    """Another judge, which training did not use. It shows whether a gain in intent holds for more than one judge."""
 
     replies: str = ""
     """File for the replies, a line of JSON each. Another evaluation can take it as --baseline-path to save time."""
     output: str = ""
     """JSON file for metrics, differences and settings; the table is printed in any case."""
     perplexity: bool = True
-    """Compute the perplexity of the human replies too, which takes about half of the time."""
+    """Also compute the perplexity of the human replies, which takes about half of the time."""
     bootstrap: PositiveInt = 1000
     """Resamples for the intervals."""
 
@@ -132,28 +132,28 @@ from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, cou
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics of texts. The human replies choose what a word is (support/words.py)
+# Metrics of texts. The human replies decide how words are counted (support/words.py)
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """F-measures (N,) of each ROUGE by rouge_score, without stemming (Lin, 2004)."""
+    """Return F-measures (N,) of each ROUGE by rouge_score, without stemming (Lin, 2004)."""
     tokenizer = DefaultTokenizer() if word_tokenizer_for(references) == "english" else RougeWords()
-    scorer = RougeScorer(ROUGE, tokenizer=tokenizer)  # left to itself it logs its choice
+    scorer = RougeScorer(ROUGE, tokenizer=tokenizer)  # without a tokenizer it logs a line
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
     return {name: np.array([row[name].fmeasure for row in rows]) for name in ROUGE}
 
 
 def meteor_scores(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """METEOR (N,), the one of the reward."""
+    """Return METEOR (N,), as the reward computes it."""
     chosen = word_tokenizer_for(references)
     return np.array([meteor(prediction, reference, chosen) for prediction, reference in zip(predictions, references)])
 
 
 def bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Counts (N, 10) that add up over replies: length, reference length, matches and n-grams for n = 1 to 4."""
-    bleu = sacrebleu.BLEU(tokenize="intl", effective_order=True)  # the flag changes the score, which is not used
+    """Return counts (N, 10) to add up over replies: length, reference length, matches and n-grams for n = 1 to 4."""
+    bleu = sacrebleu.BLEU(tokenize="intl", effective_order=True)  # the flag changes only the score, which is not used
     chosen = word_tokenizer_for(references)
     pairs = [(spaced(p, chosen), spaced(r, chosen)) for p, r in zip(predictions, references)]
     scores = [bleu.sentence_score(prediction, [reference]) for prediction, reference in pairs]
@@ -161,13 +161,13 @@ def bleu_statistics(predictions: Sequence[str], references: Sequence[str]) -> np
 
 
 def bleu_of(statistics: np.ndarray) -> float:
-    """Corpus BLEU, 0 to 1, of summed statistics (10,), with the smoothing of sacrebleu.corpus_bleu (Post, 2018)."""
+    """Return corpus BLEU, 0 to 1, of summed statistics (10,), smoothed as sacrebleu.corpus_bleu does (Post, 2018)."""
     sys_len, ref_len, *counts = (int(s) for s in statistics)
     return sacrebleu.BLEU.compute_bleu(counts[:4], counts[4:], sys_len, ref_len, smooth_method="exp").score / 100
 
 
 class NGrams:
-    """The lowercased word n-grams of texts, numbered, each with the text it stands in; none crosses two texts."""
+    """The lowercased word n-grams of texts, numbered, each with the number of its text."""
 
     def __init__(self, texts: Sequence[str], n: int, word_tokenizer: WordTokenizer = "unicode"):
         numbers: dict[tuple[str, ...], int] = {}
@@ -180,12 +180,12 @@ class NGrams:
         self.ids, self.owners = np.array(ids, dtype=int), np.array(owners, dtype=int)
 
     def distinct(self, weights: np.ndarray) -> float:
-        """Different n-grams / all n-grams (Li et al., 2016), text i counted weights[i] times; 0 where there is none."""
+        """Return different n-grams / all n-grams (Li et al., 2016), with text i counted weights[i] times; 0 if none."""
         counts = np.bincount(self.ids, weights=weights[self.owners])
         return float(np.count_nonzero(counts) / max(1, counts.sum()))
 
     def distinct_without(self, size: int) -> np.ndarray:
-        """`distinct` of the corpus without text i, for each of its `size` texts: (size,)."""
+        """Return `distinct` of the corpus without text i, for each of its `size` texts: (size,)."""
         everywhere = np.bincount(self.ids)
         (ids, owners), here = np.unique([self.ids, self.owners], axis=1, return_counts=True)
         lost = np.bincount(owners[here == everywhere[ids]], minlength=size)  # n-grams that only this text has
@@ -193,7 +193,7 @@ class NGrams:
 
 
 class ReplyMetric(evaluate.Metric):
-    """One string for each prediction and each reference. Data is kept in memory, so that processes cannot clash."""
+    """Strings as predictions and references. Data stays in memory, so that processes cannot use the same file."""
 
     columns = ("predictions", "references")
 
@@ -222,14 +222,14 @@ class Meteor(ReplyMetric):
 
 
 class SacreBleu(ReplyMetric):
-    """sacrebleu: corpus BLEU with the `intl` tokenizer, 0 to 1 (sacrebleu itself says 0 to 100)."""
+    """sacrebleu: corpus BLEU with the `intl` tokenizer, 0 to 1 (sacrebleu itself gives 0 to 100)."""
 
     def _compute(self, predictions, references):
         return {"sacrebleu": bleu_of(bleu_statistics(predictions, references).sum(0))}
 
 
 class DistinctN(ReplyMetric):
-    """distinct1 and distinct2: the share of different words and word pairs, 0 to 1; looks at predictions alone."""
+    """distinct1 and distinct2: the share of different words and word pairs in the predictions, 0 to 1."""
 
     columns = ("predictions",)
 
@@ -239,35 +239,25 @@ class DistinctN(ReplyMetric):
 
 @dataclass
 class Evaluation:
-    """What one model did on N samples: all that the metrics, and their bootstrap, are made of."""
+    """The results of one model on N samples, from which metrics and their bootstrap are computed."""
 
-    texts: list[str]
-    """The replies of the model."""
-    references: list[str]
-    """The human replies."""
+    texts: list[str]  # the model's replies
+    references: list[str]  # the human replies
+    # (N,) each: ROUGE, meteor, mean_output_length, and intent with a judge; NaN if the human reply has no act
     scores: dict[str, np.ndarray]
-    """Metrics that are means over samples, (N,) each: ROUGE, meteor, mean_output_length, and intent where judged.
-
-    NaN where a sample has none: intent of a human reply without an act.
-    """
-    bleu: np.ndarray
-    """(N, 10), see bleu_statistics."""
-    ngrams: dict[str, NGrams]
-    """distinct1 and distinct2."""
-    reply_log_likelihoods: np.ndarray
-    """(N,) log-likelihood of each human reply with its marker, in nats."""
-    reply_tokens: np.ndarray
-    """(N,) tokens of each human reply with its marker."""
-    seconds: float
-    """Wall time of generation and metrics together."""
+    bleu: np.ndarray  # (N, 10), see bleu_statistics
+    ngrams: dict[str, NGrams]  # distinct1 and distinct2
+    reply_log_likelihoods: np.ndarray  # (N,) of each human reply with its marker, in nats
+    reply_tokens: np.ndarray  # (N,) tokens of each human reply with its marker
+    seconds: float  # wall time of generation and metrics together
 
     def metrics(self, weights: np.ndarray | None = None) -> dict[str, float | None]:
-        """Every metric of LABELS, in that order; without judges `intent` is None, that of the second left out.
+        """Return every metric of LABELS, in that order. With `weights` (N,), sample i counts weights[i] times.
 
-        `mean_output_length` counts sampled tokens up to and including the one that ends the reply (EOS, or the last of
-        the marker), not padding. `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker:
-        of two models with different tokenizers it cannot be compared; None where it was not computed. With `weights`
-        (N,), sample i counts that often.
+        `mean_output_length` counts sampled tokens, with the one that ends the reply (EOS, or the last of the marker).
+        `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker. Perplexities of models
+        with different tokenizers cannot be compared. A metric that was not computed is None; intent_second_judge is
+        then left out.
         """
         weights = np.ones(len(self.texts)) if weights is None else weights
         values: dict[str, float | None] = {}
@@ -284,20 +274,16 @@ class Evaluation:
 
 @dataclass
 class Answers:
-    """What a model made of N samples, before anything is scored."""
+    """A model's answers to N samples, before they are scored."""
 
-    texts: list[str]
-    """The replies."""
-    lengths: list[int]
-    """Tokens sampled for each, up to and including the one that ended it."""
-    reply_log_likelihoods: list[float]
-    """Of each human reply with its marker, in nats."""
-    reply_tokens: list[int]
-    """Of each human reply with its marker."""
+    texts: list[str]  # the replies
+    lengths: list[int]  # tokens sampled for each, with the one that ended it
+    reply_log_likelihoods: list[float]  # of each human reply with its marker, in nats
+    reply_tokens: list[int]  # of each human reply with its marker
     seconds: float
 
     def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
-        """One line of JSON for each sample, after one with the format of their prompts; written aside and renamed."""
+        """Write the format of the prompts and a line of JSON for each sample. The file appears when it is complete."""
         columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
         names = "text", "length", "reply_log_likelihood", "reply_tokens"
         lines = [
@@ -314,8 +300,10 @@ class Answers:
     def load(
         cls, file: Path, samples_of: Callable[[DialogueFormat], Sequence[Sample]], fmt: DialogueFormat | None = None
     ) -> tuple[Answers, DialogueFormat]:
-        """What a file holds, and the format of its prompts. UserError where it answers something else than the samples
-        that `samples_of` makes of that format, or of `fmt` where one is given."""
+        """Read the answers in a file, and the format of its prompts.
+
+        UserError unless they answer the samples that `samples_of` makes of that format, or of `fmt` if it is given.
+        """
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
             fmt = fmt or DialogueFormat(**first["format"])
@@ -359,10 +347,10 @@ def score_answers(
     judge: IntentJudge | None = None,
     second_judge: IntentJudge | None = None,
 ) -> Evaluation:
-    """Every metric of these answers.
+    """Compute every metric of these answers.
 
-    Intent is the rule of the reward: the share of replies whose act, as the judge sees it, is that of the human reply,
-    an empty reply counting as wrong. It is left out without a judge, and of samples without an act.
+    Intent is computed as in the reward: the share of replies whose act, by the judge, is that of the human reply. An
+    empty reply counts as wrong. Samples without an act do not count, and without a judge there is no intent.
     """
     started, texts, references = time.perf_counter(), answers.texts, [s.reply for s in samples]
     scores = rouge_scores(texts, references)
@@ -403,12 +391,12 @@ def evaluate_model(
 def paired_difference(
     policy: Evaluation, baseline: Evaluation, n: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, Any] | None]:
-    """For each metric {"value": policy - baseline, "ci95": [low, high], "relative": value / baseline, or None for 0}.
+    """Return for each metric {"value": policy - baseline, "ci95": [low, high], "relative": value / baseline}.
 
-    Intervals are percentiles over `n` resamples of the samples, the same for both models (Koehn, 2004). Not so for
-    distinct-n: whatever a resample draws twice it calls repetition, so its interval would miss the value itself; there
-    it is value +- 1.96 standard errors of the paired jackknife, somewhat wide. None stands for a metric that one of
-    the two lacks. Raises ValueError where the references are not the same.
+    Intervals are percentiles over `n` resamples of the samples, the same for both models (Koehn, 2004). For distinct-n
+    they are value +- 1.96 standard errors of the paired jackknife, which is somewhat wide: a resample repeats texts,
+    and repetition lowers distinct-n. A metric that one of the two lacks is None, as is "relative" for a baseline of 0.
+    Raises ValueError for different references.
     """
     if policy.references != baseline.references:
         raise ValueError("the two evaluations are not of the same samples")
@@ -442,10 +430,10 @@ def compare(
     n_bootstrap: int = 1000,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The metrics of one or two models as one JSON object: policy, baseline, difference (both None without), settings.
+    """Return the metrics of one or two models as one JSON object: policy, baseline, difference, settings.
 
-    `settings` gets what is known here: number of samples and resamples, seconds for each model, the tokenizer of words,
-    METEOR's synonyms.
+    Without a baseline, baseline and difference are None. `settings` also gets the numbers of samples and resamples, the
+    seconds of each model, the tokenizer of words, and whether METEOR used synonyms.
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
@@ -463,7 +451,7 @@ def compare(
 
 
 def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline", "policy")) -> str:
-    """What `compare` gave as plain text, a row for each metric; `headings` name the models, the baseline first."""
+    """Format the result of `compare` as text, a row for each metric. `headings` name the models, the baseline first."""
     two = result["difference"] is not None
     rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
     models = ("baseline", "policy") if two else ("policy",)
@@ -557,7 +545,7 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
 
 
 def sample_scores(scored: Scored) -> list[dict[str, Any]]:
-    """For each sample the reply, its length in tokens, its reward and every score that there is of a single reply."""
+    """Return for each sample the reply, its length in tokens, its reward and every metric of a single reply."""
     evaluation = scored.evaluation
     columns = scored.scores.metrics | evaluation.scores
     columns |= {"reward": scored.scores.total, "length": columns.pop("mean_output_length")}
@@ -572,9 +560,9 @@ def sample_scores(scored: Scored) -> list[dict[str, Any]]:
 
 
 def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
-    """The policy's format `fmt` with the baseline's own marker: the same samples and limits for both.
+    """Return the policy's format `fmt` with the baseline's own marker, so that both have the same samples and limits.
 
-    Raises UserError where the baseline was made for another number of context utterances.
+    UserError if the baseline was made for another number of context utterances.
     """
     if not (Path(folder) / FORMAT_FILE).is_file():
         return fmt
@@ -589,7 +577,7 @@ def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
 
 @contextlib.contextmanager
 def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Report]:
-    """A bar on a terminal; anywhere else, where `lines` are wanted, one for each tenth of the replies."""
+    """Show a bar on a terminal. Elsewhere print a line for each tenth of the replies, with `lines`."""
     started, tenths, draw = time.perf_counter(), 0, can_draw(main=main)
     with show_bar(label, draw, transient=True) as move:
 
@@ -605,7 +593,7 @@ def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Repo
 
 
 def find_judges(config: EvalConfig) -> dict[str, str]:
-    """Folder or hub name of the "judge" and of the "second judge", where there is one. UserError for a wrong one."""
+    """Return folder or hub name of the "judge" and the "second judge", as far as given. UserError for a wrong one."""
     names = {"judge": config.intent_model, "second judge": config.second_intent_model}
     if not names["judge"] and config.data_path == "builtin":
         names["judge"] = "builtin"
@@ -618,8 +606,8 @@ def find_judges(config: EvalConfig) -> dict[str, str]:
 def load_judges(
     names: dict[str, str], samples: Sequence[Sample], split: str, device: torch.device
 ) -> tuple[dict[str, IntentJudge], dict[str, dict[str, float]]]:
-    """The judges, and what each makes of the human replies, which is printed; none where the data has no acts."""
-    judges, judged = {}, {}
+    """Load the judges, and measure and print the accuracy of each on the human replies. Data without acts: none."""
+    judges, measured = {}, {}
     if not any(s.act for s in samples):
         print("intent is not computed: the data has no dialogue acts.")
         return {}, {}
@@ -629,13 +617,13 @@ def load_judges(
         judges[what] = IntentJudge(name, device)
         if judges[what].note:
             print(f"note: {judges[what].note}")
-        judged[what] = measure_judge(judges[what], samples)
-        print(judge_sentence(judged[what], split, what), flush=True)
-    return judges, judged
+        measured[what] = measure_judge(judges[what], samples)
+        print(judge_sentence(measured[what], split, what), flush=True)
+    return judges, measured
 
 
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
-    """Check everything that was given, then evaluate, print the table and write `output`."""
+    """Check the settings, evaluate, print the table and write `output`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
     judge_names = find_judges(config)
@@ -672,7 +660,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     counts = f"{len(dialogues)} dialogues, {count_of_samples(samples)} used, {len(dialogues.skipped)} rows skipped"
     print(f"{config.split}: {counts}", flush=True)
 
-    judges, judged = load_judges(judge_names, samples, config.split, device)
+    judges, measured = load_judges(judge_names, samples, config.split, device)
     for heading, (model, codec) in models.items():
         model.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
@@ -685,7 +673,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     asked_judges = judges.get("judge"), judges.get("second judge")
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
-    settings |= {f"{what.replace(' ', '_')}_measured": measured for what, measured in judged.items()}
+    settings |= {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
     if config.output:

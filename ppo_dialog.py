@@ -59,6 +59,7 @@ from support.data_checks import overlap_note
 from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
 from support.generation import (
     ReplySettings,
+    Responses,
     cached_pass,
     generate_replies,
     keep_candidates,
@@ -332,7 +333,7 @@ def collect_round(
     settings: RolloutSettings,
 ) -> tuple[Rollout, dict[str, Any]]:
     """Collect one reply in each of the env's dialogues; `uniforms` (num_envs, max_new_tokens). See `collect`."""
-    sampling, device, together = settings.sampling, settings.device, settings.together
+    device = settings.device
     # 1. prompts, without the columns that are padding in all of them
     started = time.perf_counter()
     prompt_mask = torch.as_tensor(observations["attention_mask"], device=device)
@@ -342,24 +343,14 @@ def collect_round(
 
     # 2. responses, with the log-probability and the value of each token as it is sampled
     prompts = prompt_ids, prompt_mask
-    out = sample_responses(model.decode, env.codec, *prompts, sampling, uniforms.to(device), together)
+    how = settings.sampling, uniforms.to(device), settings.together
+    out = sample_responses(model.decode, env.codec, *prompts, *how)
     input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
     attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
 
-    # 3. log-probabilities under the reference, and values of a separate critic, of the finished text
-    values, ref_logprobs = out.values, torch.zeros_like(out.logprobs)
-    if getattr(model, "critic", None) is not None:
-        values = torch.zeros_like(out.values)
-    lengths = packed_lengths(attention_mask, prompt_ids.shape[1], env.samples_per_prompt)
-    passes = min(together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
-    groups = torch.arange(len(prompt_ids), device=device).view(len(lengths), -1)
-    for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
-        mask = out.mask[rows]
-        inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
-        logprobs = token_log_probs(logits_at(ref_model, *inputs), out.ids[rows][mask], sampling.temperature)
-        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
-        if values is not out.values:
-            values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
+    # 3. log-probabilities under the reference, and values of a separate critic, of the finished texts
+    texts = input_ids, attention_mask
+    ref_logprobs, values = read_texts(model, ref_model, *texts, out, env.samples_per_prompt, settings)
     sampled = time.perf_counter()
 
     # 4. the environment scores the replies and hands out the next dialogues
@@ -383,6 +374,36 @@ def collect_round(
         seconds={"rollout_s": sampled - started, "scoring_s": time.perf_counter() - sampled},
     )
     return rollout, observations
+
+
+def read_texts(
+    model: ActorCritic,
+    ref_model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    responses: Responses,
+    group: int,
+    settings: RolloutSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the responses' log-probabilities under the reference, and their values: (N, T) each.
+
+    input_ids, attention_mask (N, P + T). A separate critic computes the values here; others come with the responses.
+    """
+    values, ref_logprobs = responses.values, torch.zeros_like(responses.logprobs)
+    if getattr(model, "critic", None) is not None:
+        values = torch.zeros_like(responses.values)
+    lengths = packed_lengths(attention_mask, input_ids.shape[1] - responses.ids.shape[1], group)
+    passes = min(settings.together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
+    groups = torch.arange(len(input_ids), device=input_ids.device).view(len(lengths), -1)
+    for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
+        mask = responses.mask[rows]
+        inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
+        tokens = responses.ids[rows][mask]
+        logprobs = token_log_probs(logits_at(ref_model, *inputs), tokens, settings.sampling.temperature)
+        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
+        if values is not responses.values:
+            values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
+    return ref_logprobs, values
 
 
 def join(rounds: list[Rollout]) -> Rollout:

@@ -1,7 +1,7 @@
 """Configuration: a dataclass, a YAML file that sets its fields, a command line that overrides the file.
 
-The YAML files of OpenRL's dialogue tutorial load as they are printed there, nested and all: each of their keys acts
-under the name it has here (`TUTORIAL_KEYS`), or is answered with a sentence on why it has no meaning.
+The YAML files of OpenRL's dialogue tutorial load as printed, with their nesting. Each of their keys sets a field
+(`TUTORIAL_KEYS`, `SWITCHES`), or a sentence says why it has no meaning here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _named_values(words: list[str]) -> dict[str, Any]:
     return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in words)}
 
 
-# Settings under any names, on the command line `weight=2 word=please`; a value is what it would be in YAML
+# Settings with any names. On the command line: `weight=2 word=please`, each value read as YAML reads it
 NamedValues = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -128,12 +128,9 @@ def command_line(cls: type, description: str, arguments: Sequence[str] | None = 
         chosen = tyro.cli(
             grouped, args=arguments, default=default, description=description, config=markers, **with_file
         )
-    except SystemExit:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # `--help | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+    except BrokenPipeError:  # `--help | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     return cls(**{f.name: getattr(group, f.name) for group in vars(chosen).values() for f in dataclasses.fields(group)})
 
 
@@ -164,10 +161,10 @@ def check_command_line(
     parse: Callable[..., Any] | None = None,
     loading: str = "loading PyTorch and Transformers ...",
 ) -> None:
-    """Answer --help, and mistakes in options and paths, before a script imports what is heavy.
+    """Answer --help, and mistakes in options and paths, before a script imports heavy libraries.
 
-    `parse` is `parse_config` for the scripts that take a file of settings. `loading` is said at the end on a terminal,
-    as the imports take seconds.
+    `parse` is `parse_config` for the scripts that take a file of settings. `loading` is printed at the end on a
+    terminal, because the imports take seconds.
     """
     try:
         with answered_errors():
@@ -182,9 +179,9 @@ def check_command_line(
 
 
 def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any, list[str]]:
-    """A `cls` from the command line and the file after `--config`, and sentences on keys that have no meaning here.
+    """Return a `cls` from the command line and the file after `--config`, and sentences on keys without a meaning here.
 
-    Raises UserError for a file that cannot be used; for the command line itself tyro prints and exits with status 2.
+    UserError for a file that cannot be used. For a mistake on the command line tyro prints it and exits with status 2.
     """
     arguments, file = _config_file(argv)
     values, notes = load_yaml(cls, file) if file else ({}, [])
@@ -195,7 +192,7 @@ def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any,
 
 
 def _config_file(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE`, and the file."""
+    """Return the arguments without `--config FILE`, and the file."""
     arguments = list(argv)
     for i, argument in enumerate(arguments):
         if argument == "--config":
@@ -208,14 +205,14 @@ def _config_file(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _resumed(cls: type, config: DataclassInstance, arguments: list[str], description: str) -> tuple[Any, list[str]]:
-    """The settings stored in the folder of the run that is to be resumed; the command line still overrides them."""
+    """Return the settings stored in the folder of the run to resume; the command line overrides them."""
     stored = config.run_folder / "config.yaml"
     if not stored.is_file():
         raise UserError(f"there is no run in '{config.run_folder}' to resume; leave --resume out to start one there.")
     values, _ = load_yaml(cls, str(stored))
     place = dict(run_dir=config.run_dir, experiment_name=config.experiment_name)
     config = command_line(cls, description, arguments, default=cls(**values | place))
-    now, before = plain_values(config), plain_values(cls(**values))  # without secrets, which are given again
+    now, before = plain_values(config), plain_values(cls(**values))  # both without secrets
     notes = [
         f"{name} is {now[name]}, {before[name]} before: from here on it is another run than the uninterrupted one"
         for name in values
@@ -225,7 +222,7 @@ def _resumed(cls: type, config: DataclassInstance, arguments: list[str], descrip
 
 
 def load_yaml(cls: type, file: str) -> tuple[dict[str, Any], list[str]]:
-    """Field values of the dataclass `cls` from a YAML file, checked against the fields' types, and the sentences."""
+    """Return the fields of `cls` that a YAML file sets, checked, and sentences on keys without a meaning."""
     path = Path(file)
     if not path.is_file():
         raise UserError(f"configuration file '{file}' does not exist.")
@@ -321,7 +318,7 @@ def placement_from(file: str) -> Placement:
 
 
 def plain_values(config: DataclassInstance) -> dict[str, Any]:
-    """Every field as YAML and trackers take it; what looks like a secret in `reward_args` is HIDDEN."""
+    """Return every field as YAML and trackers take it. HIDDEN replaces what looks like a secret in `reward_args`."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     if values.get("reward_args"):
         values["reward_args"] = {k: HIDDEN if SECRET.search(k) else v for k, v in values["reward_args"].items()}
@@ -329,13 +326,13 @@ def plain_values(config: DataclassInstance) -> dict[str, Any]:
 
 
 def save_yaml(config: DataclassInstance, path: Path) -> None:
-    """Every field, so that `--config PATH` repeats the run."""
+    """Write every field, so that `--config PATH` repeats the run."""
     values = plain_values(config)
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def load_deepspeed(file: str) -> dict[str, Any]:
-    """DeepSpeed's settings from JSON or YAML. The tutorial's files are JSON with `#` comments, which YAML reads."""
+    """Read DeepSpeed's settings from JSON or YAML. YAML also reads the tutorial's JSON with `#` comments."""
     path = Path(file)
     if not path.is_file():
         raise UserError(f"DeepSpeed's configuration file '{file}' does not exist.")
