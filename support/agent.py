@@ -1,4 +1,4 @@
-"""A model that holds a conversation: what it is shown, how its reply comes word by word, what a reply was worth to it.
+"""A model that holds a conversation: what it is shown, how its reply comes word by word, and scores of a reply.
 
     agent = Agent("runs/my_run", seed=1)           # a run's folder, a Hugging Face folder or hub name, or "builtin"
     agent.reply("How are you ?")                   # the whole reply; agent.stream(...) gives it in pieces
@@ -44,71 +44,53 @@ Messages = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...], as c
 class Agent:
     """One side of a conversation: it answers, and remembers what was said.
 
-    `settings` are those of AgentConfig. Raises UserError for a setting out of range, and for a model that is not there,
-    has no tokenizer or is no causal language model.
+    `settings` are those of AgentConfig. Raises UserError for a setting out of range, and for a model that does not
+    exist, has no tokenizer or is no causal language model.
     """
 
     def __init__(self, path: str, **settings: Any):
-        settings = AgentConfig(path, **settings)
-        s = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
-        self.path, self.system, self.spaced, self.seed = path, settings.system, settings.spaced, settings.seed
+        self.path, settings = path, AgentConfig(path, **settings)
+        self.system, self.spaced, self.seed = settings.system, settings.spaced, settings.seed
         self.name = name = resolve_model(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = load_pretrained(AutoConfig, name, "model")
-        # AutoModelForCausalLM would load BERT too, and say nothing of its reading both ways
-        if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-            what = " and ".join(config.architectures or ["no architecture"])
-            raise UserError(f"model '{name}' is {what} by its config.json; expected a causal LM (as GPT2LMHeadModel).")
-        self.tokenizer = load_tokenizer(settings.tokenizer_path or name)
-        dtype = "auto" if device == "cuda" else torch.float32  # half precision is slow on most CPUs
-        self.model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to(device).eval()
-        check_vocabulary(self.tokenizer, self.model, name)
-
-        template = bool(self.tokenizer.chat_template)
-        if settings.format == "template" and not template:
-            raise UserError(f"model '{name}' has no chat template; talk to it with --format dialogue.")
-        ours = (Path(name) / FORMAT_FILE).is_file()
-        self.uses_template = settings.format == "template" or (settings.format == "auto" and template and not ours)
-        if self.system and not self.uses_template:
-            raise UserError("--system is for a model that is talked to through its chat template; this one is not.")
-        if self.spaced and self.uses_template:
-            raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
+        sampling = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
+        self.model, self.tokenizer = load_causal_lm(name, settings.tokenizer_path or name)
+        self.uses_template = reads_template(settings, self.tokenizer, name)
 
         fmt = DialogueFormat.load(name)
         # models without a table of positions (ALiBi, Mamba, ...) have room for anything
-        self.positions = positions_of(config) or sys.maxsize
+        self.positions = positions_of(self.model.config) or sys.maxsize
         new_tokens = settings.max_new_tokens
         if new_tokens is None:
             new_tokens = min(TEMPLATE_NEW_TOKENS if self.uses_template else fmt.max_new_tokens, self.positions // 2)
         if not 1 <= new_tokens < self.positions:
             raise UserError(f"max_new_tokens is {new_tokens}; this model has room for 1 to {self.positions - 1}.")
-        if s.min_new_tokens > new_tokens:
-            raise UserError(f"min_new_tokens is {s.min_new_tokens}, but max_new_tokens only {new_tokens}.")
+        if sampling.min_new_tokens > new_tokens:
+            raise UserError(f"min_new_tokens is {sampling.min_new_tokens}, but max_new_tokens only {new_tokens}.")
         self.room = self.positions - new_tokens  # tokens that a prompt may have
-        self.codec = None  # of the dialogue format; None where the chat template is used
-        if not self.uses_template:
+        if self.uses_template:
+            self.codec, self.text = None, PlainText(self.tokenizer)
+            turn_end, self.stop = turn_end_of(self.text)
+        else:
             self.room = min(self.room, fmt.max_prompt_tokens)
             self.codec = DialogueCodec(self.tokenizer, replace(fmt, max_new_tokens=new_tokens))
-
-        # These settings and no others: what the model's folder says of sampling, penalties and lengths is set aside.
-        # Only its end tokens are kept, because chat models have several.
-        named = [self.model.generation_config.eos_token_id, getattr(config.get_text_config(), "eos_token_id", None)]
-        ends = {id for ids in named for id in (ids if isinstance(ids, list) else [ids])} | {self.tokenizer.eos_token_id}
-        self.text = self.codec.text if self.codec else PlainText(self.tokenizer)
-        if self.codec:
-            turn_end, self.stop = self.codec.marker_token_id, self.codec.format.eou_marker.strip()
-        else:
-            turn_end, self.stop = turn_end_of(self.tokenizer)
+            self.text = self.codec.text
+            turn_end, self.stop = self.codec.marker_token_id, fmt.eou_marker.strip()
         self.end_token_id = self.tokenizer.eos_token_id if turn_end is None else turn_end
-        ends.add(turn_end)
+
+        # What the model's folder says of sampling, penalties and lengths is ignored. Only its end tokens are kept,
+        # because chat models have several.
+        folder, config = self.model.generation_config, self.model.config.get_text_config()
+        ends = {turn_end, self.tokenizer.eos_token_id}
+        for ids in (folder.eos_token_id, getattr(config, "eos_token_id", None)):
+            ends.update(ids if isinstance(ids, list) else [ids])
+        draws = {f: getattr(sampling, f) for f in ("temperature", "top_k", "top_p") if not sampling.greedy}
         self.model.generation_config = GenerationConfig()
-        draws = {} if s.greedy else dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         self.generation_config = GenerationConfig(
             max_new_tokens=new_tokens,
-            min_new_tokens=s.min_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
             eos_token_id=sorted(ends - {None}) or None,
             pad_token_id=self.tokenizer.pad_token_id,
-            do_sample=not s.greedy,
+            do_sample=not sampling.greedy,
             **draws,
         )
         self.has_cut = False  # whether the user was told that an input was too long
@@ -141,17 +123,16 @@ class Agent:
             complete = True
         finally:
             if said or complete:
-                self.history += [self.heard(text), said]
+                self.history = [*self.history, self.heard(text), said]
 
     def undo(self) -> str:
-        """Take the last exchange back; what the user had said in it, "" where nothing was said yet."""
-        text = self.history[-2] if self.history else ""
-        del self.history[-2:]
+        """Take the last exchange back; return what the user had said in it, "" before the first exchange."""
+        *self.history, text, _ = self.history or ["", ""]
         return text
 
     def heard(self, text: str) -> str:
-        """What a user's text becomes: an utterance of the dialogue format is one line, and does not hold the marker,
-        which would end it."""
+        """What a user's text becomes. In the dialogue format an utterance is one line without the marker, which would
+        end it."""
         if not self.codec:
             return text.strip()
         return re.sub(r"\s*\n\s*", " ", text.replace(self.stop, " ").strip())
@@ -165,21 +146,12 @@ class Agent:
         with contextlib.closing(self._generate(prompt)) as pieces:
             yield from presentable(pieces, self.stop, one_line=self.codec is not None)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the model is shown
-
     def shown(self, history: Sequence[str]) -> tuple[list[str], list[int]]:
         """As much of a conversation that ends with the user's words as there is room for, and its prompt tokens."""
-        history = list(history)
-        if self.codec:
-            history = history[-self.codec.format.context_utterances :]
+        history = list(history[-self.codec.format.context_utterances :] if self.codec else history)
         starts = range(0, len(history), 1 if self.codec else 2)  # many templates insist that the user begins
-
-        def fits(start):
-            return len(self._encode(history[start:])) <= self.room
-
-        history = history[starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)] :]
-
+        fitting = bisect.bisect_left(starts, True, key=lambda start: len(self._encode(history[start:])) <= self.room)
+        history = history[starts[min(fitting, len(starts) - 1)] :]
         ids = self._encode(history)
         words = self.text.encode([history[-1]])[0]
         if len(ids) > self.room and not self.has_cut:
@@ -195,6 +167,11 @@ class Agent:
             history = [self.tokenizer.decode(words, skip_special_tokens=False)]
             ids = self._encode(history)
         return history, ids
+
+    def summary(self) -> str:
+        """The size of the model and how it is talked to, in words."""
+        how = "its chat template" if self.uses_template else "the dialogue format"
+        return f"{self.model.num_parameters():,} parameters, through {how}"
 
     def view(self) -> str:
         """What the model is shown of a conversation, and how long its replies may be, in words."""
@@ -217,6 +194,12 @@ class Agent:
             return self.codec.format.prompt([self._spaced(u) for u in history])
         return ([{"role": "system", "content": self.system}] if self.system else []) + messages_of(history)
 
+    def _target(self, reply: str) -> str | Messages:
+        """A reply as the model should write it after a prompt."""
+        if self.codec:
+            return self.codec.format.target(self._spaced(self.heard(reply)))
+        return [{"role": "assistant", "content": reply}]
+
     def _encode(self, history: Sequence[str]) -> list[int]:
         """Prompt tokens of a conversation, uncut."""
         prompt = self._prompt(history)
@@ -230,31 +213,22 @@ class Agent:
     def preference(self, history: Sequence[str], chosen: str, rejected: str) -> dict[str, str | Messages]:
         """One row of a preference dataset as TRL reads it: prompt, chosen, rejected.
 
-        `history` ends with the user's words. In the dialogue format three strings, the prompt as this model saw it and
-        replies closed by the marker, as it should write them; with a chat template lists of messages.
+        `history` ends with the user's words. In the dialogue format the values are strings: the prompt as this model
+        saw it, and replies that end with the marker. With a chat template they are lists of messages.
         """
         prompt = self._prompt(self.shown(history)[0])
-        if self.codec:
-
-            def written(reply):
-                return self.codec.format.target(self._spaced(self.heard(reply)))
-        else:
-
-            def written(reply):
-                return [{"role": "assistant", "content": reply}]
-
-        return {"prompt": prompt, "chosen": written(chosen), "rejected": written(rejected)}
+        return {"prompt": prompt, "chosen": self._target(chosen), "rejected": self._target(rejected)}
 
     @torch.no_grad()
     def log_probability(self, history: Sequence[str], reply: str, most: int | None = None) -> float:
         """Mean log-probability (nats) of a token of `reply`, its end included, said after `history`.
 
-        Of the model's whole distribution, at temperature 1, as the perplexity of eval_metrics.py. Only the first `most`
-        tokens count, where given: a reply that was cut at max_new_tokens has no end.
+        It is that of the model's whole distribution at temperature 1, as the perplexity of eval_metrics.py. With `most`
+        only the first so many tokens count: a reply that was cut at max_new_tokens has no end.
         """
         _, prompt = self.shown(history)
         if self.codec:
-            target = self.codec.encode_target(self._spaced(self.heard(reply)))
+            target = self.text.encode([self._target(reply)])[0]
         else:
             target = [*self.text.encode([reply])[0], self.end_token_id]
         target = target[: min(most or len(target), self.positions - len(prompt))]
@@ -263,32 +237,21 @@ class Agent:
         return token_log_probs(logits, ids[0, len(prompt) :], temperature=1.0).mean().item()
 
     def _generate(self, prompt: list[int]) -> Iterator[str]:
-        """Text of the model as it comes, word by word; its special tokens are left out."""
+        """Text of the model as it comes, word by word, without its special tokens."""
         stop = threading.Event()
 
         def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            said = ids[0, len(prompt) :].tolist()
-            if self.codec:
-                marked = self.codec.ended(said)
-            else:
-                marked = bool(self.stop) and self.stop in self.tokenizer.decode(said)
+            last = ids[0, len(prompt) :][-2 * len(self.stop.encode()) :]  # these hold a marker that ends here
+            marked = bool(self.stop) and self.stop in self.tokenizer.decode(last)
             return torch.tensor([stop.is_set() or marked], device=ids.device)
 
         def generate() -> None:
             ids = torch.tensor([prompt], device=self.model.device)
-            first = first_position(self.model.config)
-            # left to itself, generate counts from 0
-            counted = torch.arange(first, first + len(prompt), device=ids.device)[None]
-            positions = {"position_ids": counted} if first else {}
+            options = dict(generation_config=self.generation_config, attention_mask=torch.ones_like(ids))
+            if first := first_position(self.model.config):  # left to itself, generate counts from 0
+                options["position_ids"] = first + torch.arange(len(prompt), device=ids.device)[None]
             try:
-                self.model.generate(
-                    ids,
-                    **positions,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=self.generation_config,
-                    stopping_criteria=StoppingCriteriaList([ended]),
-                    streamer=streamer,
-                )
+                self.model.generate(ids, streamer=streamer, stopping_criteria=StoppingCriteriaList([ended]), **options)
             finally:
                 streamer.on_finalized_text("", stream_end=True)  # also where generate raises
 
@@ -302,65 +265,85 @@ class Agent:
                 stop.set()
 
 
+def load_causal_lm(name: str, tokenizer_name: str) -> tuple[Any, Any]:
+    """A causal language model on the GPU, where there is one, and its tokenizer. Raises UserError for other models."""
+    config = load_pretrained(AutoConfig, name, "model")
+    # AutoModelForCausalLM would load BERT too, and say nothing of its reading both ways
+    if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        what = " and ".join(config.architectures or ["no architecture"])
+        raise UserError(f"model '{name}' is {what} by its config.json; expected a causal LM (as GPT2LMHeadModel).")
+    tokenizer = load_tokenizer(tokenizer_name)
+    on_gpu = torch.cuda.is_available()
+    dtype = "auto" if on_gpu else torch.float32  # half precision is slow on most CPUs
+    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to("cuda" if on_gpu else "cpu").eval()
+    check_vocabulary(tokenizer, model, name)
+    return model, tokenizer
+
+
+def reads_template(settings: AgentConfig, tokenizer: Any, name: str) -> bool:
+    """Whether a model is talked to through its chat template. Raises UserError for settings that do not fit it."""
+    if settings.format == "template" and not tokenizer.chat_template:
+        raise UserError(f"model '{name}' has no chat template; talk to it with --format dialogue.")
+    ours = (Path(name) / FORMAT_FILE).is_file()
+    template = settings.format == "template" or bool(settings.format == "auto" and tokenizer.chat_template and not ours)
+    if settings.system and not template:
+        raise UserError("--system is for a model that is talked to through its chat template; this one is not.")
+    if settings.spaced and template:
+        raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
+    return template
+
+
 def views_note(agents: Sequence[Agent]) -> str:
     """A sentence on what each of two agents is shown of a conversation, where that differs; else ""."""
     views = [agent.view() for agent in agents]
+    if len(set(views)) > 1:
+        return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
     templates = {agent.tokenizer.chat_template if agent.uses_template else None for agent in agents}
-    if len(set(views)) == len(templates) == 1:
-        return ""
-    if len(set(views)) == 1:
-        return "A and B read the same words in different chat templates."
-    return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
+    return "A and B read the same words in different chat templates." if len(templates) > 1 else ""
 
 
-HIDDEN = 0xF0000  # the first of Unicode's private characters, which stand for text that spells a special token
+HIDDEN = 0xF0000  # the first of Unicode's private characters, which replace text that spells a special token
 
 
 def template_ids(text: PlainText, messages: Messages) -> list[int]:
     """Prompt tokens of a conversation through the tokenizer's chat template, uncut.
 
-    Special tokens are the template's own: what spells one in a message is hidden from it, and encoded as text.
+    Special tokens are the template's own: text that spells one in a message is hidden from it, and encoded as text.
     """
-    tokenizer, hidden, shown = text.tokenizer, [], []
-    for message in messages:
-        parts = text.split(message["content"])
-        for k in range(1, len(parts), 2):
-            hidden.append(parts[k])
-            parts[k] = chr(HIDDEN + len(hidden) - 1)
-        shown.append(message | {"content": "".join(parts)})
-    if not hidden:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
-    rendered = tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
+    hidden: dict[str, str] = {}
+
+    def hide(match: re.Match) -> str:
+        hidden[place := chr(HIDDEN + len(hidden))] = match[0]
+        return place
+
+    shown = [message | {"content": text.pattern.sub(hide, message["content"])} for message in messages]
+    rendered = text.tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
     ids: list[int] = []
-    for part in re.split(f"([{chr(HIDDEN)}-{chr(HIDDEN + len(hidden) - 1)}])", rendered):
-        if len(part) == 1 and ord(part) >= HIDDEN:
-            ids += text.encode([hidden[ord(part) - HIDDEN]])[0]
+    for part in re.split(f"([{''.join(hidden)}])", rendered) if hidden else [rendered]:
+        if part in hidden:
+            ids += text.encode([hidden[part]])[0]
         elif part:
-            ids += tokenizer(part, add_special_tokens=False).input_ids
+            ids += text.tokenizer(part, add_special_tokens=False).input_ids
     return ids
 
 
-def turn_end_of(tokenizer: Any) -> tuple[int | None, str]:
+def turn_end_of(text: PlainText) -> tuple[int | None, str]:
     """What ends the model's turn by its chat template: a special token's id, or a text, "" where it is not known.
 
-    It is what the template writes after an assistant's message; where that is blank, what it writes before the next.
+    It is what the template writes after an assistant's message; if that is blank, what it writes before the next.
     """
-    said = [{"role": role, "content": f"~{role}~{i}~"} for i, role in enumerate(("user", "assistant", "user"))]
+    said = messages_of(["~user~0~", "~assistant~1~", "~user~2~"])
     after = []
     for length in (2, 3):
         try:
-            text = tokenizer.apply_chat_template(said[:length], tokenize=False)
+            rendered = text.tokenizer.apply_chat_template(said[:length], tokenize=False)
         except Exception:  # a template may refuse what it is given, in any way
             return None, ""
-        _, found, rest = text.rpartition(said[1]["content"])
+        _, found, rest = rendered.rpartition(said[1]["content"])
         after.append(rest.partition(said[2]["content"])[0] if found else "")
-    special = set(tokenizer.all_special_ids)
-    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     always = os.path.commonprefix(after)  # a template may begin the model's next turn unasked
-    for ids in tokenizer([always, after[1]], add_special_tokens=False).input_ids:
-        for id in ids:
-            if id in special:
-                return id, ""
+    if special := text.pattern.search(always) or text.pattern.search(after[1]):
+        return text.tokenizer.convert_tokens_to_ids(special[0]), ""
     return None, (always if always.strip() else after[1]).rstrip()
 
 
@@ -377,36 +360,26 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 def presentable(pieces: Iterable[str], marker: str, one_line: bool) -> Iterator[str]:
     """Generated text up to the marker ("" for none), without control characters and surrounding blanks, as it comes.
 
-    Whatever may yet turn out to be the beginning of the marker, or the blanks before it, is held back until more is
-    known; at the end it is dropped, since a reply that was cut short may end within its marker.
+    Text that may be the beginning of the marker, or a blank before it, waits until more is known. At the end it is
+    dropped, since a reply that was cut short may end within its marker.
     """
+    marker = marker or "\0"  # a control character, which never comes
     held, begun = "", False
     for piece in pieces:
-        held += CONTROLS.sub("", piece)
-        text, found = held, False
-        if marker:
-            text, found, _ = held.partition(marker)
-        sure = len(text)
-        if not found:
-            sure -= max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
-        words = text[:sure].rstrip()
+        text, found, _ = (held + CONTROLS.sub("", piece)).partition(marker)
+        unsure = 0 if found else max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
+        words = text[: len(text) - unsure].rstrip()
         held = text[len(words) :]
-        if not begun:
-            words = words.lstrip()
-        if words:
+        if words := words if begun else words.lstrip():
             begun = True
             yield re.sub(r"\s*\n\s*", " ", words) if one_line else words
         if found:
             return
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores of a reply
-
-
 def judge_name(path: str, intent_model: str = "") -> str:
-    """The judge to ask about the replies of the model at `path`: the one given, a run's own, the built-in one for
-    built-in data; "" where there is none."""
+    """The judge of the replies of the model at `path`: the given one, a run's own, the built-in one for built-in data;
+    "" where there is none."""
     if intent_model or path == "builtin":
         return intent_model or "builtin"
     stored = Path(path) / "config.yaml"
@@ -417,65 +390,54 @@ def judge_name(path: str, intent_model: str = "") -> str:
         judge, data = run.get("intent_model", ""), run.get("data_path", "")
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"'{stored}' is not the configuration of a run ({first_line(error)}).") from error
-    return judge if judge != "builtin" or data == "builtin" else ""  # the built-in judge knows its own corpus alone
-
-
-def reply_act(judge: IntentJudge, previous: str, reply: str) -> str:
-    """The dialogue act of a reply, by the judge; "none" for an empty one, or one whose likeliest class is no act."""
-    act = judge.acts([previous], [reply])[0] if reply else 0
-    return ACTS[act - 1] if act else "none"
+    return judge if judge != "builtin" or data == "builtin" else ""  # the built-in judge knows only its own corpus
 
 
 def describe_scores(agent: Agent, judge: IntentJudge | None, human: str = "") -> list[str]:
-    """Lines about the last reply: its act, its log-probability; with `human` that reply's as well, and METEOR."""
+    """Lines about the last reply: its act and log-probability; with `human` also those of that reply, and METEOR.
+
+    The act is "none" for an empty reply, and for one whose likeliest class is no act.
+    """
     *history, reply = agent.history
+    replies = {"reply": (reply, agent.generation_config.max_new_tokens)} | ({"human": (human, None)} if human else {})
     rows, acts = [], []
-    for who, said, most in (("reply", reply, agent.generation_config.max_new_tokens), ("human", human, None)):
-        if who == "human" and not human:
-            continue
-        parts = [f"log-probability {agent.log_probability(history, said, most):.2f} a token"]
+    for who, (said, most) in replies.items():
         if judge:
-            acts.append(reply_act(judge, history[-1], said))
-            parts.insert(0, acts[-1])
-        rows.append(f"{who}: {', '.join(parts)}")
+            act = judge.acts(history[-1:], [said])[0] if said else 0
+            acts.append(ACTS[act - 1] if act else "none")
+        score = f"log-probability {agent.log_probability(history, said, most):.2f} a token"
+        rows.append(f"{who}: {', '.join([*acts[-1:], score])}")
     if human:
         from support.meteor import meteor  # here, because NLTK takes a while
 
-        equal = judge and acts[0] == acts[1] != "none"
-        same = ["intent 1 (the same act)" if equal else "intent 0 (another act)"] if judge else []
-        rows.append(", ".join([f"reply against human: METEOR {meteor(reply, human):.2f}", *same]))
+        equal = "1 (the same act)" if acts and acts[0] == acts[1] != "none" else "0 (another act)"
+        same = f", intent {equal}" if judge else ""
+        rows.append(f"reply against human: METEOR {meteor(reply, human):.2f}{same}")
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations in files
 
 
 def save_conversation(path: str, agents: Sequence[Agent]) -> None:
     """Write what was said as JSON: {"conversations": [{"model": ..., "messages": [{"role", "content"}, ...]}, ...]}.
 
-    Raises UserError where there is such a file already, and where none can be written.
+    Raises UserError if the file exists already or cannot be written.
     """
     file = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
     said = {"conversations": [{"model": a.path, "messages": messages_of(a.history)} for a in agents]}
     try:
         with file.open("x", encoding="utf-8") as stream:
-            try:
-                stream.write(json.dumps(said, indent=2) + "\n")
-                stream.flush()
-            except OSError:  # a full disk: no half of a file stays behind
-                file.unlink()
-                raise
+            stream.write(json.dumps(said, indent=2) + "\n")
     except FileExistsError:
         raise UserError(f"'{file}' is there already and stays as it is; give another name.") from None
     except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            file.unlink()  # the disk is full: no half of a file stays behind
         raise UserError(f"'{file}' cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def load_conversation(path: str, agents: int) -> list[list[str]]:
-    """The conversations of `agents` agents from a file of `save_conversation`; one alone is everyone's.
+    """The conversations of `agents` agents from a file of `save_conversation`; a single one is everyone's.
 
-    Raises UserError for a file that is not there or not of that form.
+    Raises UserError for a file that does not exist or has another form.
     """
     file = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
 
@@ -505,8 +467,6 @@ def load_conversation(path: str, agents: int) -> list[list[str]]:
             raise wrong("the content of each message should be text, and the user's not blank")
         histories.append([CONTROLS.sub("", text) for text in texts])
     if len(histories) not in (1, agents):
-        raise UserError(
-            f"'{file}' holds {len(histories)} conversations; expected one"
-            + (", or one for each agent." if agents > 1 else " (start with --versus for two).")
-        )
+        more = ", or one for each agent." if agents > 1 else " (start with --versus for two)."
+        raise UserError(f"'{file}' holds {len(histories)} conversations; expected one{more}")
     return histories * agents if len(histories) == 1 else histories

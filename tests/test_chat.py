@@ -16,17 +16,16 @@ import termios
 import time
 from pathlib import Path
 
+import conftest
 import forked
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -51,24 +50,13 @@ from support.text import DialogueFormat, PlainText, Sample
 
 ROOT = Path(chat.__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-WORDS = "hello there how are you today fine thanks what is that it was nothing see you soon good bye".split()
+SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 
 
 def make_tokenizer(template=None, special_marker=False):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<PAD>", "<EOS>"] + ["<EOU>"] * special_marker
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=[AddedToken(t, special=True) for t in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<PAD>", eos_token="<EOS>")
-    fast.chat_template = template
-    return fast
+    tokenizer = conftest.make_tokenizer(special_marker)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def make_model(folder, positions=128, template=None, special_marker=False, seed=0, **sizes):
@@ -96,30 +84,35 @@ def template_folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("template"), template=TEMPLATE)
 
 
-def prompts_of(agent):
-    """A list that gets every prompt the model is asked to go on from, as tokens."""
-    seen, generate = [], agent.model.generate
-
-    def spy(ids, **kwargs):
-        seen.append(ids[0].tolist())
-        return generate(ids, **kwargs)
-
-    agent.model.generate = spy
-    return seen
+def make_bert(folder):
+    BertModel(BertConfig(vocab_size=10, **SMALL)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def dictate(agent, *replies):
-    """Let the model write the token ids of each of `replies` in turn, whatever it is asked."""
-    prompts, lines, place = prompts_of(agent), iter(replies), {}
+    """Let the model write the token ids of each of `replies` in turn; the list returned gets its prompts, as tokens."""
+    prompts, replies, generate, ids = [], iter(replies), agent.model.generate, iter(())
+
+    def spy(prompt, **kwargs):
+        nonlocal ids
+        prompts.append(prompt[0].tolist())
+        ids = iter(next(replies))
+        return generate(prompt, **kwargs)
 
     def force(module, args, output):
-        if place.get("reply") != len(prompts):
-            place.update(reply=len(prompts), ids=iter(next(lines)))
         output.logits[:, -1] = -1e4
-        output.logits[:, -1, next(place["ids"])] = 1e4
+        output.logits[:, -1, next(ids)] = 1e4
 
+    agent.model.generate = spy
     agent.model.register_forward_hook(force)
     return prompts
+
+
+def interrupted(*args):
+    """In place of Agent.respond: Ctrl-C before the first word."""
+    raise KeyboardInterrupt
+    yield
 
 
 def run_main(monkeypatch, capsys, *arguments, stdin=None):
@@ -199,7 +192,7 @@ def chat_tokenizer(template):
 )
 def test_the_template_tells_what_ends_a_turn(template, token, stop):
     tokenizer = chat_tokenizer(template)
-    assert turn_end_of(tokenizer) == (token and tokenizer.convert_tokens_to_ids(token), stop)
+    assert turn_end_of(PlainText(tokenizer)) == (token and tokenizer.convert_tokens_to_ids(token), stop)
 
 
 def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
@@ -238,8 +231,7 @@ def test_a_stop_text_ends_a_reply_and_is_not_shown(tmp_path):
 def test_what_a_message_spells_opens_no_other_role(template):
     tokenizer = chat_tokenizer(template)
     text = PlainText(tokenizer)
-    plain = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "good bye"}]
-    ask = plain[:1]
+    ask = [{"role": "user", "content": "hello there"}]
     whole = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_dict=True).input_ids
     assert template_ids(text, ask) == whole
     nasty = [{"role": "user", "content": f"hi {' '.join(SPECIAL)} system\nyou see{SPECIAL[1]}"}]
@@ -262,19 +254,19 @@ def shown(pieces, marker="<EOU>", one_line=True):
     return list(presentable(iter(pieces), marker, one_line))
 
 
-def test_marker_in_several_pieces_is_held_back_and_ends_the_reply():
-    assert shown(["Fine", ",", " thanks", " <", "E", "OU", ">", " never", " seen"]) == ["Fine", ",", " thanks"]
-    assert shown(["Fine.<", "EOU>Bye"]) == ["Fine."]
-    assert shown(["<EOU>"]) == []
-
-
-def test_text_that_only_begins_like_the_marker_is_shown_once_that_is_known():
-    assert shown(["a <", "E", " b"]) == ["a", " <E b"]
-    assert "".join(shown(["1 <<", "E", "EOU> <EO", "U>"])) == "1 <<EEOU>"
-
-
-def test_a_reply_cut_within_its_marker_shows_nothing_of_it():
-    assert "".join(shown(["Well", " <", "EO"])) == "Well"
+@pytest.mark.parametrize(
+    "pieces, expected",
+    [
+        (["Fine", ",", " thanks", " <", "E", "OU", ">", " never", " seen"], ["Fine", ",", " thanks"]),
+        (["Fine.<", "EOU>Bye"], ["Fine."]),
+        (["<EOU>"], []),
+        (["a <", "E", " b"], ["a", " <E b"]),  # shown once it is known that it only begins like the marker
+        (["1 <<", "E", "EOU> <EO", "U>"], ["1 <", "<EEOU>"]),
+        (["Well", " <", "EO"], ["Well"]),  # a reply that was cut within its marker
+    ],
+)
+def test_the_marker_and_what_may_become_one_are_not_shown(pieces, expected):
+    assert shown(pieces) == expected
 
 
 @pytest.mark.parametrize("cuts", range(1, 12))
@@ -348,7 +340,7 @@ def test_only_the_last_context_utterances_are_shown_and_spaced_as_asked(folder):
 
 
 def test_a_chat_template_is_used(template_folder):
-    agent = Agent(template_folder, system="be kind", greedy=True)
+    agent = Agent(template_folder, system="be kind", greedy=True, max_new_tokens=20)
     eos = agent.tokenizer.eos_token_id
     prompts = dictate(agent, *[[*agent.tokenizer(t).input_ids, eos] for t in ("fine\n\nthanks", "good bye")])
     assert agent.reply("how are you") == "fine\n\nthanks"
@@ -399,8 +391,7 @@ def test_a_system_message_without_room_for_a_word_is_said(tmp_path):
 def test_a_model_whose_positions_begin_elsewhere_answers_from_its_own(tmp_path):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    sizes |= dict(max_position_embeddings=41, pad_token_id=0, initializer_range=0.5, is_decoder=True)
+    sizes = SMALL | dict(max_position_embeddings=41, pad_token_id=0, initializer_range=0.5, is_decoder=True)
     model = RobertaForCausalLM(RobertaConfig(vocab_size=len(tokenizer), **sizes)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -464,19 +455,15 @@ def test_the_policy_of_a_run_answers_for_its_folder(tmp_path):
 
 
 def test_models_that_cannot_talk_are_refused(tmp_path, folder):
-    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        tmp_path / "bert"
-    )
-    make_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="BertModel.*causal LM"):
-        Agent(str(tmp_path / "bert"))
-    with pytest.raises(UserError, match="does not exist"):
-        Agent(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="without config.json"):
-        Agent(str(tmp_path))
     GPT2LMHeadModel.from_pretrained(folder).save_pretrained(tmp_path / "mute")
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        Agent(str(tmp_path / "mute"))
+    for path, message in {
+        make_bert(tmp_path / "bert"): "BertModel.*causal LM",
+        tmp_path / "nothing": "does not exist",
+        tmp_path: "without config.json",
+        tmp_path / "mute": "holds no tokenizer",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Agent(str(path))
     assert Agent(str(tmp_path / "mute"), tokenizer_path=folder).history == []
 
 
@@ -516,10 +503,7 @@ def test_prompt_answers_once(folder, monkeypatch, capsys):
 
 
 def test_an_encoder_is_refused_with_status_2_and_a_sentence(tmp_path, monkeypatch, capsys):
-    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        tmp_path
-    )
-    status, out, err = run_main(monkeypatch, capsys, tmp_path, "--prompt", "hello")
+    status, out, err = run_main(monkeypatch, capsys, make_bert(tmp_path), "--prompt", "hello")
     assert status == 2 and out == ""
     assert err.startswith("error: model") and err.count("\n") == 1
 
@@ -551,6 +535,11 @@ class Terminal:
             except OSError:  # Linux: the other side has closed
                 raise AssertionError(f"ended before {text!r}, saw {seen!r}") from None
         return seen
+
+    def ask(self, keys, answer=""):
+        """Send keys; everything written up to `answer` and the next prompt."""
+        self.send(keys)
+        return self.until(answer) + self.until(self.prompt)
 
     def press(self, key):
         """A key pressed once the prompt reads keys: before that, the terminal turns Ctrl-C into a signal."""
@@ -584,14 +573,10 @@ def terminal(request, tmp_path):
 def test_a_session_at_a_terminal(terminal):
     banner = terminal.until("you: ")
     assert "parameters" in banner and "dialogue format" in banner and "reset" in banner
-    terminal.send("hello there\n")
-    assert "agent: " in terminal.until("you: ")
-    terminal.send("\n")
-    assert "agent" not in terminal.until("you: ")
-    terminal.send("reset\n")
-    assert "(forgotten)" in terminal.until("you: ")
-    terminal.send("help\n")
-    assert "quit, exit" in terminal.until("you: ")
+    assert "agent: " in terminal.ask("hello there\n")
+    assert "agent" not in terminal.ask("\n")
+    assert "(forgotten)" in terminal.ask("reset\n")
+    assert "quit, exit" in terminal.ask("help\n")
     terminal.press("\x03")
     assert "Ctrl-D or quit leaves" in terminal.until("you: ")
     terminal.press("\x04")
@@ -632,12 +617,8 @@ def test_lines_are_kept_for_the_next_session_and_a_paste_is_one_utterance(folder
     first = start(folder)
     first.send("\x1b[200~how are you\ntoday\n\x1b[201~")  # what a terminal sends for a paste
     first.until("today")  # Enter would end the paste's first line otherwise
-    first.send("\r")
-    first.until("agent: ")
-    first.until("you:")
-    first.send(f"/save {tmp_path / 'said.json'}\r")
-    first.until("written to")
-    first.until("you:")
+    first.ask("\r", "agent: ")
+    first.ask(f"/save {tmp_path / 'said.json'}\r", "written to")
     first.press("\x04")
     assert first.status() == 0
     [said] = load_conversation(str(tmp_path / "said.json"), 1)
@@ -648,15 +629,9 @@ def test_lines_are_kept_for_the_next_session_and_a_paste_is_one_utterance(folder
     second = start(folder)
     second.send("\x1b[A\x1b[A")  # up: the command, then the paste
     second.until("today")
-    second.send("\r")
-    second.until("agent: ")
-    second.until("you:")
-    second.send(f"/load {tmp_path / 'said.json'}\r")
-    second.until("(2 utterances)")
-    second.until("you:")
-    second.send("/sav\r")
-    second.until("Did you mean '/save'?")
-    second.until("you:")
+    second.ask("\r", "agent: ")
+    second.ask(f"/load {tmp_path / 'said.json'}\r", "(2 utterances)")
+    second.ask("/sav\r", "Did you mean '/save'?")
     second.send("quit\r")
     assert second.status() == 0
     assert lines.read_text().count("+how are you\n+today") == 2
@@ -728,12 +703,7 @@ def test_a_retry_that_is_stopped_before_its_first_word_leaves_the_reply_as_it_wa
     agent = talk.agents[0]
     talk.answer("hello")
     kept = list(agent.history)
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(agent, "respond", stopped)
+    monkeypatch.setattr(agent, "respond", interrupted)
     talk.obey("/retry")
     assert agent.history == kept
     talk.answer("how are you")
@@ -849,9 +819,8 @@ def test_log_probability_through_a_template_counts_the_end(template_folder):
 def judge(tmp_path):
     """A judge of random weights."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     tokenizer = make_tokenizer()
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=4, id2label=dict(enumerate(ACTS)), **sizes)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=4, id2label=dict(enumerate(ACTS)), **SMALL)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     return str(tmp_path / "judge")
@@ -978,13 +947,8 @@ def test_two_agents_stay_in_step_where_one_is_stopped(folder, rival, monkeypatch
     talk.answer("hello")
     out = capsys.readouterr().out
     assert "A: " in out and "B: " in out
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-        yield
-
     before = [list(agent.history) for agent in talk.agents]
-    monkeypatch.setattr(talk.agents[1], "respond", stopped)
+    monkeypatch.setattr(talk.agents[1], "respond", interrupted)
     talk.answer("how are you")
     assert [agent.history for agent in talk.agents] == before
 

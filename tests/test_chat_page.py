@@ -255,7 +255,7 @@ def test_rows_are_strings_as_the_model_sees_and_writes_them(models):
 
 
 def test_rows_of_a_chat_model_are_messages(tmp_path):
-    agent = Agent(make_model(tmp_path / "chat", template=TEMPLATE), system="be kind")
+    agent = Agent(make_model(tmp_path / "chat", positions=256, template=TEMPLATE), system="be kind")
     row = agent.preference(["hello", "hi", "how are you"], "fine\nthanks", "what")
     assert [m["role"] for m in row["prompt"]] == ["system", "user", "assistant", "user"]
     assert row["chosen"] == [{"role": "assistant", "content": "fine\nthanks"}]

@@ -66,7 +66,6 @@ LONG = {  # functions of more than 60 lines, and why
     "estimate": "an account, in the order of its table",
     "sample_responses": "the decoding loop, whose steps share the batch",
     "describe_form": "one case for each form of rows",
-    "Agent.__init__": "one check for each way in which a model cannot be talked to",
     "update": "the loops over passes, mini-batches and micro-batches",
 }
 
