@@ -8,15 +8,15 @@
     python chat.py FOLDER --prompt "How are you ?"   # one reply, then end
     python chat.py FOLDER < lines.txt > replies.txt  # a reply to each line: no prompts, no banner
 
-A model that carries a chat template, and no dialogue_format.json of ours, is talked to through its template (`--system`
-gives it a role). Any other sees the last utterances joined as in training (see DialogueFormat in support/text.py).
+A model with a chat template and without our dialogue_format.json is talked to through its template (`--system` gives it
+a role). Any other model sees the last utterances joined as in training (see DialogueFormat in support/text.py).
 
 At the terminal `/help` lists the commands; the bare words `reset`, `help`, `quit` and `exit` are commands too. Ctrl-C
-stops a reply; at the prompt, twice in a row leaves, as does Ctrl-D. Lines are kept for the next session in
-$XDG_STATE_HOME/ppo_dialog/chat_history (~/.local/state where that is not set).
+stops a reply. At the prompt, Ctrl-D or two Ctrl-C in a row leave. Lines are kept for the next session in
+$XDG_STATE_HOME/ppo_dialog/chat_history (~/.local/state if that is not set).
 
 In piped input only `reset`, `help`, `quit` and `exit` are commands, and blank lines are ignored. With `--versus` each
-line of output holds both replies, a tab between them.
+line of output has both replies, a tab between them.
 
 From Python: `agent = Agent("runs/my_run", seed=1)`, then `agent.reply("How are you ?")`, `agent.stream(...)`,
 `agent.reset()`.
@@ -80,26 +80,25 @@ from support.builtin import resolve_model
 from support.judge import IntentJudge
 from support.libraries import quiet_libraries
 from support.machine import use_all_cores
-from support.pretrained import count_parameters
 
-COMMANDS = {  # name: what follows it, what it does
-    "/help": ("", "show these lines"),
-    "/reset": ("", "forget the conversation and begin a new one"),
-    "/undo": ("", "take back what you said last, and the reply"),
-    "/retry": ("", "another reply to what you said last"),
-    "/scores": ("[on|off]", "act and log-probability of the last reply; on: of each"),
-    "/human": ("TEXT", "score the last reply against what a person would have said"),
-    "/save": ("FILE", "write the conversation to a new JSON file"),
-    "/load": ("FILE", "go on with a conversation that was saved"),
-    "/quit": ("", "leave; /exit and Ctrl-D do too"),
-}
-KEYS = """\
+HELP = """\
+  /help             show these lines
+  /reset            forget the conversation and begin a new one
+  /undo             take back what you said last, and the reply
+  /retry            another reply to what you said last
+  /scores [on|off]  act and log-probability of the last reply; on: of each
+  /human TEXT       score the last reply against what a person would have said
+  /save FILE        write the conversation to a new JSON file
+  /load FILE        go on with a conversation that was saved
+  /quit             leave; /exit and Ctrl-D do too
   Ctrl-C            stop the reply that is being written
   Ctrl-R            look for an earlier line; arrows recall the last ones
   Alt-Enter         a new line; lines that are pasted together are said together
   reset, help, quit, exit work without the slash; a line that begins with a
   blank is said, whatever it is"""
+COMMANDS = {name: " ".join(rest) for name, *rest in map(str.split, HELP.splitlines()) if name.startswith("/")}
 NARROW = 60  # columns of a terminal; below, two agents answer one under the other
+NO_JUDGE = "no dialogue acts: no judge is known for this model; name one with --intent-model"
 
 
 def open_agents(config: ChatConfig) -> list[Agent]:
@@ -120,18 +119,13 @@ def open_agents(config: ChatConfig) -> list[Agent]:
     return agents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# At the terminal
-
-
-def print_reply(agent: Agent, text: str, attempt: int = 0) -> bool:
-    """Print the reply word by word; whether there was a word."""
-    spoke = False
+def print_reply(agent: Agent, text: str, attempt: int = 0, silent: str = "") -> None:
+    """Print the reply word by word, or `silent` if it has no words."""
     with contextlib.closing(agent.stream(text, attempt)) as pieces:
         for piece in pieces:
             print(piece, end="", flush=True)
-            spoke = True
-    return spoke
+            silent = ""
+    print(silent, flush=True)
 
 
 class Conversation:
@@ -149,15 +143,14 @@ class Conversation:
         self.console.print(text, style="dim")
 
     def obey(self, line: str) -> None:
-        """A command. Raises UserError for one that is unknown, or cannot be obeyed; leaving is SystemExit."""
+        """Carry out a command. Raises UserError for one that is unknown or cannot be obeyed; leaving is SystemExit."""
         name, _, rest = line.partition(" ")
-        rest = rest.strip()
+        rest, histories = rest.strip(), [agent.history for agent in self.agents]
         match name.lower():
             case "/quit" | "/exit":
                 sys.exit(0)
             case "/help":
-                rows = [f"{f'{command} {argument}':17} {what}" for command, (argument, what) in COMMANDS.items()]
-                self.console.print("\n".join(f"  {row}" for row in rows) + "\n" + KEYS)
+                self.console.print(HELP)
             case "/reset":
                 for agent in self.agents:
                     agent.reset()
@@ -165,34 +158,32 @@ class Conversation:
             case "/undo":
                 self.note(f"(taken back: {self.undo()})")
             case "/retry":
-                before = [list(agent.history) for agent in self.agents]
-                text = self.undo()
-                self.attempt += 1
-                self.answer(text, self.attempt, otherwise=before)
+                self.answer(self.undo(), self.attempt + 1, otherwise=histories)
             case "/scores":
                 if rest not in ("", "on", "off"):
                     raise UserError(f"'/scores {rest}' means nothing; expected /scores, /scores on or /scores off.")
                 if rest:
                     self.shows_scores = rest == "on"
-                if rest != "off" and self.agents[0].history:
+                if rest != "off" and histories[0]:
                     self.show_scores()
                 elif rest:
                     self.note(f"(scores are {rest})")
                 else:
                     raise UserError("nothing was said yet; there is no reply to score.")
             case "/human":
-                if not self.agents[0].history or not rest:
+                if not histories[0] or not rest:
                     raise UserError("expected /human TEXT after a reply, TEXT what a person would have said instead.")
                 self.show_scores(rest)
             case "/save":
-                save_conversation(file_name(rest, "/save"), self.agents)
-                self.note(f"(written to {file_name(rest)})")
+                save_conversation(file := file_name(rest, "/save"), self.agents)
+                self.note(f"(written to {file})")
             case "/load":
-                histories = load_conversation(file_name(rest, "/load"), len(self.agents))
-                for agent, history in zip(self.agents, histories):
+                histories, self.attempt = load_conversation(file_name(rest, "/load"), len(self.agents)), 0
+                for name, agent, history in zip(self.names, self.agents, histories):
                     agent.history = history
-                self.attempt = 0
-                self.recall()
+                    self.note(f"({len(history)} utterances)")
+                    for who, text in list(zip(("you", name) * len(history), history))[-6:]:
+                        self.note(f"{who}: {text}")
             case _:
                 raise UserError(
                     f"there is no command '{name}'; /help lists them, and a line that begins with a blank is said."
@@ -205,22 +196,13 @@ class Conversation:
             raise UserError("nothing was said yet.")
         return texts[0]
 
-    def recall(self, last: int = 6) -> None:
-        """Show the end of the conversation, for who goes on with one from a file."""
-        for name, agent in zip(self.names, self.agents):
-            self.note(f"({len(agent.history)} utterances)")
-            for i, text in list(enumerate(agent.history))[-last:]:
-                self.console.print(f"{('you', name)[i % 2]}: {text}", style="dim")
-
     def show_scores(self, human: str = "") -> None:
         for name, agent in zip(self.names, self.agents):
             known = judge_name(agent.path, self.intent_model) or judge_name(self.agents[0].path)
             if known not in self.judges:
-                self.judges[known] = IntentJudge(resolve_model(known, "judge")) if known else None
-                if known and self.judges[known].note:
-                    self.note(f"({self.judges[known].note})")
-                if not known:
-                    self.note("(no dialogue acts: no judge is known for this model; name one with --intent-model)")
+                judge = self.judges[known] = IntentJudge(resolve_model(known, "judge")) if known else None
+                if note := judge.note if judge else NO_JUDGE:
+                    self.note(f"({note})")
             who = f"{name} " if len(self.agents) > 1 else ""
             with self.console.status("scoring"):  # the first METEOR reads WordNet
                 rows = describe_scores(agent, self.judges[known], human)
@@ -228,16 +210,16 @@ class Conversation:
                 self.note(f"  {who}{row}")
 
     def answer(self, text: str, attempt: int = 0, otherwise: list[list[str]] | None = None) -> None:
-        """Show the reply, or both. Where one is stopped before its first word nobody has heard the text: the histories
+        """Show the reply, or both. If one is stopped before its first word, the text counts as not said: the histories
         are then those before it, or `otherwise`."""
-        before = [list(agent.history) for agent in self.agents]
+        self.attempt, before = attempt, [agent.history for agent in self.agents]
         try:
             if len(self.agents) > 1 and self.console.width >= NARROW and not self.console.is_dumb_terminal:
                 self.answer_side_by_side(text, attempt)
             else:
                 for name, agent in zip(self.names, self.agents):
                     self.console.print(f"{name}: ", style="bold", end="")
-                    print("" if print_reply(agent, text, attempt) else "(no words)", flush=True)
+                    print_reply(agent, text, attempt, "(no words)")
         except KeyboardInterrupt:
             print(" (stopped)")
         finally:
@@ -269,25 +251,23 @@ class Conversation:
                 said[i] = said[i] or "(no words)"
 
 
-def file_name(rest: str, command: str = "") -> str:
+def file_name(rest: str, command: str) -> str:
     """The one file named after a command, quoted or not."""
-    try:
-        names = shlex.split(rest)
-    except ValueError:  # an apostrophe
-        names = [rest]
     if not rest:
         raise UserError(f"expected the name of a file: {command} FILE.")
-    return names[0] if len(names) == 1 else rest
+    try:
+        [name] = shlex.split(rest)
+    except ValueError:  # an apostrophe, or blanks without quotes
+        return rest
+    return name
 
 
 def history_file() -> Path | None:
     """Where the lines of earlier sessions are kept, readable by their owner alone; None where that cannot be."""
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():  # as the specification has it: a relative one is to be ignored
-        state = Path(os.path.expanduser("~")) / ".local" / "state"
-        if not state.is_absolute():  # nobody's home
-            return None
-    file = state / "ppo_dialog" / "chat_history"
+    places = os.environ.get("XDG_STATE_HOME", ""), os.path.expanduser("~/.local/state")
+    if not (state := next(filter(os.path.isabs, places), "")):  # the specification says to ignore a relative one
+        return None
+    file = Path(state, "ppo_dialog", "chat_history")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))
@@ -300,7 +280,7 @@ def history_file() -> Path | None:
 def open_prompt(**terminal: Any) -> Any:
     """The prompt: a prompt_toolkit session with history, completion of commands, and Alt-Enter for a new line.
 
-    `terminal` may give its input and output, for what is none."""
+    `terminal` may give its input and output, if they are no terminal."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -315,7 +295,7 @@ def open_prompt(**terminal: Any) -> Any:
                 yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
             options = {"on": "", "off": ""} if blank and command == "/scores" else {}
             if not blank and command.startswith("/"):
-                options = {name: f"{argument} {what}".strip() for name, (argument, what) in COMMANDS.items()}
+                options = COMMANDS
             typed = rest if blank else command
             for option, meaning in options.items():
                 if option.startswith(typed):
@@ -336,16 +316,12 @@ def open_prompt(**terminal: Any) -> Any:
     )
 
 
-BARE = ("reset", "help", "quit", "exit")  # commands also without a slash, as the tutorial has them
-
-
 def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
     """A conversation with a person."""
     conversation, session = Conversation(agents, intent_model), open_prompt()
     for name, agent in zip(conversation.names, agents):
-        how = "its chat template" if agent.uses_template else "the dialogue format"
         who = f"{name}: " if len(agents) > 1 else ""
-        conversation.note(f"{who}{agent.path}: {count_parameters(agent.model):,} parameters, through {how}")
+        conversation.note(f"{who}{agent.path}: {agent.summary()}")
     if note := views_note(agents):
         conversation.note(note)
     conversation.note("/help lists the commands, reset begins anew, quit leaves")
@@ -363,12 +339,11 @@ def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
             continue
         interrupted = False
         try:
-            if line.strip().lower() in BARE:
+            if line.strip().lower() in ("reset", "help", "quit", "exit"):
                 conversation.obey(f"/{line.strip()}")
             elif line.startswith("/"):
                 conversation.obey(line.strip())
             elif line.strip():
-                conversation.attempt = 0
                 conversation.answer(line)
         except UserError as error:  # a command that cannot be obeyed is no reason to end a conversation
             conversation.note(f"({error})")
@@ -380,7 +355,6 @@ def say_replies(agents: Sequence[Agent], text: str) -> None:
     """Print the reply to `text` and nothing else; of two agents both on one line, a tab between them."""
     if len(agents) == 1:
         print_reply(agents[0], text)
-        print(flush=True)
     else:
         print("\t".join(re.sub(r"\s+", " ", agent.reply(text)) for agent in agents), flush=True)
 
@@ -409,10 +383,7 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     use_all_cores()
     if config.web:
-        from support.chat_page import (  # here, because it takes seconds that a terminal need not wait for
-            check_page,
-            serve,
-        )
+        from support.chat_page import check_page, serve  # here, because a terminal need not wait seconds for gradio
 
         check_page(config.preferences, config.port)
         return serve(open_agents(config), config.preferences, config.port)
