@@ -156,9 +156,11 @@ class Conversation:
                     agent.reset()
                 self.note("(forgotten)")
             case "/undo":
-                self.note(f"(taken back: {self.undo()})")
+                text, *_ = [agent.undo() for agent in self.agents]
+                self.note(f"(taken back: {text})")
             case "/retry":
-                self.answer(self.undo(), self.attempt + 1, otherwise=histories)
+                text, *_ = [agent.undo() for agent in self.agents]
+                self.answer(text, self.attempt + 1, otherwise=histories)
             case "/scores":
                 if rest not in ("", "on", "off"):
                     raise UserError(f"'/scores {rest}' means nothing; expected /scores, /scores on or /scores off.")
@@ -189,12 +191,6 @@ class Conversation:
                     f"there is no command '{name}'; /help lists them, and a line that begins with a blank is said."
                     + did_you_mean(name, COMMANDS)
                 )
-
-    def undo(self) -> str:
-        texts = [agent.undo() for agent in self.agents]
-        if not texts[0]:
-            raise UserError("nothing was said yet.")
-        return texts[0]
 
     def show_scores(self, human: str = "") -> None:
         for name, agent in zip(self.names, self.agents):
@@ -231,15 +227,13 @@ class Conversation:
 
     def answer_side_by_side(self, text: str, attempt: int) -> None:
         from rich.live import Live
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         said = [""] * len(self.agents)
 
         def columns() -> Table:
-            table = Table.grid(expand=True, padding=(0, 3, 0, 0))
-            for _ in self.agents:
-                table.add_column(ratio=1)
+            table = Table.grid(*[Column(ratio=1) for _ in self.agents], expand=True, padding=(0, 3, 0, 0))
             table.add_row(*[Text.assemble((f"{name}: ", "bold"), reply) for name, reply in zip(self.names, said)])
             return table
 
@@ -328,16 +322,14 @@ def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
     interrupted = False
     while True:
         try:
-            line = session.prompt([("bold", "you: ")])
+            line, interrupted = session.prompt([("bold", "you: ")]), False
         except EOFError:
             return
         except KeyboardInterrupt:
             if interrupted:
                 return
-            interrupted = True
+            line, interrupted = "", True
             conversation.note("(Ctrl-C again, Ctrl-D or quit leaves)")
-            continue
-        interrupted = False
         try:
             if line.strip().lower() in ("reset", "help", "quit", "exit"):
                 conversation.obey(f"/{line.strip()}")

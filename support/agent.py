@@ -51,8 +51,8 @@ class Agent:
     def __init__(self, path: str, **settings: Any):
         self.path, settings = path, AgentConfig(path, **settings)
         self.system, self.spaced, self.seed = settings.system, settings.spaced, settings.seed
-        self.name = name = resolve_model(path)
         sampling = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
+        self.name = name = resolve_model(path)
         self.model, self.tokenizer = load_causal_lm(name, settings.tokenizer_path or name)
         self.uses_template = reads_template(settings, self.tokenizer, name)
 
@@ -84,8 +84,7 @@ class Agent:
         for ids in (folder.eos_token_id, getattr(config, "eos_token_id", None)):
             ends.update(ids if isinstance(ids, list) else [ids])
         draws = {f: getattr(sampling, f) for f in ("temperature", "top_k", "top_p") if not sampling.greedy}
-        self.model.generation_config = GenerationConfig()
-        self.generation_config = GenerationConfig(
+        self.generation_config = self.model.generation_config = GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=sampling.min_new_tokens,
             eos_token_id=sorted(ends - {None}) or None,
@@ -126,8 +125,10 @@ class Agent:
                 self.history = [*self.history, self.heard(text), said]
 
     def undo(self) -> str:
-        """Take the last exchange back; return what the user had said in it, "" before the first exchange."""
-        *self.history, text, _ = self.history or ["", ""]
+        """Take the last exchange back; return what the user had said in it. Raises UserError if nothing was said."""
+        if not self.history:
+            raise UserError("nothing was said yet.")
+        *self.history, text, _ = self.history
         return text
 
     def heard(self, text: str) -> str:
@@ -241,17 +242,20 @@ class Agent:
         stop = threading.Event()
 
         def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            last = ids[0, len(prompt) :][-2 * len(self.stop.encode()) :]  # these hold a marker that ends here
-            marked = bool(self.stop) and self.stop in self.tokenizer.decode(last)
+            said = ids[0, len(prompt) :].tolist()
+            if self.codec:
+                marked = self.codec.ended(said)
+            else:
+                marked = bool(self.stop) and self.stop in self.tokenizer.decode(said)
             return torch.tensor([stop.is_set() or marked], device=ids.device)
 
         def generate() -> None:
             ids = torch.tensor([prompt], device=self.model.device)
-            options = dict(generation_config=self.generation_config, attention_mask=torch.ones_like(ids))
-            if first := first_position(self.model.config):  # left to itself, generate counts from 0
+            options = dict(attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([ended]))
+            if first := first_position(self.model.config):  # by default generate counts from 0
                 options["position_ids"] = first + torch.arange(len(prompt), device=ids.device)[None]
             try:
-                self.model.generate(ids, streamer=streamer, stopping_criteria=StoppingCriteriaList([ended]), **options)
+                self.model.generate(ids, streamer=streamer, **options)
             finally:
                 streamer.on_finalized_text("", stream_end=True)  # also where generate raises
 
@@ -460,9 +464,9 @@ def load_conversation(path: str, agents: int) -> list[list[str]]:
         messages = conversation.get("messages") if isinstance(conversation, dict) else None
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise wrong("a conversation has no list 'messages'")
-        if len(messages) % 2 or [m.get("role") for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+        roles, texts = [m.get("role") for m in messages], [m.get("content") for m in messages]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
             raise wrong("the messages should be of 'user' and 'assistant' in turn, and end with the assistant's")
-        texts = [m.get("content") for m in messages]
         if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[::2]):
             raise wrong("the content of each message should be text, and the user's not blank")
         histories.append([CONTROLS.sub("", text) for text in texts])

@@ -14,6 +14,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import conftest
@@ -107,6 +108,20 @@ def dictate(agent, *replies):
     agent.model.generate = spy
     agent.model.register_forward_hook(force)
     return prompts
+
+
+@contextmanager
+def longest_file(size):
+    """No file can be longer than `size` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
 
 
 def interrupted(*args):
@@ -741,16 +756,8 @@ def test_save_and_load(talk, tmp_path, capsys):
 
 def test_a_full_disk_leaves_no_half_of_a_conversation(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda *a, **k: "x" * 10_000_000)
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        with pytest.raises(UserError, match="cannot be written"):
-            save_conversation(str(tmp_path / "said.json"), [Agent(folder)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, kept)
+    with longest_file(1_000_000), pytest.raises(UserError, match="cannot be written"):
+        save_conversation(str(tmp_path / "said.json"), [Agent(folder)])
     assert not (tmp_path / "said.json").exists()
 
 

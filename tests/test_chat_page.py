@@ -19,7 +19,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_chat import TEMPLATE, make_model
+from test_chat import TEMPLATE, longest_file, make_model
 
 from support.agent import Agent
 from support.chat_page import append_preference, check_page
@@ -298,18 +298,11 @@ def test_a_file_that_would_no_longer_be_read_is_left_as_it_is(tmp_path, content,
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
-    resource = pytest.importorskip("resource")
     file = tmp_path / "p.jsonl"
     append_preference(file, ROW)
-    kept, size = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), file.stat().st_size
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
-        with pytest.raises(UserError, match="cannot be written"):
-            append_preference(file, ROW)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, kept)
+    size = file.stat().st_size
+    with longest_file(size + 10), pytest.raises(UserError, match="cannot be written"):
+        append_preference(file, ROW)
     assert file.stat().st_size == size
 
 
