@@ -1,10 +1,10 @@
-"""What a person sees of a run while it goes on: a live display on a terminal, plain lines anywhere else, and warnings.
+"""What a person sees of a run: a live display on a terminal, plain lines anywhere else, and warnings.
 
     with Monitor(config) as monitor:
-        monitor.start(main)                        # from here on there is something to see
+        monitor.start(main)                        # from here on the display is drawn
         monitor.stage("loading the models")
         monitor.begin(run, updates, max_new_tokens, warnings)
-        monitor.update(metrics)                    # the display, or one line; and what is to be warned of
+        monitor.update(metrics)                    # the display, or one line; and new warnings
         monitor.dialogue(row)                      # a sample dialogue: the display, and samples.jsonl
 
 `show_bar` and `show_spinner` are for the other scripts.
@@ -40,25 +40,27 @@ from support.diagnostics import FIRST, RECENT, Watched, find_warnings
 from support.files import is_number, nan_to_none
 from support.options import ProgressMode
 
-REFRESH = 2  # times a second: the clock has to move, and each drawing takes the training a few milliseconds
+REFRESH = 2  # times a second; each drawing delays the training by a few milliseconds
 
-# Only colours that can be read on a dark and on a light ground
+# Only colours that can be read on a dark and on a light background
 TREND, GROUND, HEADING, ALARM = "cyan", "bright_black", "bold", "bold red"
 WIDEST, TWO_COLUMNS = 110, 76  # characters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where something can be drawn
+# Drawing on a terminal
 
 
 def can_draw(mode: ProgressMode = "auto", main: bool = True) -> bool:
-    """Whether to draw a display rather than print lines: `auto` draws on a terminal that can move its cursor, and not
-    in CI; of several processes only the main one draws. $PPO_DIALOG_PROGRESS stands in for `auto`."""
+    """Decide whether to draw a display rather than print lines. Only the main process draws.
+
+    `auto` draws on a terminal that can move its cursor, and not in CI. $PPO_DIALOG_PROGRESS replaces `auto`.
+    """
     if mode == "auto":
         mode = os.environ.get("PPO_DIALOG_PROGRESS", "auto")
     if not main or mode == "plain":
         return False
-    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # which a display that is on already stands before
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # what a display that is on already has replaced
     utf8 = "utf" in (getattr(stdout, "encoding", None) or "").lower()
     if mode == "live":
         return utf8
@@ -68,52 +70,45 @@ def can_draw(mode: ProgressMode = "auto", main: bool = True) -> bool:
 
 @functools.cache
 def console() -> Console:
-    """The one that everything is drawn on, so that one display can stand within another; only for what is drawable."""
-    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # for good: others may redirect it for a while
+    """Return the one console for all drawing, so that displays can be nested. Call it only if `can_draw`."""
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # kept: others may redirect sys.stdout for a while
     return Console(file=stdout, highlight=False, force_terminal=True)
 
 
-def live_drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Live:
-    """A display of what `renderable` gives, which other prints appear above. stderr stays its own where it is no
-    terminal."""
-    return Live(
-        get_renderable=renderable,
-        console=console(),
-        refresh_per_second=REFRESH,
-        transient=transient,
-        redirect_stderr=sys.stderr.isatty(),
-    )
+@contextlib.contextmanager
+def live_drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Iterator[Live]:
+    """Draw what `renderable` returns below all other prints. stderr is left alone unless it is a terminal.
 
+    SIGTERM becomes SystemExit, so that the terminal gets its cursor back, unless it has a handler already, such as
+    checkpoint.StopSignals.
+    """
 
-class SystemExitOnSigterm:
-    """SIGTERM unwinds the program while something is drawn, so that the terminal gets its cursor back; where somebody
-    else handles it (checkpoint.StopSignals), that stays so."""
-
-    def __init__(self):
-        self.installed = False
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._exit)
-            self.installed = True
-
-    def __exit__(self, *_) -> None:
-        if self.installed and signal.getsignal(signal.SIGTERM) == self._exit:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def _exit(self, number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         sys.exit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    unhandled = main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if unhandled:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        with Live(
+            get_renderable=renderable,
+            console=console(),
+            refresh_per_second=REFRESH,
+            transient=transient,
+            redirect_stderr=sys.stderr.isatty(),
+        ) as live:
+            yield live
+    finally:
+        if unhandled and signal.getsignal(signal.SIGTERM) == stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def show_spinner(text: str, draw: bool) -> Iterator[None]:
-    """The block with a spinner and the seconds that it takes."""
-    if not draw:
-        yield
-        return
-    started = time.monotonic()
-    spinner = Spinner("dots", style=TREND)
-    with SystemExitOnSigterm(), live_drawing(lambda: _spinning(spinner, text, started), transient=True):
+    """Show a spinner and the seconds gone during the block."""
+    started, spinner = time.monotonic(), Spinner("dots", style=TREND)
+    with live_drawing(lambda: _spinning(spinner, text, started), transient=True) if draw else contextlib.nullcontext():
         yield
 
 
@@ -124,34 +119,28 @@ def _spinning(spinner: Spinner, text: str, started: float) -> RenderableType:
 
 @contextlib.contextmanager
 def show_bar(label: str, draw: bool, done: float = 0.0, transient: bool = False) -> Iterator[Callable[..., None]]:
-    """The block with a bar and the time left, moved by what it yields: a function of the share that is done (0 to 1)
-    and, where there is news, a note. A `transient` one is gone with the block."""
+    """Show a bar and the time left during the block; remove it at the end if `transient`.
+
+    Yields the function that moves it, of the share done (0 to 1) and optionally a new note.
+    """
     if not draw:
         yield lambda done, note="": None
         return
-    with (
-        SystemExitOnSigterm(),
-        Progress(
-            TextColumn("{task.description}", style=HEADING, markup=False),
-            BarColumn(24, style=GROUND, complete_style=TREND, finished_style=TREND),
-            TaskProgressColumn(style="default"),
-            TextColumn("{task.fields[times]}  {task.fields[note]}", style="default", markup=False),
-            console=console(),
-            refresh_per_second=REFRESH,
-            transient=transient,
-            redirect_stderr=sys.stderr.isatty(),
-        ) as progress,
-    ):
-        task = progress.add_task(label, total=1.0, completed=done, note="", times="")
-        started, before = time.monotonic(), done
+    progress = Progress(
+        TextColumn("{task.description}", style=HEADING, markup=False),
+        BarColumn(24, style=GROUND, complete_style=TREND, finished_style=TREND),
+        TaskProgressColumn(style="default"),
+        TextColumn("{task.fields[times]}  {task.fields[note]}", style="default", markup=False),
+    )
+    task = progress.add_task(label, total=1.0, completed=done, note="", times="")
+    started, before = time.monotonic(), done
 
-        def move(done: float, note: str = "") -> None:
-            gone = time.monotonic() - started
-            times = f"{clock(gone)} gone"
-            if before < done < 1:
-                times += f", {clock(gone * (1 - done) / (done - before))} left"
-            progress.update(task, completed=done, times=times, **({"note": note} if note else {}))
+    def move(done: float, note: str = "") -> None:
+        times = _times(time.monotonic() - started, done - before, 1 - done)
+        progress.update(task, completed=done, times=times, **({"note": note} if note else {}))
 
+    with live_drawing(progress.get_renderable, transient) as live:
+        live.refresh()
         yield move
         move(1.0)
 
@@ -164,11 +153,11 @@ def follow(lines: Iterable[str], move: Callable[..., None]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Metrics as text
 
 
 def progress_line(metrics: dict[str, float], total_time_steps: int) -> str:
-    """The line of an update, where there is nothing to draw on."""
+    """Return the line of an update, for output that is not drawn."""
     parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("intent", "meteor") if name in metrics)
     return (
         f"update {metrics['update']:>3}  steps {metrics['env_steps']:>7,}/{total_time_steps:,}  "
@@ -179,8 +168,10 @@ def progress_line(metrics: dict[str, float], total_time_steps: int) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """Values as a line of at most `width` small bars between their least and their largest; of more values, several
-    make a bar, their mean. What is no number is left out."""
+    """Draw values as at most `width` small bars from their minimum to their maximum.
+
+    With more values, a bar is the mean of several. Values that are not numbers are left out.
+    """
     group = -(-len(values) // width)
     groups = [[v for v in values[i : i + group] if is_number(v)] for i in range(0, len(values), group)]
     means = [sum(g) / len(g) if g else None for g in groups]
@@ -194,7 +185,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """0:07, 12:30, 3:01:05, or 2 d 3 h."""
+    """Write a duration as 0:07, 12:30, 3:01:05, or 2 d 3 h."""
     seconds = int(seconds)
     if seconds >= 86_400:
         return f"{seconds // 86_400} d {seconds % 86_400 // 3600} h"
@@ -202,30 +193,34 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
+def _times(gone: float, done: float, todo: float) -> str:
+    """Write the time gone, and the time left at the same pace."""
+    left = f", {clock(gone * todo / done)} left" if done > 0 and todo > 0 else ""
+    return f"{clock(gone)} gone{left}"
+
+
 def one_line(text: str) -> str:
-    """A text of a model or of data as it can be shown: without line ends, escape sequences and other controls."""
+    """Make a model's or a dataset's text safe to show: no line ends, escape sequences or other controls."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of a run: one JSON object a line, each with the `update` that it belongs to
+# Files of a run: one JSON object a line, each with its `update`
 
 
-def read_rows(file: Path, updates: int) -> list[dict[str, Any]]:
-    """The rows of the first `updates` updates; what a run that was killed left half written is left out."""
+def read_rows(file: Path, updates: int, cut: bool = False) -> list[dict[str, Any]]:
+    """Read the rows of the first `updates` updates, without a line that a killed run left unfinished.
+
+    With `cut`, the other rows are removed from the file: a resumed run writes them again.
+    """
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if row["update"] <= updates]
-
-
-def keep_rows(file: Path, updates: int) -> list[dict[str, Any]]:
-    """`read_rows`, and take all others out of the file: a resumed run writes them again."""
-    rows = read_rows(file, updates)
-    if file.exists():
+    rows = [row for row in rows if row["update"] <= updates]
+    if cut and file.exists():
         aside = file.with_name(f".{file.name}.part")
-        aside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        aside.write_text("".join(map(_line, rows)), encoding="utf-8")
         aside.replace(file)
     return rows
 
@@ -253,16 +248,16 @@ class Shown(Watched, Protocol):
     total_time_steps: int
 
 
-class Monitor:
-    """Shows a run of ppo_dialog.py, and says what is to be warned of; `config` is its PPOConfig.
+class Monitor(contextlib.AbstractContextManager):
+    """Shows a run of ppo_dialog.py and warns about it. `config` is its PPOConfig.
 
-    Use as a context manager: however the block ends, the terminal is as it was. Nothing happens before `start`, nor
-    where `start` was told that this is not the main process.
+    Use it as a context manager: however the block ends, it restores the terminal. It does nothing before `start`, nor
+    on processes other than the main one.
     """
 
     def __init__(self, config: Shown):
         self.config = config
-        self.main, self.live = False, None
+        self.main, self.live, self.drawing = False, None, contextlib.ExitStack()
         self.first: list[dict[str, Any]] = []
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.said: set[str] = set()
@@ -270,10 +265,6 @@ class Monitor:
         self.what, self.since = "", time.monotonic()
         self.of_reward: Sequence[str] = ()
         self.spinner = Spinner("dots", style=TREND)
-        self.guard = SystemExitOnSigterm()
-
-    def __enter__(self) -> Monitor:
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -281,29 +272,21 @@ class Monitor:
     def start(self, main: bool) -> None:
         self.main = main
         if can_draw(self.config.progress, main):
-            self.guard.__enter__()
-            self.live = live_drawing(self._draw)
-            self.live.start(refresh=True)
+            self.live = self.drawing.enter_context(live_drawing(self._draw))
 
     def close(self) -> None:
-        """Leave the figures where they are and give the terminal back."""
-        if self.live is not None:
-            self.what = ""
-            live, self.live = self.live, None
-            try:
-                live.stop()
-            finally:
-                self.guard.__exit__()
+        """Leave the last metrics on the screen and restore the terminal."""
+        self.what, self.live = "", None
+        self.drawing.close()
 
     def stage(self, what: str) -> None:
-        """What is being done from here on, in a few words. Before the first update each stage is drawn at once, so that
-        a short one is seen too."""
+        """Say in a few words what is being done now. Before the first update it is drawn at once, however short."""
         self.what, self.since = what, time.monotonic()
         if self.live is not None and not self.recent:
             self.live.refresh()
 
     def begin(self, run: Path, updates: int, max_new_tokens: int, warnings: dict[str, str]) -> None:
-        """Training begins in the folder `run`, after so many updates of earlier; `warnings` are due already."""
+        """Begin training in the folder `run` after `updates` earlier updates; show `warnings` at once."""
         self.run, self.max_new_tokens = run, max_new_tokens
         self.started, self.steps_before = time.monotonic(), 0
         if not self.main:
@@ -311,12 +294,12 @@ class Monitor:
         for row in read_rows(run / "metrics.jsonl", updates):
             self._remember(row)
             self.steps_before = row["env_steps"]
-        self.said = {row["name"] for row in keep_rows(run / "warnings.jsonl", updates)}
-        self.dialogues.extend(keep_rows(run / "samples.jsonl", updates))
+        self.said = {row["name"] for row in read_rows(run / "warnings.jsonl", updates, cut=True)}
+        self.dialogues.extend(read_rows(run / "samples.jsonl", updates, cut=True))
         self._warn(warnings, updates, self.steps_before)
 
     def update(self, metrics: dict[str, Any], of_reward: Sequence[str] = ()) -> None:
-        """Show the metrics of an update. `of_reward` names those that the reward returned."""
+        """Show the metrics of an update, and warn of what they reveal. `of_reward` names those of the reward."""
         self.of_reward = of_reward
         if not self.main:
             return
@@ -327,19 +310,18 @@ class Monitor:
         self._warn(found, metrics["update"], metrics["env_steps"])
 
     def dialogue_due(self, update: int) -> bool:
-        """Whether a sample dialogue is to be shown after this update: the first, and every sample_interval-th."""
+        """Whether to show a sample dialogue after this update: the first one, and every sample_interval-th."""
         every = self.config.sample_interval
         return every > 0 and (update == 1 or update % every == 0)
 
     def dialogue(self, row: dict[str, Any]) -> None:
-        """A sample dialogue, see experiment.sample_dialogue."""
+        """Show a sample dialogue, made by eval_metrics.sample_dialogue, and keep it."""
         if self.main:
             self.dialogues.append(row)
             _append(self.run / "samples.jsonl", row)
 
     def _remember(self, metrics: dict[str, Any]) -> None:
-        if len(self.first) < FIRST:
-            self.first.append(metrics)
+        self.first = [*self.first, metrics][:FIRST]
         self.recent.append(metrics)
 
     def _warn(self, found: dict[str, str], update: int, env_steps: int) -> None:
@@ -352,39 +334,36 @@ class Monitor:
                 else:
                     console().print(Text.assemble(("WARNING: ", ALARM), text))
 
-    # The display: how far, figures with their trend, a dialogue. What does not fit a low terminal is cut from below.
+    # The display: progress, metrics with their trend, a dialogue. A low terminal loses the lower lines.
 
     def _draw(self) -> RenderableType:
         width = min(console().width, WIDEST)
         if not self.recent:
             return _spinning(self.spinner, self.what, self.since) if self.what else Text()
-        parts = [Text(), self._how_far(width), Text(), self._figures(width)]
+        parts = [Text(), self._progress(width), Text(), self._metrics(width)]
         if self.dialogues:
             parts += [Text(), self._dialogue(width)]
         return Group(*parts)
 
-    def _how_far(self, width: int) -> RenderableType:
-        """Two lines: what is being done, and a bar with the time left (at the pace since this process began)."""
-        steps, total = self.recent[-1]["env_steps"], self.config.total_time_steps
-        gone, done = time.monotonic() - self.started, steps - self.steps_before
-        heading = Text(no_wrap=True, overflow="ellipsis")
-        heading.append(self.config.experiment_name, HEADING).append(f"  update {self.recent[-1]['update']:,}")
+    def _progress(self, width: int) -> RenderableType:
+        """Two lines: what is being done, and a bar with the time left at the pace of this process."""
+        steps, total, now = self.recent[-1]["env_steps"], self.config.total_time_steps, time.monotonic()
+        words = [(self.config.experiment_name, HEADING), f"  update {self.recent[-1]['update']:,}"]
         if self.what:
-            seconds = time.monotonic() - self.since
-            heading.append("  ").append_text(self.spinner.render(time.monotonic())).append(f" {self.what}")
-            heading.append(f"  {clock(seconds)}" if seconds > 3 else "")  # else it flickers
-        times = f"{clock(gone)} gone"
-        if done and steps < total:
-            times += f", {clock(gone * (total - steps) / done)} left"
+            seconds = f"  {clock(now - self.since)}" if now - self.since > 3 else ""  # else it flickers
+            words += ["  ", self.spinner.render(now), f" {self.what}{seconds}"]
+        heading = Text.assemble(*words, no_wrap=True, overflow="ellipsis")
+        times = _times(now - self.started, steps - self.steps_before, total - steps)
         counts = f"  {steps:,} of {total:,} steps" if width >= 64 else ""
-        words = Text(f"{min(1.0, steps / total):4.0%}{counts}  {times}", no_wrap=True)
+        figures = Text(f"{min(1.0, steps / total):4.0%}{counts}  {times}", no_wrap=True)
+        length = max(8, width - len(figures) - 1)
+        bar = ProgressBar(total, steps, length, style=GROUND, complete_style=TREND, finished_style=TREND)
         line = Table.grid(padding=(0, 1))
-        length = max(8, width - len(words) - 1)
-        line.add_row(ProgressBar(total, steps, length, style=GROUND, complete_style=TREND, finished_style=TREND), words)
+        line.add_row(bar, figures)
         return Group(heading, line)
 
-    def _figures(self, width: int) -> RenderableType:
-        """The figures of the last update with their trends, in two columns where there is room."""
+    def _metrics(self, width: int) -> RenderableType:
+        """The metrics of the last update with their trends, in two columns if there is room."""
         left = [("score", "score", "{:.3f}")]
         left += [(f"  {one_line(name)}", name, "{:.3f}") for name in self.of_reward[:4]]
         left += [(f"KL, target {self.config.kl_target:g}", "kl_div", "{:.4f}"), ("alpha", "alpha", "{:.3f}")]
@@ -414,7 +393,7 @@ class Monitor:
         return table
 
     def _dialogue(self, width: int) -> RenderableType:
-        """The end of a context, its speakers as A and B, and what B says to it: before training, now, and a human."""
+        """The end of a context, its speakers as A and B, and B's replies: before training, now, and a human's."""
         row = self.dialogues[-1]
         room = 3 if width >= TWO_COLUMNS else 1 if width >= 40 else 0
         figures = list(row["scores"]["now"])[:room]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-LABELS = {  # every metric, in the order of all outputs, and its name in tables
+LABELS = {  # every metric in the order of all outputs, with its name in tables
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -18,26 +18,14 @@ LABELS = {  # every metric, in the order of all outputs, and its name in tables
     "distinct2": "distinct-2",
     "perplexity": "perplexity",
 }
-BETTER = {  # which way a metric is better: 1 is up, -1 down; 0 is neither
-    "rouge1": 1,
-    "rouge2": 1,
-    "rougeL": 1,
-    "rougeLsum": 1,
-    "meteor": 1,
-    "sacrebleu": 1,
-    "intent": 1,
-    "intent_second_judge": 1,
-    "mean_output_length": 0,
-    "distinct1": 1,
-    "distinct2": 1,
-    "perplexity": -1,
-}
+# which way a metric is better: 1 is up, -1 down, 0 neither
+BETTER = dict.fromkeys(LABELS, 1) | {"mean_output_length": 0, "perplexity": -1}
 
 
 def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
-    """What a difference means whose 95% interval is [low, high], for a metric of this direction (see BETTER).
+    """Say what a difference with the 95% interval [low, high] means for a metric of this direction (see BETTER).
 
-    `changed` is for a metric where neither way is better; "" for an interval that includes zero.
+    `changed` is for a metric that is better in neither direction, "" for an interval that includes zero.
     """
     if not (low > 0 or high < 0):
         return ""

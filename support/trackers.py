@@ -1,4 +1,4 @@
-"""wandb, TensorBoard and trackio, through Accelerate."""
+"""Metrics and sample dialogues for wandb, TensorBoard and trackio, through Accelerate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,59 +17,56 @@ from support.config import plain_values
 from support.errors import UserError, first_line
 from support.options import RunOptions
 
-TRACKED_AS = {"fps": "FPS"}  # the tutorial's name; the others are its names anyway
+TRACKED_AS = {"fps": "FPS"}  # the tutorial's name; all other names are the same
 TABLE = ("update", "context", "before", "now", "human", "score_before", "score_now")
 
 
 def start_trackers(config: RunOptions, accelerator: Accelerator, run: Path, ids: dict[str, str], updates: int) -> None:
-    """wandb, TensorBoard and trackio through Accelerate; a resumed run goes on where its `updates` ended.
+    """Start the trackers through Accelerate. A resumed run goes on where its `updates` ended.
 
-    wandb (offline) and TensorBoard write into the run's folder, trackio where `trackio show` looks for it.
+    wandb (offline) and TensorBoard write into the run's folder, trackio where `trackio show` finds it.
     """
-    mode = config.wandb_mode or os.environ.get("WANDB_MODE", "online")
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in plain_values(config).items()}
-    options = {"tensorboard": dict(purge_step=updates + 1) if updates else {}}
-    asked = set(config.track)
-    missing = [name for name in sorted(asked) if find_spec(name) is None]
-    if missing:
+    names = sorted(set(config.track))
+    if missing := [name for name in names if find_spec(name) is None]:
         raise UserError(f"--track {missing[0]} needs the package {missing[0]}: pip install {missing[0]}.")
-    if "wandb" in asked and accelerator.is_main_process:
-        import wandb
-
-        offline = mode == "offline"
-        # console off: it would keep every drawing of the display. quiet: no table of the run's last figures at its end
-        quiet = wandb.Settings(console="off", quiet=True, show_info=not offline)
-        wandb.setup()
-        wandb.termsetup(quiet, None)  # offline it tells that it is offline; warnings and errors stay
-        options["wandb"] = dict(entity=config.wandb_entity or None, name=run.name, mode=mode)
-        options["wandb"] |= dict(dir=str(run), settings=quiet)
-        if "wandb" in ids:
-            options["wandb"] |= dict(id=ids["wandb"], resume="allow")
-    options["trackio"] = dict(name=run.name, resume="allow" if updates else "never", embed=False)
+    options = {
+        "tensorboard": dict(purge_step=updates + 1) if updates else {},
+        "trackio": dict(name=run.name, resume="allow" if updates else "never", embed=False),
+        "wandb": _wandb_options(config, run, ids) if "wandb" in names and accelerator.is_main_process else {},
+    }
     try:
-        with quiet_trackio():
+        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints advice, which no option hides
             accelerator.init_trackers(config.wandb_project, settings, init_kwargs=options)
-    except Exception as error:  # each tracker has its own: no login, no network, no permission
+    except Exception as error:  # each tracker raises its own errors: no login, no network, no permission
         raise UserError(
             f"a tracker could not start ({first_line(error)}). Without an account or a network use "
             "WANDB_MODE=offline, --track tensorboard or --track trackio."
         ) from error
     ways = {"trackio": f"trackio show --project {config.wandb_project}", "tensorboard": f"tensorboard --logdir {run}"}
-    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if mode == "offline" else {}
-    for name in sorted(asked & set(ways)):
+    ways |= {"wandb": f"wandb sync {run}/wandb/offline-run-*"} if wandb_mode(config) == "offline" else {}
+    for name in sorted({*names} & {*ways}):
         accelerator.print(f"{name}: {ways[name]}", flush=True)
 
 
-@contextlib.contextmanager
-def quiet_trackio() -> Iterator[None]:
-    """Trackio prints a page of advice when it starts and ends, and has no switch against it; its warnings stay."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        yield
+def wandb_mode(config: RunOptions) -> str:
+    """Return "online" or "offline"."""
+    return config.wandb_mode or os.environ.get("WANDB_MODE", "online")
+
+
+def _wandb_options(config: RunOptions, run: Path, ids: dict[str, str]) -> dict[str, Any]:
+    import wandb
+
+    # console off: it would store every drawing of the display. quiet: no table of the last metrics at the end
+    quiet = wandb.Settings(console="off", quiet=True, show_info=wandb_mode(config) != "offline")
+    wandb.setup()
+    wandb.termsetup(quiet, None)  # drops the notice that wandb is offline; warnings and errors stay
+    options = dict(entity=config.wandb_entity or None, name=run.name, mode=wandb_mode(config), dir=str(run))
+    return options | dict(settings=quiet) | (dict(id=ids["wandb"], resume="allow") if "wandb" in ids else {})
 
 
 class Log:
-    """The trackers, which may fail without taking the run with them: metrics.jsonl holds every update anyway."""
+    """Writes to the trackers. The run goes on if one fails, as metrics.jsonl has every update."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.missing = accelerator, 0
@@ -78,7 +75,7 @@ class Log:
         self._try(lambda: self.accelerator.log({TRACKED_AS.get(k, k): v for k, v in metrics.items()}, step=step))
 
     def dialogues(self, rows: Sequence[dict[str, Any]], step: int) -> None:
-        """Sample dialogues (lines of samples.jsonl) as a table `samples`; TensorBoard, which has none, gets a text."""
+        """Log sample dialogues (lines of samples.jsonl) as a table `samples`, in TensorBoard as a text."""
         data = [
             [row["update"], "\n".join(row["context"]), *(row[name] for name in ("before", "now", "human"))]
             + [row["scores"][name].get("score") for name in ("before", "now")]
@@ -101,7 +98,7 @@ class Log:
             tracker.log({"samples": text}, step=step)
 
     def summary(self, file: Path, step: int) -> None:
-        """The closing comparison (eval.json) under names `eval/policy/meteor`, `eval/difference/meteor`, ..."""
+        """Log the final comparison (eval.json) as `eval/policy/meteor`, `eval/difference/meteor`, ..."""
         result = json.loads(file.read_text(encoding="utf-8"))
         flat = {
             f"eval/{part}/{name}": value["value"] if isinstance(value, dict) else value
@@ -113,30 +110,30 @@ class Log:
     def _try(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except Exception as error:  # each tracker has its own: network, quota, disk, server
+        except Exception as error:  # each tracker raises its own errors: network, quota, disk, server
             if not self.missing:
-                self.accelerator.print(
-                    f"WARNING: a tracker failed ({first_line(error)}); the run goes on, and metrics.jsonl has every "
-                    "update",
-                    flush=True,
+                self._warn(
+                    f"a tracker failed ({first_line(error)}); the run goes on, and metrics.jsonl has every update"
                 )
             self.missing += 1
 
+    def _warn(self, text: str) -> None:
+        self.accelerator.print(f"WARNING: {text}", flush=True)
+
     def close(self) -> None:
         try:
-            with quiet_trackio():
+            with contextlib.redirect_stdout(io.StringIO()):  # as at the start
                 self.accelerator.end_training()
                 if any(tracker.name == "trackio" for tracker in getattr(self.accelerator, "trackers", [])):
                     import trackio
 
-                    trackio.finish()  # else it ends the run once more, and says so, when the program ends
+                    trackio.finish()  # else it ends the run again, with a message, when the program ends
         except Exception as error:
-            self.accelerator.print(f"WARNING: a tracker could not be closed ({first_line(error)})", flush=True)
+            self._warn(f"a tracker could not be closed ({first_line(error)})")
         if self.missing:
-            self.accelerator.print(f"WARNING: {self.missing} updates are missing from a tracker", flush=True)
+            self._warn(f"{self.missing} updates are missing from a tracker")
 
 
 def tracker_ids(accelerator: Accelerator) -> dict[str, str]:
-    """What a resumed run needs to go on in the same tracker run."""
-    trackers = {tracker.name: tracker for tracker in getattr(accelerator, "trackers", [])}
-    return {"wandb": trackers["wandb"].tracker.id} if "wandb" in trackers else {}
+    """Return what a resumed run needs to go on in the same tracker run."""
+    return {t.name: t.tracker.id for t in getattr(accelerator, "trackers", []) if t.name == "wandb"}
