@@ -1,10 +1,10 @@
 """Every command and every piece of Python in README.md and docs/ is run, with tiny sizes, where this machine can.
 
-A block of commands (indented, or in fences) runs in a folder of its own that looks like a clone in which a user has
-worked: `DATA`, `CAUSAL_LM`, `models/sft`, `runs/NAME` and the other names of the pages are there, small. A command is
-run as written, with the options of TINY after it. What cannot run here stands in NOT_RUN with the reason; its options
-are still parsed by the programs that would read them. A command of a program that is not known here fails, and so does
-an option in any other text that no program has.
+A block of commands (indented, or in fences) runs in its own folder, which resembles a clone that a user has worked in.
+Small versions of `DATA`, `CAUSAL_LM`, `models/sft`, `runs/NAME` and the other names of the pages are there. A command
+runs as written, with the options of TINY after it. NOT_RUN lists what cannot run here, with the reason; the programs
+still parse its options. The test fails for a command of an unknown program, and for an option in other text that no
+program has.
 """
 
 import ast
@@ -27,15 +27,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from packaging.requirements import Requirement
+from test_help import CONFIGS as SCRIPTS
 
-import chat
-import estimate
-import eval_metrics
-import intent_classifier
 import ppo_dialog
-import report
-import sft_dialog
-from reproduce import results
 from support import builtin_corpus
 from support.builtin import builtin_model
 from support.config import command_line, parse_config
@@ -47,17 +41,8 @@ import agreement  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = "python accelerate pip pytest bash srun export alias source tensorboard".split()
-CONFIGS = {
-    "benchmarks/agreement.py": agreement.AgreementConfig,
-    "chat.py": chat.ChatConfig,
-    "estimate.py": estimate.EstimateConfig,
-    "eval_metrics.py": eval_metrics.EvalConfig,
-    "intent_classifier.py": intent_classifier.IntentConfig,
-    "ppo_dialog.py": ppo_dialog.PPOConfig,
-    "report.py": report.ReportConfig,
-    "reproduce/results.py": results.ResultsConfig,
-    "sft_dialog.py": sft_dialog.SFTConfig,
-}
+CONFIGS = {f"{script.__name__.replace('.', '/')}.py": config for script, config in SCRIPTS.items()}
+CONFIGS["benchmarks/agreement.py"] = agreement.AgreementConfig
 FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
 TINY = {  # appended to a command; the last of two values counts
     "chat.py": "--max-new-tokens 4",
@@ -87,8 +72,7 @@ NOT_RUN = {
 SLOW = r"examples/custom_|--no-use-share-model|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|results\.py"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the pages hold
+# --- What the pages hold
 
 
 @dataclasses.dataclass
@@ -112,7 +96,7 @@ class Block:
         return False
 
     def commands(self) -> list[list[str]]:
-        """Words of each command; lines that end in a backslash or within quotes go on in the next."""
+        """Split each command into words. A line that ends in a backslash or within quotes continues in the next."""
         found, pending = [], ""
         for line in self.text.splitlines():
             pending += line.removesuffix("\\") if line.endswith("\\") else line
@@ -133,8 +117,10 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Code blocks: in fences, or indented by four blanks after an empty line. What commands print, after an empty line,
-    is a block of its own."""
+    """Find code blocks: in fences, or indented by four blanks after an empty line.
+
+    What commands print, after an empty line, is a separate block.
+    """
     blocks, current, start, fenced, empty = [], [], 0, False, True
 
     def end() -> None:
@@ -167,13 +153,12 @@ def not_run(words: list[str]) -> str | None:
     return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, " ".join(words))), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A clone in which a user has worked
+# --- A clone in which a user has worked
 
 
 @pytest.fixture(scope="session")
 def worked(tmp_path_factory) -> Path:
-    """Small data, and a run that was trained for two updates."""
+    """Small data, and a run of two updates."""
     place = tmp_path_factory.mktemp("worked")
     corpus = builtin_corpus.generate_corpus()
     (place / "DATA").mkdir()
@@ -201,15 +186,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     policy, judge = builtin_model("policy"), builtin_model("judge")
     for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
         (tmp_path / name).symlink_to(policy)
-    for name in (
-        "ENCODER",
-        "MINILM",
-        "models/intent",
-        "models/dd-intent",
-        "models/dd-intent-2",
-        "models/even",
-        "models/odd",
-    ):
+    for name in "ENCODER MINILM models/intent models/dd-intent models/dd-intent-2 models/even models/odd".split():
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     for name in ("NAME", "ppo_dialog", "one", "two", "smollm2_daily_dialog"):
@@ -219,20 +196,22 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     (tmp_path / "messages.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello."}]}\n')
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     pages = [ROOT / "README.md", ROOT / "docs" / "reward.md"]
-    own = [
-        b.text for page in pages for b in blocks_of(page) if b.is_python and re.search(r"^(def|class) ", b.text, re.M)
-    ]
-    own = [text for text in own if "train(" not in text]
+    code = [block.text for page in pages for block in blocks_of(page) if block.is_python]
+    own = [text for text in code if re.search(r"^(def|class) ", text, re.M) and "train(" not in text]
     (tmp_path / "my_file.py").write_text("\n\n".join(own))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def execute(script: str, options: list[str]) -> None:
-    """`python SCRIPT OPTIONS` in this process, which has all libraries loaded; `<` and `>` name files."""
+def reset_accelerate() -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def execute(script: str, options: list[str]) -> None:
+    """Run `python SCRIPT OPTIONS` in this process, which has all libraries loaded. `<` and `>` name files."""
+    reset_accelerate()
     streams = {}
     for sign in "<>":
         if sign in options:
@@ -254,7 +233,7 @@ def execute(script: str, options: list[str]) -> None:
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
-    """Script and options of `python SCRIPT ...` and `accelerate launch ... SCRIPT ...`; both are parsed."""
+    """Return script and options of `python SCRIPT ...` or `accelerate launch ... SCRIPT ...`."""
     if words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])
         return launched.training_script, launched.training_script_args
@@ -269,13 +248,13 @@ def run_command(words: list[str]) -> None:
         options = options + instead.split() * (file in options and "--data-path" not in options)
     passes_through = {"--help", "--tyro-write-completion"} & set(options)
     tiny = [] if passes_through else TINY.get(script, "").split()
-    if "--output-dir" in options:  # where the page says, there is something already
+    if "--output-dir" in options:  # the folder that the page names exists already
         tiny += ["--output-dir", tempfile.mkdtemp(dir="models")]
     execute(script, options + tiny)
 
 
 def parse_command(words: list[str]) -> None:
-    """What would not be run here: options and files are at least there."""
+    """Check options and files of a command that is not run here."""
     match words[0]:
         case "pip":
             lines = [line.split("#")[0].strip() for line in Path(words[words.index("-r") + 1]).read_text().splitlines()]
@@ -307,8 +286,7 @@ def parse_command(words: list[str]) -> None:
                 assert f'"--{name}"' in text or re.search(rf"\b{name.replace('-', '_')}: ", text), (script, option)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tests
+# --- The tests
 
 
 def of_speed(block: Block):
@@ -328,8 +306,7 @@ def test_commands_run(block, clone):
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.is_python and not b.is_commands], ids=str)
 def test_python_runs(block, clone):
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     text = block.text.replace("total_time_steps=1000, eval_limit=50", "total_time_steps=100, env_num=4, eval_limit=4")
     exec(compile(text, str(block), "exec"), {"__name__": "docs"})
 
@@ -381,8 +358,7 @@ def test_completion_in_bash(clone):
     assert said.stdout.split()[-1] == "--kl-target", said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The glossary
+# --- The glossary
 
 
 def glossary(section: str) -> set[str]:
@@ -395,19 +371,15 @@ def glossary(section: str) -> set[str]:
 
 
 def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
-    plain = clone / "runs" / "plain"
-    options = "--reward my_file.py:brevity --model-path CAUSAL_LM --intent-coef 0 --data-path DATA --length-rate 0.5"
-    tiny = f"{TINY['ppo_dialog.py']} --experiment-name plain --validation-limit 4"
-    execute("ppo_dialog.py", [*options.split(), *tiny.split()])
-    alike = clone / "runs" / "alike"
-    options = "--model-path CAUSAL_LM --intent-coef 0 --data-path DATA --consensus-coef 1 --commonplace-coef 1"
-    tiny = f"{TINY['ppo_dialog.py']} --experiment-name alike --validation-limit 4"
-    execute("ppo_dialog.py", [*options.split(), *tiny.split()])
-    written = set()
-    for folder in (worked / "runs" / "NAME", plain, alike):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            written |= set(json.loads(line))
-    assert written == glossary("metrics.jsonl")
+    common = f"--model-path CAUSAL_LM --intent-coef 0 --data-path DATA {TINY['ppo_dialog.py']} --validation-limit 4"
+    for name, own in (
+        ("plain", "--reward my_file.py:brevity --length-rate 0.5"),
+        ("alike", "--consensus-coef 1 --commonplace-coef 1"),
+    ):
+        execute("ppo_dialog.py", f"{common} --experiment-name {name} {own}".split())
+    folders = worked / "runs" / "NAME", clone / "runs" / "plain", clone / "runs" / "alike"
+    rows = [json.loads(line) for f in folders for line in (f / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*rows) == glossary("metrics.jsonl")
 
     result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
     assert set(result) == {"policy", "baseline", "difference", "settings", "reward"}

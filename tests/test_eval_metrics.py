@@ -1,4 +1,4 @@
-"""The metrics equal those of the libraries they stand for; differences, replies and the command are as promised."""
+"""The metrics equal those of the libraries; differences, replies and the command are as documented."""
 
 import dataclasses
 import json
@@ -9,15 +9,14 @@ from pathlib import Path
 
 import evaluate
 import forked
-import nltk
 import numpy as np
 import pytest
 import sacrebleu
 import torch
+from conftest import make_tokenizer
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from eval_metrics import (
     DistinctN,
@@ -49,7 +48,6 @@ from support.options import EVAL_SAMPLING
 from support.text import DialogueCodec, DialogueFormat, make_samples
 
 REPOSITORY = Path(__file__).parent.parent
-NLTK_DATA = REPOSITORY.parent / "shared" / "data" / "nltk_data"
 KEYS = [
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "sacrebleu"),
     *("intent", "mean_output_length", "distinct1", "distinct2", "perplexity"),
@@ -74,7 +72,7 @@ REFERENCES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models this small only lose by a second one."""
+    """A second thread only slows models this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,26 +81,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
-    """METEOR without WordNet, in no time, except where a test loads the data itself."""
+    """METEOR without WordNet, and without a download."""
     monkeypatch.setattr(meteor_module, "_meteor_parts", lambda: (meteor_module._Stemmer(), meteor_module._NoWordNet()))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    marker = DialogueFormat().eou_marker
-    blank = Tokenizer(models.BPE())
-    blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    blank.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[AddedToken(token, special=True) for token in ("<PAD>", "<EOS>", marker)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    blank.train_from_iterator(REFERENCES, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=blank, pad_token="<PAD>", eos_token="<EOS>", padding_side="left", truncation_side="left"
-    )
+    return make_tokenizer()
 
 
 def random_gpt2(tokenizer, seed=0):
@@ -112,13 +97,19 @@ def random_gpt2(tokenizer, seed=0):
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))  # in train mode, with dropout
 
 
+def save_model(folder: Path, tokenizer, seed: int) -> None:
+    random_gpt2(tokenizer, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    DialogueFormat().save(folder)
+
+
 @pytest.fixture(scope="module")
 def samples():
     return make_samples(load_dialogues("builtin", "test"), DialogueFormat())[:10]
 
 
 class ActJudge:
-    """Stands in for IntentJudge: an inform, whatever is said."""
+    """Replaces IntentJudge: every utterance is an inform."""
 
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")
@@ -143,8 +134,7 @@ def evaluation(predictions, references, log_likelihood=-20.0):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# --- Metrics
 
 
 def test_rouge_is_that_of_rouge_score():
@@ -164,7 +154,7 @@ def test_rouge_is_that_of_rouge_score():
 
 
 def test_sacrebleu_is_that_of_sacrebleu():
-    # blanks between ideographs are what sacrebleu's tokenizer for Chinese sets as well
+    # sacrebleu's tokenizer for Chinese also sets blanks between ideographs
     texts = [[t.replace("日本", "日 本 ") for t in column] for column in (PREDICTIONS, REFERENCES)]
     expected = sacrebleu.corpus_bleu(texts[0], [texts[1]], tokenize="intl").score / 100
     result = SacreBleu().compute(predictions=PREDICTIONS, references=REFERENCES)
@@ -183,25 +173,6 @@ def test_meteor_is_that_of_nltk():
         for p, r in zip(PREDICTIONS, REFERENCES)
     ]
     assert expected[1] == 0 and result == {"meteor": pytest.approx(np.mean(expected))}
-
-
-def test_meteor_of_the_published_example(monkeypatch):
-    if not NLTK_DATA.is_dir():
-        pytest.skip(f"WordNet is not at {NLTK_DATA}")
-    monkeypatch.undo()
-    monkeypatch.setattr(nltk.data, "path", [str(NLTK_DATA)])
-    meteor_module._meteor_parts.cache_clear()
-    try:
-        result = Meteor().compute(
-            predictions=[
-                "It is a guide to action which ensures that the military always obeys the commands of the party"
-            ],
-            references=["It is a guide to action that ensures that the military will forever heed Party commands"],
-        )
-        assert meteor_module.meteor_uses_synonyms()
-        assert result["meteor"] == pytest.approx(0.6944, abs=5e-5)  # the documentation of NLTK
-    finally:
-        meteor_module._meteor_parts.cache_clear()
 
 
 def test_distinct_counts_words_and_pairs_within_replies():
@@ -233,7 +204,7 @@ def test_metrics_combine_without_files_or_words(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path))
     together = evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN()])
     together.add_batch(predictions=PREDICTIONS, references=REFERENCES)
-    # a second one at work at the same time, as in another process
+    # a second one at the same time, as in another process
     other = evaluate.combine([SacreBleu(), Rouge()])
     other.add_batch(predictions=REFERENCES, references=REFERENCES)
     result = together.compute()
@@ -246,8 +217,7 @@ def test_metrics_combine_without_files_or_words(monkeypatch, capfd, tmp_path):
     assert captured.out == captured.err == ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differences
+# --- Differences
 
 
 def test_identical_evaluations_differ_by_exactly_nothing():
@@ -277,9 +247,8 @@ def test_every_interval_holds_its_value():
         return [" ".join(rng.choice(vocabulary[:size], 8)) for _ in range(80)]
 
     references = replies(60)
-    for difference in paired_difference(
-        evaluation(replies(60), references), evaluation(replies(40), references)
-    ).values():
+    one, other = evaluation(replies(60), references), evaluation(replies(40), references)
+    for difference in paired_difference(one, other).values():
         assert difference["ci95"][0] <= difference["value"] <= difference["ci95"][1]
 
 
@@ -316,8 +285,7 @@ def test_evaluations_of_other_samples_are_refused():
         paired_difference(evaluation(PREDICTIONS, REFERENCES), evaluation(PREDICTIONS, PREDICTIONS))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
+# --- Models
 
 
 def test_replies_do_not_depend_on_batch_or_company(tokenizer, samples):
@@ -381,13 +349,9 @@ def test_settings_that_cannot_be_used(tmp_path):
 def test_the_command(tokenizer, tmp_path):
     """A run folder's policy against a plain folder, with a judge of random weights."""
     for folder, seed in ((tmp_path / "run" / "policy", 0), (tmp_path / "sft", 1)):
-        random_gpt2(tokenizer, seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        DialogueFormat().save(folder)
-    judge = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=4
-    )
-    BertForSequenceClassification(judge).save_pretrained(tmp_path / "judge")
+        save_model(folder, tokenizer, seed)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=4)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     output = tmp_path / "new" / "metrics.json"
     arguments = f"--model-path {tmp_path}/run --baseline-path {tmp_path}/sft --intent-model {tmp_path}/judge"
@@ -395,7 +359,7 @@ def test_the_command(tokenizer, tmp_path):
         [sys.executable, "eval_metrics.py", *arguments.split()]
         + f"--data-path builtin --split validation --limit 6 --batch-size 2 --bootstrap 50 --output {output}".split(),
         cwd=REPOSITORY,
-        env=os.environ | {"NLTK_DATA": str(NLTK_DATA), "HF_HUB_OFFLINE": "1", "TORCH_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TORCH_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -412,9 +376,7 @@ def test_the_command(tokenizer, tmp_path):
 
 def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(tokenizer, tmp_path, capsys):
     for folder, seed in ((tmp_path / "a", 0), (tmp_path / "b", 1)):
-        random_gpt2(tokenizer, seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        DialogueFormat().save(folder)
+        save_model(folder, tokenizer, seed)
     a, b, kept = (str(tmp_path / name) for name in ("a", "b", "b.jsonl"))
     settings = dict(split="validation", limit=6, bootstrap=20)
     run_evaluation(EvalConfig(model_path=b, replies=kept, **settings))

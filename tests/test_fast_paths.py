@@ -1,4 +1,4 @@
-"""Fast ways of reading: for models of many families, what was chosen gives the numbers of each text alone."""
+"""Fast paths: for models of many families, the chosen path gives the numbers of each text alone."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ FAMILIES = {
 def family(kind: str, settings: dict | None) -> torch.nn.Module:
     """A model of random weights, large enough for a wrong path to show."""
     torch.manual_seed(0)
-    if settings is None:  # its text model has a configuration of its own
+    if settings is None:  # its text model has its own configuration
         config = Gemma3Config(text_config=SLIDING, vision_config=VISION | dict(patch_size=8), image_token_index=57)
     else:
         config = AutoConfig.for_model(kind, **settings)
@@ -121,7 +121,7 @@ def test_what_is_chosen_for_a_family_gives_what_each_text_gives_alone(name):
     prompts = ids[:, :PROMPT], mask[:, :PROMPT]
     written = sample_responses(causal_lm_step(model), EndsAtMultiples, *prompts, Sampling(), uniforms)
     lengths = written.mask.sum(-1).tolist()
-    assert len(set(lengths)) > 2  # rows have left the batch at different times
+    assert len(set(lengths)) > 2  # rows left the batch at different times
     for row, length in enumerate(lengths):
         prompt, reply = ids[row, :PROMPT][mask[row, :PROMPT].bool()], written.ids[row, :length]
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_noise_that_cannot_be_turned_off_is_found_and_the_model_stays_the_same()
         evaluated = model.policy(ids).logits
         disable_dropout(model)
         assert torch.equal(model.policy(ids).logits, evaluated)
-    assert training_noise(model) > 1e-3  # of which ppo_dialog.py warns
+    assert training_noise(model) > 1e-3  # ppo_dialog.py warns of it
 
 
 # --- positions

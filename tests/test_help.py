@@ -18,38 +18,36 @@ import sft_dialog
 from reproduce import results
 from support.config import command_line
 
-GROUPS = {
-    ppo_dialog: ("model", "format", "reward", "algorithm", "engine", "run"),
-    estimate: ("model", "format", "reward", "algorithm", "engine", "run", "launch"),
-    sft_dialog: ("sft", "fit", "format"),
-    intent_classifier: ("intent", "fit"),
-    eval_metrics: (),
-    chat: ("conversation", "agent"),
-    report: (),
-    results: (),
+PPO_GROUPS = ["model", "format", "reward", "algorithm", "engine", "run"]
+SCRIPTS = {  # configuration and the titles of its groups
+    ppo_dialog: (ppo_dialog.PPOConfig, PPO_GROUPS),
+    estimate: (estimate.EstimateConfig, [*PPO_GROUPS, "launch"]),
+    sft_dialog: (sft_dialog.SFTConfig, ["sft", "fit", "format"]),
+    intent_classifier: (intent_classifier.IntentConfig, ["intent", "fit"]),
+    eval_metrics: (eval_metrics.EvalConfig, []),
+    chat: (chat.ChatConfig, ["conversation", "agent"]),
+    report: (report.ReportConfig, []),
+    results: (results.ResultsConfig, []),
 }
-CONFIGS = {
-    ppo_dialog: ppo_dialog.PPOConfig,
-    estimate: estimate.EstimateConfig,
-    sft_dialog: sft_dialog.SFTConfig,
-    intent_classifier: intent_classifier.IntentConfig,
-    eval_metrics: eval_metrics.EvalConfig,
-    chat: chat.ChatConfig,
-    results: results.ResultsConfig,
-    report: report.ReportConfig,
-}
+CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}
 
 
-def help_of(script, monkeypatch, capfd) -> str:
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    assert ended.value.code == 0
-    return capfd.readouterr().out
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """A function that runs a script, expects status 0, and returns what it prints."""
+
+    def run(script, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert ended.value.code in (0, None)
+        return capfd.readouterr().out
+
+    return run
 
 
 def entries_of(text: str) -> dict[str, tuple[str | None, str]]:
-    """Of each option (positional arguments by their metavar) the heading it stands under and what is said of it."""
+    """Return the heading and the text of each option. A positional argument is named by its metavar."""
     entries, heading, option = {}, None, None
     for line in text.splitlines():
         if found := re.match(r"[├╭]─ (.+?) ─+[┤╮]$", line):
@@ -63,14 +61,13 @@ def entries_of(text: str) -> dict[str, tuple[str | None, str]]:
     return entries
 
 
-@pytest.mark.parametrize("script", GROUPS, ids=lambda s: s.__name__)
-def test_help_says_a_sentence_about_every_option_under_its_heading(script, monkeypatch, capfd):
-    entries = entries_of(help_of(script, monkeypatch, capfd))
-    groups = dict.fromkeys(heading for heading, _ in entries.values())
-    assert [g.removesuffix(" options") for g in groups if g not in ("options", "positional arguments")] == [
-        *GROUPS[script]
-    ]
-    for field in dataclasses.fields(CONFIGS[script]):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_help_says_a_sentence_about_every_option_under_its_heading(script, run):
+    entries = entries_of(run(script, "--help"))
+    config, groups = SCRIPTS[script]
+    titles = dict.fromkeys(heading for heading, _ in entries.values())
+    assert [t.removesuffix(" options") for t in titles if t not in ("options", "positional arguments")] == groups
+    for field in dataclasses.fields(config):
         option = f"--{field.name.replace('_', '-')}"
         if "Fixed" in str(field.type):  # a key of a file alone
             assert option not in entries
@@ -80,13 +77,10 @@ def test_help_says_a_sentence_about_every_option_under_its_heading(script, monke
         assert len(said.split()) >= 4 and said[-1] in ".?])", (option, said)
 
 
-def test_help_shows_what_the_file_of_settings_gives(tmp_path, monkeypatch, capfd):
+def test_help_shows_what_the_file_of_settings_gives(tmp_path, run):
     file = tmp_path / "mine.yaml"
     file.write_text("ppo_epoch: 7\n")
-    monkeypatch.setattr(sys, "argv", ["ppo_dialog.py", "--config", str(file), "--help"])
-    with pytest.raises(SystemExit):
-        ppo_dialog.main()
-    text = capfd.readouterr().out
+    text = run(ppo_dialog, "--config", str(file), "--help")
     assert "usage: ppo_dialog.py [--config FILE.yaml] [-h] [OPTIONS]" in text and "(default: 7)" in text
 
 
@@ -94,37 +88,30 @@ def test_named_values_are_read_as_yaml_reads_them(capfd):
     def parse(*words):
         return command_line(ppo_dialog.PPOConfig, "", ["--reward-args", *words]).reward_args
 
-    assert parse("weight=2", "word=please", "words=[a, b]", "deep={x: true}", "address=a=b") == {
-        "weight": 2,
-        "word": "please",
-        "words": ["a", "b"],
-        "deep": {"x": True},
-        "address": "a=b",
-    }
+    values = dict(weight=2, word="please", words=["a", "b"], deep={"x": True}, address="a=b")
+    assert parse("weight=2", "word=please", "words=[a, b]", "deep={x: true}", "address=a=b") == values
     assert parse() == {}
     with pytest.raises(SystemExit) as ended:
         parse("weight")
     assert ended.value.code == 2 and "'weight' is no NAME=VALUE" in capfd.readouterr().err
 
 
-def test_a_default_that_changes_in_a_subclass_stays_in_its_group(monkeypatch, capfd):
-    heading, said = entries_of(help_of(intent_classifier, monkeypatch, capfd))["--lr"]
+def test_a_default_that_changes_in_a_subclass_stays_in_its_group(run):
+    heading, said = entries_of(run(intent_classifier, "--help"))["--lr"]
     assert heading == "fit options" and "(default: 0.0001)" in said
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion_is_written(shell, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shell", ["zsh", "fish"])  # bash: test_docs.py
+def test_shell_completion_is_written(shell, tmp_path, run):
     file = tmp_path / "completion"
-    monkeypatch.setattr(sys, "argv", ["ppo_dialog.py", "--tyro-write-completion", shell, str(file)])
-    with pytest.raises(SystemExit) as ended:
-        ppo_dialog.main()
-    assert ended.value.code in (0, None) and "kl-target" in file.read_text()
+    run(ppo_dialog, "--tyro-write-completion", shell, str(file))
+    assert "kl-target" in file.read_text()
 
 
 # --- messages: every option that one names exists in the scripts that say it
 
 PPO, READERS = ("ppo_dialog",), ("ppo_dialog", "sft_dialog", "intent_classifier", "eval_metrics")
-SPEAKERS = {  # the scripts whose options a module's messages name; a script speaks for itself, another module for all
+SPEAKERS = {  # the scripts whose options a module's messages name: of a script itself, of any other module all
     "chat_page": ("chat",),
     "checkpoint": PPO,
     "config": ("ppo_dialog", "estimate"),
@@ -157,7 +144,7 @@ for script in ("ppo_dialog", "estimate"):
 
 
 def messages_in(source: str) -> list[str]:
-    """The texts in Python code, with {} for what an f-string puts in; without docstrings and options alone."""
+    """Find the texts in Python code, with {} for the values of f-strings, without docstrings and single words."""
     nodes = list(ast.walk(ast.parse(source)))
     parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     parts |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
@@ -171,7 +158,7 @@ def messages_in(source: str) -> list[str]:
 
 
 def unknown_options(message: str, scripts: tuple[str, ...]) -> list[str]:
-    """Options in a message that not all of `scripts` have, and settings that none has.
+    """Find options in a message that not all of `scripts` have, and settings that none has.
 
     `name.py --option` is checked in that script. Commands of other programs are left out.
     """
@@ -189,7 +176,7 @@ def unknown_options(message: str, scripts: tuple[str, ...]) -> list[str]:
 
 
 def test_every_option_that_a_message_names_exists_in_the_scripts_that_say_it():
-    """A module that is not in SPEAKERS is held to the options of all scripts."""
+    """A module that is not in SPEAKERS may only name options that all scripts have."""
     wrong, checked = [], 0
     for file in SOURCES:
         scripts = (file.stem,) if file.stem in FIELDS and file.stem not in SPEAKERS else SPEAKERS.get(file.stem, FIELDS)

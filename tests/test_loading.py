@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: which folders are read, which are refused in a sentence, and that none runs code."""
+"""Models and tokenizers by name: which folders are read, which are refused, and that none runs code."""
 
 import ast
 import io
@@ -36,7 +36,7 @@ from support.judge import IntentJudge
 from support.pretrained import load_pretrained, load_tokenizer
 
 TEXT = torch.arange(12)[None]  # (1, 12) token ids
-BERT = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+SIZES = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
 CAUSAL = dict(task_type="CAUSAL_LM")
 
 
@@ -58,12 +58,11 @@ def world(tmp_path_factory) -> Path:
     """Small models of random weights with a tokenizer: a GPT-2, a Llama (tied embeddings), an encoder, a judge."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=330, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
     models = {
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=330, n_layer=1, n_head=2, n_embd=16, n_positions=256)),
-        "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, max_position_embeddings=256, **sizes)),
-        "encoder": BertModel(BertConfig(**BERT)),
-        "judge": BertForSequenceClassification(BertConfig(num_labels=4, **BERT)),
+        "llama": LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, max_position_embeddings=256, **SIZES)),
+        "encoder": BertModel(BertConfig(**SIZES)),
+        "judge": BertForSequenceClassification(BertConfig(num_labels=4, **SIZES)),
     }
     for name, model in models.items():
         model.save_pretrained(root / name)
@@ -73,7 +72,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(world, tmp_path) -> Path:
-    """A copy of the GPT-2 that a test may spoil."""
+    """A copy of the GPT-2 that a test may damage."""
     return Path(shutil.copytree(world / "gpt2", tmp_path / "model"))
 
 
@@ -117,16 +116,9 @@ def test_a_judge_whose_weights_are_pickled_under_old_names_judges_alike(world, t
     assert torch.allclose(logits(IntentJudge(str(folder)).model), logits(expected.model), atol=1e-6)
 
 
-QUANTISED = {
-    "bitsandbytes": dict(load_in_4bit=True),
-    "gptq": dict(bits=4),
-    "awq": dict(bits=4),
-    "hqq": dict(quant_config={}),
-    "fp8": {},
-    "mxfp4": {},
-    "compressed-tensors": {},
-    "not yet known": {},
-}
+QUANTISED = {"bitsandbytes": dict(load_in_4bit=True), "gptq": dict(bits=4), "awq": dict(bits=4)}
+QUANTISED |= {"hqq": dict(quant_config={})}
+QUANTISED |= dict.fromkeys(("fp8", "mxfp4", "compressed-tensors", "not yet known"), {})
 
 
 @pytest.mark.parametrize("method", QUANTISED)
@@ -182,7 +174,7 @@ def test_the_first_line_goes_on_after_a_colon(said, line):
 
 
 def adapter(folder: Path, base: Path, config: peft.PeftConfig, rows: int = 0, auto=AutoModelForCausalLM, **kwargs):
-    """Save a trained adapter on `base`, whose vocabulary was changed to `rows`; its logits."""
+    """Save a trained adapter on `base`, with a vocabulary of `rows` if given, and return its logits."""
     torch.manual_seed(1)
     model = auto.from_pretrained(base, **kwargs)
     if rows:
@@ -305,8 +297,7 @@ def test_an_adapter_that_cannot_be_read_is_said(spoil, said, world, tmp_path):
     else:
         base = Path(shutil.copytree(world / "llama", tmp_path / "base"))
         if spoil == "another base":
-            wide = LlamaConfig.from_pretrained(base, hidden_size=32)
-            LlamaForCausalLM(wide).save_pretrained(base)
+            LlamaForCausalLM(LlamaConfig.from_pretrained(base, hidden_size=32)).save_pretrained(base)
         else:
             change(base / "config.json", quantization_config=dict(quant_method="gptq", bits=4))
         change(config, base_model_name_or_path=str(base))
@@ -345,7 +336,7 @@ def test_packages_that_a_tokenizer_needs_are_named(world, tmp_path, monkeypatch)
         load_tokenizer(str(tmp_path))
 
 
-# --- no code of a folder runs, and nobody is asked whether it may
+# --- no code of a folder runs, and no script asks whether to run it
 
 MAP = {name: "trap.Model" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}
 SMALL = ["--total-time-steps", "20", "--env-num", "2", "--eval-limit", "-1"]
@@ -407,7 +398,7 @@ LOADERS = ("from_pretrained", "from_config", "pipeline")
 
 
 def test_every_call_that_could_run_code_of_a_folder_says_not_to():
-    """`from_pretrained` and `from_config` of transformers' Auto classes, and `pipeline`, in scripts and examples."""
+    """Covers `from_pretrained`, `from_config` and `pipeline` of transformers, in scripts and examples."""
     root, calls = Path(chat.__file__).parent, 0
     for file in [f for folder in ("", "support", "examples", "benchmarks") for f in (root / folder).glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

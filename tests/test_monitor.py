@@ -31,18 +31,8 @@ from support.live_display import Monitor, can_draw, clock, follow, one_line, spa
 from support.meteor import meteor
 
 CONFIG = PPOConfig()
-HEALTHY = dict(
-    score=0.5,
-    score_std=0.33,
-    intent=0.7,
-    meteor=0.3,
-    kl_div=0.07,
-    alpha=0.2,
-    entropy=1.0,
-    mean_output_length=10.0,
-    clipfrac=0.08,
-    explained_variance=0.1,
-)
+HEALTHY = dict(score=0.5, score_std=0.33, intent=0.7, meteor=0.3, kl_div=0.07, alpha=0.2, entropy=1.0)
+HEALTHY |= dict(mean_output_length=10.0, clipfrac=0.08, explained_variance=0.1)
 
 
 def rows(updates: int, **changes) -> list[dict]:
@@ -82,7 +72,7 @@ def test_each_warning_names_what_to_try(name, then, now, tried):
     options = re.findall(r"--([a-z][a-z-]+)", warnings[name])
     fields = {f.replace("_", "-") for f in vars(CONFIG)} | {"second-intent-model"}
     assert options or name == "reward_constant"
-    assert {o.removeprefix("no-") for o in options} <= fields  # an option that is not there helps nobody
+    assert {o.removeprefix("no-") for o in options} <= fields  # advice names options that exist
     assert found(then, now, updates=WINDOW - 1) == {}
 
 
@@ -90,7 +80,7 @@ def test_warnings_follow_the_configuration_and_take_what_is_no_number():
     held = found({}, {"kl_div": 1.0}, replace(CONFIG, kl_coef=0.0))["kl_runaway"]
     assert "nothing holds it" in held and held.endswith("Try --kl-coef 0.2.")
     assert "kl_runaway" not in found({}, {"kl_div": 0.3}, replace(CONFIG, kl_target=0.2))
-    assert found({}, dict.fromkeys(HEALTHY)) == {}  # metrics.jsonl has null for what is not finite
+    assert found({}, dict.fromkeys(HEALTHY)) == {}  # metrics.jsonl has null for numbers that are not finite
     assert found({}, dict.fromkeys(HEALTHY, float("nan"))) == {}
     one_odd = rows(VALUE_AFTER)
     one_odd[-1] |= {"kl_div": 0.4, "clipfrac": 0.9}
@@ -117,7 +107,7 @@ def test_a_warning_is_said_once_and_not_again_by_a_resumed_run(tmp_path, capsys)
     watch(20, 25)
     assert "WARNING" not in capsys.readouterr().out
     before = (tmp_path / "warnings.jsonl").read_bytes()
-    watch(8, 25)  # from a checkpoint before it: it is said again, at the same update
+    watch(8, 25)  # from a checkpoint before the warning: it is given again, at the same update
     assert capsys.readouterr().out.count("WARNING: ") == 1
     assert (tmp_path / "warnings.jsonl").read_bytes() == before
 
@@ -142,7 +132,7 @@ def test_sample_dialogues_change_nothing_and_are_the_same_in_a_resumed_run(tmp_p
     samples = [json.loads(line) for line in before.splitlines()]
     updates = [row["update"] for row in lines(shown)]
     assert [row["update"] for row in samples] == [u for u in updates if u == 1 or u % 2 == 0]
-    assert len({tuple(row["context"]) for row in samples}) == len(samples)  # another dialogue each time
+    assert len({tuple(row["context"]) for row in samples}) == len(samples)  # a different dialogue each time
     for row in samples:
         assert set(row) == {"update", "env_steps", "context", "before", "now", "human", "scores"}
         assert set(row["scores"]) == {"before", "now"} and set(row["scores"]["now"]) == {"score", "meteor"}
@@ -158,7 +148,7 @@ def test_sample_dialogues_change_nothing_and_are_the_same_in_a_resumed_run(tmp_p
 
 
 def drawn(watching: Monitor, width: int, monkeypatch) -> list[str]:
-    """What the monitor draws on a terminal of this width."""
+    """Return the lines that the monitor draws on a terminal of this width."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(live_display, "console", lambda: console)
     console.print(watching._draw())
@@ -191,9 +181,9 @@ def test_the_display_fits_every_terminal(width, tmp_path, monkeypatch):
 
 
 class Terminal:
-    """A program on a pseudo-terminal that is its controlling one, and what it has written there."""
+    """A program on a pseudo-terminal, which is its controlling terminal, and its output."""
 
-    start = forked.Popen  # or subprocess.Popen, for programs that are no script of this project
+    start = forked.Popen  # or subprocess.Popen, for programs outside this project
 
     def __init__(self, *command: str, columns: int = 100, **environment: str):
         self.master, slave = pty.openpty()
@@ -277,13 +267,9 @@ def test_small_parts():
     assert sparkline([0, 10, 100, 90], 2) == "▁█"  # means of two
     assert [clock(s) for s in (7, 750, 10865, 97200)] == ["0:07", "12:30", "3:01:05", "1 d 3 h"]
     moved = []
-    printed = [
-        "first use",
-        "sft: step 0/482, 0.0 min, validation loss 7.1, perplexity 1",
-        "sft: step 241/482, 1.0 min, loss 2",
-    ]
+    printed = ["first use", "sft: step 0/482, 0.0 min, loss 7.1, perplexity 1", "sft: step 241/482, 1.0 min, loss 2"]
     follow(printed, lambda share, note: moved.append((share, note)))
-    assert moved == [(0.0, "validation loss 7.1, perplexity 1"), (0.5, "loss 2")]
+    assert moved == [(0.0, "loss 7.1, perplexity 1"), (0.5, "loss 2")]
 
 
 # --- trackers
@@ -294,7 +280,7 @@ NAMES = {"alpha", "kl_div", "intent", "meteor", "FPS", "episode_reward", "eval/p
 
 def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    meteor("any", "any")  # says at its first use where there is no WordNet
+    meteor("any", "any")  # prints at its first use if WordNet is missing
     capfd.readouterr()
     settings = SHORT | dict(total_time_steps=900, eval_limit=8, sample_interval=1, run_dir=str(tmp_path))
     folder = trained(**settings, track=("wandb", "tensorboard", "trackio"), wandb_mode="offline")
@@ -329,7 +315,7 @@ def read_tensorboard(folder: Path, _: Path):
 
 
 def read_wandb(folder: Path, _: Path):
-    """The records of the offline file: LevelDB's log format (blocks of 32 KiB, each record with a head of 7 bytes)."""
+    """Read the offline file, in LevelDB's log format: blocks of 32 KiB, and a head of 7 bytes before each record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     scalars: dict[str, dict[int, float]] = {}

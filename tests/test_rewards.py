@@ -1,4 +1,4 @@
-"""Rewards: METEOR with and without WordNet, the judge, the weighted sum, one's own rewards, and the KL penalty."""
+"""Rewards: METEOR with and without WordNet, the judge, the weighted sum, own rewards, and the KL penalty."""
 
 import os
 import re
@@ -44,11 +44,12 @@ PROMPTS = ["Hello there .<EOU>How are you ? <EOU>", "What time is it ? <EOU>", "
 RESPONSES = ["Fine , thanks .", "It is six .", "Could I have a table ?", ""]
 REFERENCES = ["Fine . And you ?", "Half past six .", "Please follow me .", "See you soon ."]
 ACTS = [1, 2, 3, 4]
+EPISODES = PROMPTS, RESPONSES, REFERENCES, ACTS
 
 
 @pytest.fixture(autouse=True)
 def fresh_meteor(monkeypatch, tmp_path):
-    """Each test looks for WordNet anew, and remembers a failed download in a folder of its own."""
+    """Each test searches for WordNet again, and remembers a failed download in its own folder."""
     monkeypatch.setenv("PPO_DIALOG_CACHE", str(tmp_path / "cache"))
     meteor_module._meteor_parts.cache_clear()
     yield
@@ -57,7 +58,7 @@ def fresh_meteor(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_wordnet(monkeypatch):
-    """No data on this machine, and a download that fails at once; the list gets its calls."""
+    """No data on this machine, and a download that fails at once. The list records its calls."""
     calls = []
 
     def missing(name, paths=None):
@@ -80,14 +81,8 @@ def judge_folder(tmp_path, tiny_tokenizer):
     def make(name="judge", num_labels=4, **config):
         torch.manual_seed(0)
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-        network = BertConfig(
-            vocab_size=len(tiny_tokenizer),
-            pad_token_id=tiny_tokenizer.pad_token_id,
-            num_labels=num_labels,
-            initializer_range=0.5,
-            **sizes,
-            **config,
-        )
+        sizes |= dict(vocab_size=len(tiny_tokenizer), pad_token_id=tiny_tokenizer.pad_token_id)
+        network = BertConfig(num_labels=num_labels, initializer_range=0.5, **sizes, **config)
         BertForSequenceClassification(network).save_pretrained(tmp_path / name)
         tiny_tokenizer.save_pretrained(tmp_path / name)
         return str(tmp_path / name)
@@ -95,8 +90,7 @@ def judge_folder(tmp_path, tiny_tokenizer):
     return make
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# METEOR
+# --- METEOR
 
 
 def test_meteor_of_the_published_example(wordnet):
@@ -105,17 +99,12 @@ def test_meteor_of_the_published_example(wordnet):
     assert meteor(REFERENCE, REFERENCE) > 0.999 and meteor("", REFERENCE) == meteor("zebra", "lion tamer") == 0
 
 
-def test_synonyms_count_as_in_nltk(wordnet):
-    # NLTK looks for synonyms of what is left after stemming: "auto" is found, "automobil" would not be
-    assert meteor("the auto", "the car") > 0.4 > meteor("the lion", "the car")
-    for response, reference in zip([*RESPONSES, RESPONSE], [*REFERENCES, REFERENCE]):
-        assert meteor(response, reference) == single_meteor_score(words(reference), words(response))
-
-
 def test_synonyms_in_one_set_are_those_of_all_synsets(shared, wordnet):
+    # NLTK searches synonyms of what is left after stemming: "auto" is found, "automobil" would not be
+    assert meteor("the auto", "the car") > 0.4 > meteor("the lion", "the car")
     texts = [u for d in load_dialogues(str(shared / "data" / "dailydialog"), "validation") for u in d.utterances][:120]
     assert any(meteor(a, b) for a, b in zip(texts, texts[3:]))
-    for response, reference in zip(texts, texts[3:]):
+    for response, reference in [*zip(texts, texts[3:]), *zip(RESPONSES, REFERENCES), (RESPONSE, REFERENCE)]:
         assert meteor(response, reference) == single_meteor_score(words(reference), words(response))
 
 
@@ -141,7 +130,7 @@ def test_a_download_that_hangs_is_given_up(no_wordnet, monkeypatch, capfd):
 
 @pytest.fixture
 def start(no_wordnet, monkeypatch, capfd):
-    """A function that starts METEOR as a new process does, and returns what it prints; how a download fails, too."""
+    """A function that starts METEOR as a new process does and returns what it prints. `error`: how a download fails."""
 
     def start(error: Exception | None = None) -> str:
         def download(*args, **kwargs):
@@ -182,9 +171,8 @@ def test_wordnet_that_appears_within_the_day_is_used_at_once(start, tmp_path, mo
     monkeypatch.undo()
     (tmp_path / "corpora" / "wordnet").mkdir(parents=True)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    monkeypatch.setattr(
-        meteor_module, "wordnet", SimpleNamespace(ensure_loaded=lambda: None)
-    )  # reading it takes seconds
+    quick = SimpleNamespace(ensure_loaded=lambda: None)  # reading WordNet takes seconds
+    monkeypatch.setattr(meteor_module, "wordnet", quick)
     meteor_module._meteor_parts.cache_clear()
     assert meteor_uses_synonyms() and capfd.readouterr().err == ""
 
@@ -214,13 +202,12 @@ def test_a_torn_download_is_done_without(tmp_path, monkeypatch, capfd):
 
 
 def test_meteor_reward_is_meteor_of_each(no_wordnet):
-    scores, statistics = Meteor()(PROMPTS, RESPONSES, REFERENCES, ACTS)
+    scores, statistics = Meteor()(*EPISODES)
     assert scores.tolist() == [meteor(r, ref) for r, ref in zip(RESPONSES, REFERENCES)]
     assert statistics["meteor"] is scores and scores[3] == 0 and 0 < scores[1] < 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Intent
+# --- Intent
 
 
 @pytest.mark.parametrize("config", [{"intent_input": "pair"}, {}], ids=["pair", "one text"])
@@ -233,7 +220,7 @@ def test_intent_is_whether_the_judge_hears_the_act(judge_folder, config):
     assert judge.as_pair == bool(config)
     heard = judge.acts(previous, RESPONSES)
     assert set(heard) <= {1, 2, 3, 4}
-    # the answer on one reply does not depend on those beside it, nor on the size of the batch
+    # a reply's act does not depend on the other replies in the batch, nor on its size
     assert heard == [judge.acts([p], [r])[0] for p, r in zip(previous, RESPONSES)]
     assert heard == judge.acts(previous, RESPONSES, batch_size=3)
     hits, statistics = intent(PROMPTS, RESPONSES, REFERENCES, heard)
@@ -267,15 +254,14 @@ def test_pairs_of_leaves_out_unlabelled_utterances():
     assert labelled_pairs([dialogue]) == [("", "a", 1), ("b", "c", 3)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The weighted sum
+# --- The weighted sum
 
 
 def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     folder = judge_folder(intent_input="pair")
     args = dict(intent_model=folder, intent_coef=0.25, meteor_coef=2.0)
     reward = make_reward("default", args, "cpu", "<EOU>")
-    scores, statistics = score_episodes(reward, PROMPTS, RESPONSES, REFERENCES, ACTS)
+    scores, statistics = score_episodes(reward, *EPISODES)
     intent, meteors = statistics["intent"], statistics["meteor"]
     assert scores == pytest.approx(0.25 * intent + 2.0 * meteors)
     assert statistics["reward_intent"] == pytest.approx(0.25 * intent)
@@ -283,9 +269,9 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     assert isinstance(reward.judge, IntentJudge)
     alone = Intent(folder)
     alone.setup("cpu", "<EOU>")
-    assert intent.tolist() == alone(PROMPTS, RESPONSES, REFERENCES, ACTS).total.tolist()
+    assert intent.tolist() == alone(*EPISODES).total.tolist()
     halves = make_reward("default", dict(intent_model=folder), "cpu", "<EOU>")
-    assert score_episodes(halves, PROMPTS, RESPONSES, REFERENCES, ACTS).total == pytest.approx(0.5 * (intent + meteors))
+    assert score_episodes(halves, *EPISODES).total == pytest.approx(0.5 * (intent + meteors))
 
 
 def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonplaces_cost(no_wordnet):
@@ -297,15 +283,14 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
         return rewards.meteor(responses[i], responses[j])
 
     consensus, statistics = MBRConsensus()(*episodes)
-    assert consensus[:3] == pytest.approx(
-        [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
-    )
-    assert consensus[0] > consensus[2] == 0  # two agree, one stands alone
+    expected = [(pair(i, j) + pair(i, k)) / 2 for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
+    assert consensus[:3] == pytest.approx(expected)
+    assert consensus[0] > consensus[2] == 0  # two agree, the third shares nothing
     assert consensus[3] == consensus[4] == pair(3, 4) > 0.9
-    assert consensus[5] == 0  # the only one of its kind beside it
+    assert consensus[5] == 0  # nothing in common with the others
     assert statistics["consensus"] is consensus
     price, statistics = CrossPromptOverlap()(*episodes)
-    # "the cat" stands elsewhere, "cat sat" does not; the last has no other reply to its prompt beside it
+    # "the cat" is in replies to other prompts, "cat sat" is not
     assert statistics["commonplace"].tolist() == (-price).tolist() == [0.5, 0.5, 0.0, 1.0, 1.0, 0.0]
     for part in (MBRConsensus(), CrossPromptOverlap()):
         assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0]).total.any()  # no pairs, no matches
@@ -320,16 +305,15 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
 def test_weight_0_loads_nothing(no_wordnet, judge_folder, monkeypatch):
     reward = make_reward("default", dict(intent_model="/no/such/judge", intent_coef=0), "cpu", "<EOU>")
     assert reward.judge is None
-    scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, [0, 0, 0, 0])  # needs no acts either
+    scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, [0, 0, 0, 0])  # no acts are needed
     assert scores == pytest.approx(0.5 * statistics["meteor"]) and set(statistics) == {"meteor", "reward_meteor"}
-    monkeypatch.setattr(rewards, "meteor", None)  # not asked
+    monkeypatch.setattr(rewards, "meteor", None)  # it is not called
     reward = make_reward("default", dict(intent_model=judge_folder(), meteor_coef=0.0), "cpu", "<EOU>")
-    scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, ACTS)
+    scores, statistics = reward(*EPISODES)
     assert set(statistics) == {"intent", "reward_intent"} and set(scores) <= {0.0, 0.5}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards of one's own
+# --- Rewards of one's own
 
 OWN = """
 import numpy as np
@@ -348,14 +332,12 @@ class Polite(Reward):
 def brevity(prompts, responses, references, acts, scale=1.0):
     return [scale / (1 + len(r.split())) for r in responses]
 
-
-CONSTANT = 3
 """
 
 
 @pytest.fixture
 def own_file(tmp_path, monkeypatch):
-    """A user's file in the working directory, outside the repository; what importing it leaves behind is undone."""
+    """A user's file in the working directory, outside the repository. Its import is undone afterwards."""
     file = tmp_path / "my_own_rewards.py"
     file.write_text(OWN)
     monkeypatch.chdir(tmp_path)
@@ -385,7 +367,6 @@ def test_own_class_and_function_by_path(own_file, where):
 @pytest.mark.parametrize(
     "name, args, fault",
     [
-        ("defualt", {}, "reward 'defualt' is not known.*Did you mean 'default'"),
         ("my_own_rewards:polite", {}, "defines no 'polite'.*Did you mean 'Polite'"),
         ("my_own_rewards.py:Polit", {}, "defines no 'Polit'.*Did you mean 'Polite'"),
         ("my_own_reward:Polite", {}, "no module 'my_own_reward' can be imported from"),
@@ -393,7 +374,6 @@ def test_own_class_and_function_by_path(own_file, where):
         ("other.py:Polite", {}, "there is no file 'other.py'"),
         ("my_own_rewards:", {}, "expected an import path 'module:Name'"),
         (":Polite", {}, "expected an import path 'module:Name'"),
-        ("my_own_rewards:CONSTANT", {}, "is a int; expected a class or a function"),
         ("my_own_rewards:Polite", {"wrod": 1}, r"cannot be made from reward_args \{'wrod': 1\}: .*wrod"),
         ("default", {"intent_coef": 1}, "cannot be made from reward_args .*'intent_model'"),
         ("my_own_rewards:brevity", {"scael": 1}, "reward_args .*scael"),
@@ -430,7 +410,7 @@ def test_registered_rewards(monkeypatch):
         return torch.tensor([len(r) for r in responses]), {"one": 1}
 
     assert isinstance(make_reward("CustomReward", {}, "cpu", "<EOU>"), Custom)
-    scores, statistics = score_episodes(make_reward("length", {}, "cpu", "<EOU>"), PROMPTS, RESPONSES, REFERENCES, ACTS)
+    scores, statistics = score_episodes(make_reward("length", {}, "cpu", "<EOU>"), *EPISODES)
     assert scores.tolist() == [len(r) for r in RESPONSES] and scores.dtype == np.float64
     assert statistics["one"].tolist() == [1, 1, 1, 1]
     with pytest.raises(UserError, match="expected CustomReward, default, length.*Did you mean 'CustomReward'"):
@@ -438,12 +418,9 @@ def test_registered_rewards(monkeypatch):
 
 
 def test_an_object_without_setup_will_do(own_file):
-    own_file.write_text(
-        "class Bare:\n    def __call__(self, p, responses, references, acts):\n        return [1], {}\n"
-    )
-    assert score_episodes(make_reward("my_own_rewards:Bare", {}, "cpu", ""), [""], ["a"], [""], [0]).total.tolist() == [
-        1
-    ]
+    own_file.write_text("class Bare:\n    def __call__(self, *episodes):\n        return [1], {}\n")
+    bare = make_reward("my_own_rewards:Bare", {}, "cpu", "")
+    assert score_episodes(bare, [""], ["a"], [""], [0]).total.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -467,7 +444,7 @@ def test_an_object_without_setup_will_do(own_file):
 )
 def test_scores_that_cannot_be_used(value, fault):
     with pytest.raises(UserError, match=fault):
-        score_episodes(lambda *episode: value, PROMPTS, RESPONSES, REFERENCES, ACTS)
+        score_episodes(lambda *episode: value, *EPISODES)
 
 
 @pytest.mark.parametrize(
@@ -501,8 +478,7 @@ def test_default_is_registered_and_reads_as_documented():
     assert re.search(r"class Politeness\(Reward\)", rewards.__doc__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The KL penalty
+# --- The KL penalty
 
 
 @pytest.mark.parametrize(
@@ -553,7 +529,7 @@ def test_token_kl_is_the_divergence_on_average():
 
 def test_the_price_of_length_takes_away_what_length_as_such_earns():
     lengths = torch.tensor([3, 5, 10, 8, 12, 10])
-    of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # says nothing about length
+    of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # independent of length
     scores = of_prompt + 0.25 * lengths
     net = scores - LengthController(1.0, start=8.0).of(lengths, scores, 3)
     assert net.view(2, 3).std(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
@@ -562,11 +538,8 @@ def test_the_price_of_length_takes_away_what_length_as_such_earns():
     apart = [(x.view(2, 3) - x.view(2, 3).mean(-1, keepdim=True)).flatten() for x in (net, lengths.float())]
     assert apart[0] @ apart[1] == pytest.approx(0, abs=1e-5) and not torch.allclose(net, random)
     same = torch.tensor([4, 4])
-    assert LengthController(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).tolist() == [
-        0,
-        0,
-    ]  # nothing to tell them by
-    # the sums of two processes give the price of one
+    assert not LengthController(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).any()  # lengths do not differ
+    # the sums of two processes give the penalty of one
     halves = []
     LengthController(1.0, start=8.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
     price = LengthController(1.0, start=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
@@ -581,15 +554,15 @@ def test_the_price_of_length_holds_the_mean_at_its_target():
 
     price.update(12.0)
     assert of(3) == of(20) == 0
-    # a policy whose replies grow by themselves, and the slower, the dearer they are
+    # a policy whose replies grow by themselves, and grow more slowly under a larger penalty
     length, lengths = 12.0, []
     for _ in range(40):
         length += 0.1 - 2 * price.price
         price.update(length)
         lengths.append(length)
-    assert max(lengths) < 13 and max(lengths[20:]) - min(lengths[20:]) < 0.1  # does not swing
+    assert max(lengths) < 13 and max(lengths[20:]) - min(lengths[20:]) < 0.1  # no oscillation
     assert of(24) == pytest.approx(price.price) and price.price > 0
-    for _ in range(40):  # and that shrink by themselves: then tokens are paid for
+    for _ in range(40):  # and replies that shrink by themselves: then the penalty is negative
         length += -0.1 - 2 * price.price
         price.update(length)
     assert 11 < length < 12 and price.price < 0
