@@ -1,22 +1,24 @@
-"""A page about a run, or about several beside each other, made of what they left in their folders.
+"""Write the page of a run, or of several runs side by side, from the files in their folders.
 
     python report.py runs/ppo_dialog                              # runs/ppo_dialog/report.html and curves.png
-    python report.py runs/one runs/two --output comparison.html   # curves laid over each other, tables side by side
+    python report.py runs/one runs/two --output comparison.html   # curves in the same charts, tables side by side
 
-The page is one file: it opens from disk, loads nothing, follows the reader's light or dark setting, and prints. A run
-that is still going, or that lacks a file, gets a page that says so. The page's own text is report.html.jinja.
+The page is one file: it opens from disk, loads nothing, follows the reader's light or dark setting, and prints. It says
+so if a run is not finished or lacks a file. The page's own text is support/report.html.jinja.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import random
+import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +42,7 @@ class ReportConfig:
     """HTML file to write; left out, RUN/report.html, or comparison.html beside the first of several runs."""
 
     def check(self) -> None:
-        """UserError for a folder that is no run's, and for an output that is no page."""
+        """Raise UserError if a folder is not a run's, or the output is not an HTML file."""
         if not self.runs:
             raise UserError("no run was given; name the folder of one, such as runs/ppo_dialog.")
         if self.output and Path(self.output).suffix != ".html":
@@ -54,87 +56,45 @@ if __name__ == "__main__":  # --help and mistakes are answered before Matplotlib
 
 import jinja2
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from support.data import ACTS
+from support.files import is_number
+from support.live_display import clock
 from support.metric_names import BETTER, LABELS, verdict
 
-matplotlib.use("Agg")
-
-matplotlib.rcParams["text.parse_math"] = False  # names are text, whatever dollar signs they hold
-
+SUPPORT = Path(__file__).parent / "support"
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
-POINTS = 400  # of a curve at most; of longer runs neighbours are averaged
+POINTS = 400  # of a curve at most; neighbours are averaged in longer runs
+NAME_LENGTH = 28  # characters of a run's name in legends and tables; the page's head has the whole name
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 180, 46, 8, 8, 22  # of a chart and its margins, in points
 LIGHT = ("#2b6cdf", "#d97706", "#0d9373", "#9333c7", "#d1345b", "#64748b", "#0891b2", "#a16207")
 DARK = ("#7eb0ff", "#fbb24c", "#4fd6a7", "#cf9cf5", "#ff8fa8", "#a9b6c9", "#5fd3e8", "#dfc056")
-NAME_LENGTH = 28  # characters of a run's name in legends and tables; the page's head has the whole name
-DASHES = ("", "6 3", "2 3", "8 3 2 3")  # the figures of one panel, where colours tell runs apart
+SOFT, GRID, BEFORE = "#626b7a", "#edeff3", "#98a2b3"
+CSS = {SOFT: "var(--soft)", GRID: "var(--grid)", BEFORE: "var(--before)"}  # on the page, which may be light or dark
+CSS |= {color: f"var(--c{k})" for k, color in enumerate(LIGHT)}
+DASHES = (None, (6, 3), (2, 3), (8, 3, 2, 3))  # tell the figures of one chart apart if colours tell the runs apart
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is drawn of metrics.jsonl
+matplotlib.rc_file(SUPPORT / "report.mplstyle")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart over environment steps."""
+    """A chart over environment steps, see report_panels.yaml."""
 
-    title: str
-    """Left empty, the title is made of the figures that are drawn."""
     names: str
-    """Figures of metrics.jsonl, a line each; `reward_*` stands for all that begin so."""
+    title: str = ""
     note: str = ""
-    """Unit and meaning; where there are several lines, their legend stands in its place."""
     level: str = ""
-    """A setting, whose value is drawn as a dashed line."""
     start: bool = False
-    """Whether to draw the value of the first rollout as a dotted line. The start wrote that rollout, before any step.
-    Not for figures of the update, which are means over steps that have changed the policy already."""
 
 
 PANELS = {
-    "Reward": (
-        Panel("Score", "score", "mean reward of the sampled replies", start=True),
-        Panel(
-            "Deviation of the scores",
-            "score_std",
-            "among the replies of a rollout; near 0 they are all alike",
-            start=True,
-        ),
-        Panel("Score less KL penalty", "episode_reward", "what PPO maximises", start=True),
-        Panel("Validation reward", "validation_reward", "on held-out prompts, at checkpoints", start=True),
-        Panel("", "intent meteor consensus commonplace", start=True),
-        Panel("Parts of the reward", "reward_*", start=True),
-        Panel("Shares of the reward", "share_*"),
-    ),
-    "Distance from the start": (
-        Panel("KL to the reference", "kl_div", "nats per token", "kl_target"),
-        Panel("KL coefficient", "alpha", "rises while KL is above its target"),
-        Panel("KL of one update", "approx_kl", "nats per token, from the policy that sampled", "early_stop_kl"),
-    ),
-    "Replies": (
-        Panel("Reply length", "mean_output_length", "tokens", "max_new_tokens", start=True),
-        Panel("Prompt length", "mean_prompt_length", "tokens"),
-        Panel("Entropy", "entropy", "nats per token; falls as replies grow alike"),
-    ),
-    "Optimisation": (
-        Panel("Policy loss", "policy_loss", "of PPO, a token's mean"),
-        Panel("Value loss", "value_loss", "in units of the returns' deviation, squared"),
-        Panel("Explained variance", "explained_variance", "of returns by values: 1 is all, 0 nothing"),
-        Panel("Clip fraction", "clipfrac", "share of tokens beyond the clip range"),
-        Panel("Gradient norm", "grad_norm", "before clipping", "max_grad_norm"),
-        Panel("Learning rates", "lr critic_lr"),
-        Panel("Passes", "passes", "over each rollout"),
-        Panel("Skipped steps", "skipped_steps", "of the optimizer, loss or gradient not finite"),
-    ),
-    "Speed and memory": (
-        Panel("Speed", "fps", "tokens a second"),
-        Panel("Seconds of an update", "rollout_s scoring_s update_s"),
-        Panel("Peak memory", "peak_memory_mb", "MiB"),
-        Panel("Padding", "padding_share", "share of the prompts' batch"),
-    ),
+    section: [Panel(**panel) for panel in panels]
+    for section, panels in yaml.safe_load((SUPPORT / "report_panels.yaml").read_text(encoding="utf-8")).items()
 }
 COUNTERS = {"update", "env_steps", "episodes", "validation_reward_start"}  # no curves: they count, or stay
 SCORES = ("reward", "intent", "meteor", "rouge1", "length")  # of a reply, in this order; a reward's own come after
@@ -145,25 +105,25 @@ MUCH_LIKE_ROUGE1 = {"rouge2", "rougeL", "rougeLsum"}
 # Reading
 
 
-@dataclass
 class Run:
-    """What a run's folder holds, as far as it is there."""
+    """What is in a run's folder; what is missing is empty. Raise UserError if the folder is not a run's."""
 
-    folder: Path
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    eval_samples: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """What is missing or could not be read, in sentences."""
-    short: str = ""
-    """The name for legends and tables, see `shorten`."""
-
-    def __post_init__(self):
-        self.short = self.short or shorten([self.name])[0]
+    def __init__(self, folder: Path):
+        check_run(folder)
+        self.folder = folder if folder.name not in ("", "..") else folder.resolve()
+        self.name, self.color = folder.resolve().name, LIGHT[0]
+        (self.short,) = shorten([self.name])  # for legends and tables
+        self.notes: list[str] = []  # what is missing or cannot be read, in sentences
+        self.config = self.read_mapping("config.yaml", yaml.safe_load)
+        self.defaults = self.read_mapping("defaults.yaml", yaml.safe_load)
+        self.evaluation = self.read_mapping("eval.json", json.loads)
+        rows = self.read_lines("metrics.jsonl", "update", "env_steps")
+        self.metrics = [row for row in rows if is_number(row["update"]) and is_number(row["env_steps"])]
+        self.eval_samples = self.read_lines("eval_samples.jsonl", "context", "human", "before", "after")
+        self.samples = self.read_lines("samples.jsonl", "update", "context", "before", "now", "human")
+        self.warnings = self.read_lines("warnings.jsonl", "update", "text")
+        if self.config and not self.defaults:
+            self.notes.append("There is no defaults.yaml: the settings are shown without their defaults.")
 
     @property
     def finished(self) -> bool:
@@ -171,81 +131,68 @@ class Run:
 
     @property
     def when(self) -> str:
-        """When it ended, or the last update was written, in UTC."""
-        ended = (self.evaluation.get("settings") or {}).get("finished")
-        if not ended and (self.folder / "metrics.jsonl").exists():
-            ended = (self.folder / "metrics.jsonl").stat().st_mtime
-            ended = datetime.fromtimestamp(ended, timezone.utc).isoformat()
+        """When it ended, or when its last update was written, in UTC."""
+        ended, metrics = (self.evaluation.get("settings") or {}).get("finished"), self.folder / "metrics.jsonl"
+        if not ended and metrics.exists():
+            ended = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc).isoformat()
         return f"{ended[:10]} {ended[11:16]} UTC" if ended else "unknown"
 
+    @property
+    def evaluated_on(self) -> str:
+        settings = self.evaluation.get("settings") or {}
+        return f"{readable(settings.get('samples'))} samples of the {settings.get('split') or 'test'} split"
 
-def load_run(folder: Path) -> Run:
-    """Everything that is known of a run. Raises UserError for a folder that is none."""
-    check_run(folder)
-    run = Run(folder, folder.resolve().name)
-    run.config = read_whole(folder / "config.yaml", yaml.safe_load, run.notes)
-    run.evaluation = read_whole(folder / "eval.json", json.loads, run.notes)
-    run.metrics = read_lines(folder / "metrics.jsonl", {"update", "env_steps"}, run.notes)
-    run.metrics = [row for row in run.metrics if number(row["update"]) and number(row["env_steps"])]
-    run.eval_samples = read_lines(folder / "eval_samples.jsonl", {"context", "human", "before", "after"}, run.notes)
-    run.samples = read_lines(folder / "samples.jsonl", {"update", "context", "before", "now", "human"}, run.notes)
-    run.warnings = read_lines(folder / "warnings.jsonl", {"update", "text"}, run.notes)
-    return run
-
-
-def read_whole(file: Path, parse, notes: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; empty, and noted where the file is there, if there is none."""
-    if not file.exists():
-        return {}
-    try:
-        value = parse(file.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        trouble = f"it holds a {type(value).__name__}"
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        trouble = first_line(error)
-    notes.append(f"{file.name} cannot be read and is left out: {trouble}.")
-    return {}
-
-
-def read_lines(file: Path, keys: set[str], notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that have these keys. A line that is none is left out and noted: the last one is
-    torn when a run is killed."""
-    rows, bad = [], []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    for number, line in enumerate(text.split("\n"), 1):
+    def read_mapping(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        """Read a YAML or JSON file of a mapping. Return an empty one without it, with a note if it cannot be read."""
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row = {}
-        if isinstance(row, dict) and keys <= set(row):
-            rows.append(row)
-        elif line.strip():
-            bad.append(number)
-    if bad:
-        notes.append(f"{file.name}: line {', '.join(map(str, bad[:5]))} cannot be read and is left out.")
-    return rows
+            value = parse((self.folder / name).read_text(encoding="utf-8"))
+            if isinstance(value, dict):
+                return value
+            trouble = f"it holds a {type(value).__name__}"
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            trouble = first_line(error)
+        self.notes.append(f"{name} cannot be read and is left out: {trouble}.")
+        return {}
+
+    def read_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
+        """Read the objects of a JSONL file that have these keys. Leave out other lines, with a note: a run that is
+        killed leaves half a line at the end."""
+        rows, bad, file = [], [], self.folder / name
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError:
+                row = {}
+            if isinstance(row, dict) and set(keys) <= set(row):
+                rows.append(row)
+            elif line.strip():
+                bad.append(str(number))
+        if bad:
+            self.notes.append(f"{name}: line {', '.join(bad[:5])} cannot be read and is left out.")
+        return rows
 
 
-def number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def name_apart(runs: Sequence[Run]) -> None:
-    """Runs of one name are called by as much of their path as tells them apart."""
+def load_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read several runs. Give each a colour, and a name with as much of its path as tells it apart."""
+    runs = [Run(Path(folder)) for folder in dict.fromkeys(folders)]
     parts = [run.folder.resolve().parts for run in runs]
     depth = 1
-    while len({p[-depth:] for p in parts}) < len({p for p in parts}) and depth < max(map(len, parts)):
+    while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
         depth += 1
-    for run, path in zip(runs, parts):
-        run.name = "/".join(path[-depth:])
-    for run, short in zip(runs, shorten([run.name for run in runs])):
-        run.short = short
+    names = ["/".join(path[-depth:]) for path in parts]
+    for k, (run, name, short) in enumerate(zip(runs, names, shorten(names))):
+        run.name, run.short, run.color = name, short, LIGHT[k % len(LIGHT)]
+    return runs
 
 
 def shorten(names: Sequence[str], most: int = NAME_LENGTH) -> list[str]:
-    """Names of at most `most` characters, cut in the middle; where that leaves two alike, with the part in which they
-    differ, and as many more characters as it takes to tell them apart."""
+    """Cut names in the middle to at most `most` characters.
+
+    If that makes two alike, keep the part in which they differ, and as many more characters as tell them apart.
+    """
     half = (most - 1) // 2
 
     def ends(name: str) -> str:
@@ -263,183 +210,139 @@ def shorten(names: Sequence[str], most: int = NAME_LENGTH) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Curves
+# Charts
 
 
 @dataclass
 class Line:
-    """One curve: values over environment steps, as they are and as a running mean for the eye."""
+    """A curve: values over environment steps."""
 
     label: str
     figure: str
-    color: int
-    dash: str
+    color: str
+    dash: tuple[int, ...] | None
     x: list[float]
     y: list[float]
-    smooth: list[float]
     start: tuple[float, float] | None
-    """What the start reached, see `start_of`."""
+    """What the supervised model reached, see `start_of`."""
+
+
+class Chart:
+    """What a panel shows of these figures."""
+
+    def __init__(self, panel: Panel, names: Sequence[str], runs: Sequence[Run]):
+        self.panel, self.names, self.lines = panel, names, lines_of(names, runs)
+        self.end = max((row["env_steps"] for run in runs for row in run.metrics), default=1) or 1
+        levels = {run.config.get(panel.level) for run in runs}
+        self.level = levels.pop() if len(levels) == 1 and all(map(is_number, levels)) else None  # a dashed line
+        starts = [(*line.start, line.color) for line in self.lines if panel.start and line.start]
+        if len({start[:2] for start in starts}) == 1:
+            value, half, color = starts[0]
+            starts = [(value, half, SOFT if len(starts) == len(self.lines) else color)]
+        else:  # several intervals would hide the curves
+            starts = [(value, 0.0, color) for value, _, color in starts]
+        self.starts = starts  # dotted lines: a value, half of its interval, and a colour
+        self.legend = {}  # colour and dashes by label
+        if len(names) > 1:
+            self.legend = {x.figure: (SOFT if len(runs) > 1 else x.color, x.dash) for x in self.lines}
+
+    @property
+    def title(self) -> str:
+        """A title of the figures that are there. It names the only one of several that the panel could show."""
+        panel, names = self.panel, self.names
+        if panel.title:
+            only = names[0].removeprefix(panel.names.removesuffix("*"))
+            return panel.title if len(names) > 1 or panel.names == names[0] else f"{panel.title}: {only}"
+        *others, last = (LABELS.get(name, name) for name in names)
+        title = f"{', '.join(others)} and {last}" if others else last
+        return title[0].upper() + title[1:]
+
+    @property
+    def svg(self) -> str:
+        return svg_of(self.title, draw_chart, self)
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """The numbers that are read off with the pointer."""
+        lines = [[x.label, CSS[x.color], x.x, [float(f"{v:.5g}") for v in x.y]] for x in self.lines]
+        return {"x": [0, self.end], "lines": lines}
 
 
 def points(run: Run, name: str) -> tuple[list[float], list[float]]:
-    """Environment steps and values where the figure is a finite number, at most POINTS of them."""
-    found = [(row["env_steps"], row[name]) for row in run.metrics if number(row.get(name))]
+    """Return environment steps and values where the figure is a finite number, thinned to POINTS."""
+    found = [(row["env_steps"], row[name]) for row in run.metrics if is_number(row.get(name))]
     if len(found) > POINTS:
-        found = [tuple(part.mean(0).tolist()) for part in np.array_split(np.array(found, float), POINTS)]
+        found = [part.mean(0) for part in np.array_split(np.array(found, float), POINTS)]
     return [float(x) for x, _ in found], [float(y) for _, y in found]
 
 
 def start_of(run: Run, name: str) -> tuple[float, float] | None:
-    """What the start reached: the figure in the first rollout, and half the width of its 95% interval (0: not known).
+    """Return the figure in the first rollout, and half the width of its 95% interval (0: not known).
 
-    The interval is known of the score, from the deviation of the replies' scores. Replies to the same prompt are
-    alike, so it counts prompts, not replies.
+    The interval is known of the score, from the deviation of the replies' scores. It counts prompts, not replies, as
+    replies to the same prompt are alike.
     """
     if name == "validation_reward":  # measured before training
-        measured = [v for row in run.metrics if number(v := row.get("validation_reward_start"))]
+        measured = [v for row in run.metrics if is_number(v := row.get("validation_reward_start"))]
         return (measured[0], 0.0) if measured else None
     first = run.metrics[0] if len(run.metrics) > 1 else {}
-    if first.get("update") != 1 or not number(first.get(name)):
+    if first.get("update") != 1 or not is_number(first.get(name)):
         return None
     deviation, replies = first.get("score_std"), first.get("episodes")
-    if name != "score" or not (number(deviation) and number(replies)):
+    if name != "score" or not (is_number(deviation) and is_number(replies)):
         return first[name], 0.0
     group = run.config.get("samples_per_prompt", 1)
-    return first[name], 1.96 * deviation / math.sqrt(max(1.0, replies / (group if number(group) and group > 0 else 1)))
-
-
-def last_step(runs: Sequence[Run]) -> float:
-    """The end of the x axis, the same in all panels."""
-    return max((row["env_steps"] for run in runs for row in run.metrics), default=1) or 1
+    prompts = replies / group if is_number(group) and group > 0 else replies
+    return first[name], 1.96 * deviation / math.sqrt(max(1.0, prompts))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Means over as many neighbours on either side, fewer towards the ends: a straight line stays as it is."""
+    """Average each value with its neighbours, fewer of them near the ends: a straight line stays as it is."""
     reach, last = min(15, len(values) // 24), len(values) - 1
     windows = [min(reach, i, last - i) for i in range(len(values))]
     return [statistics.fmean(values[i - w : i + w + 1]) for i, w in enumerate(windows)]
 
 
-def lines_of(names: Iterable[str], runs: Sequence[Run]) -> list[Line]:
-    """A line for each figure of each run: colours tell runs apart, or the figures where there is one run."""
-    lines, several, names = [], len(runs) > 1, list(names)
+def lines_of(names: Sequence[str], runs: Sequence[Run]) -> list[Line]:
+    """Return a line for each figure of each run. Colours tell runs apart, or the figures of a single run."""
+    lines, several = [], len(runs) > 1
     prefix = os.path.commonprefix(names).rpartition("_")[0] + "_"  # reward_intent and reward_kl: intent and kl
-    for k, run in enumerate(runs):
+    for run in runs:
         for j, name in enumerate(names):
             x, y = points(run, name)
             figure = name.removeprefix(prefix) if len(names) > 1 else name
             label = figure if not several else run.short if len(names) == 1 else f"{run.short}, {figure}"
-            dash, color = DASHES[j % len(DASHES)] if several else "", (k if several else j) % len(LIGHT)
+            look = (run.color, DASHES[j % len(DASHES)]) if several else (LIGHT[j % len(LIGHT)], None)
             if x:
-                lines.append(Line(label, figure, color, dash, x, y, running_mean(y), start_of(run, name)))
+                lines.append(Line(label, figure, *look, x, y, start_of(run, name)))
     return lines
 
 
-def panels_of(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[Panel, list[str]]]], dict[str, float]]:
-    """The panels that have something to show, with their figures, by section, and the figures that never changed.
+def charts_of(runs: Sequence[Run]) -> tuple[dict[str, list[Chart]], dict[str, float]]:
+    """Return the charts that have something to show, by section, and the figures that never changed.
 
-    Figures that no panel knows (a reward's or the user's own) come last, each in a panel of its own.
+    Figures that no panel knows (a reward's or the user's own) come last, each in a chart of its own.
     """
-    names = dict.fromkeys(n for run in runs for row in run.metrics for n, v in row.items() if number(v))
-    values = {n: [row[n] for run in runs for row in run.metrics if number(row.get(n))] for n in names}
-    constant = {n: v[0] for n, v in values.items() if len(v) > 1 and min(v) == max(v) and n not in COUNTERS}
-    left = [n for n in names if n not in COUNTERS]
-    sections: dict[str, list[tuple[Panel, list[str]]]] = {}
+    rows = [row for run in runs for row in run.metrics]
+    names = dict.fromkeys(n for row in rows for n, v in row.items() if is_number(v) and n not in COUNTERS)
+    values = {n: [row[n] for row in rows if is_number(row.get(n))] for n in names}
+    constant = {n: v[0] for n, v in values.items() if len(v) > 1 and min(v) == max(v)}
+    left, drawn = list(names), set()
+    sections: dict[str, list[Chart]] = {}
     for section, panels in PANELS.items():
         for panel in panels:
             wanted = panel.names.split()
             shown = [n for n in left if any(n == w or (w[-1] == "*" and n.startswith(w[:-1])) for w in wanted)]
             left = [n for n in left if n not in shown]
             if not set(shown) <= set(constant):
-                titled = replace(panel, title=title_of(panel, shown))
-                sections.setdefault(section, []).append((titled, shown))
-    own = [(Panel(n, n, start=True), [n]) for n in left if n not in constant]
-    drawn = {n for panels in sections.values() for _, shown in panels for n in shown}
+                sections.setdefault(section, []).append(Chart(panel, shown, runs))
+                drawn |= set(shown)
+    own = [Chart(Panel(n, title=n, start=True), [n], runs) for n in left if n not in constant]
     return sections | ({"Your own figures": own} if own else {}), {n: v for n, v in constant.items() if n not in drawn}
 
 
-def title_of(panel: Panel, shown: Sequence[str]) -> str:
-    """A title that promises no figure that is not there; the only one of several possible figures is named."""
-    if panel.title:
-        only = shown[0].removeprefix(panel.names.removesuffix("*"))
-        return panel.title if len(shown) > 1 or panel.names == shown[0] else f"{panel.title}: {only}"
-    *others, last = (LABELS.get(name, name) for name in shown)
-    title = f"{', '.join(others)} and {last}" if others else last
-    return title[0].upper() + title[1:]
-
-
-def starts_of(panel: Panel, lines: Sequence[Line]) -> list[tuple[float, float, Line | None]]:
-    """The dotted lines of a panel: a value, half of its interval, and whose it is (None: of all lines).
-
-    Several lines with starts of their own have no intervals, which would hide the curves.
-    """
-    found = [(*line.start, line) for line in lines if panel.start and line.start]
-    if len({(value, half) for value, half, _ in found}) == 1:
-        value, half, line = found[0]
-        return [(value, half, None if len(found) == len(lines) > 1 else line)]
-    return [(value, 0.0, line) for value, _, line in found]
-
-
-def level_of(panel: Panel, runs: Sequence[Run]) -> float | None:
-    """The dashed line of a panel: the setting that it names, where all runs have the same."""
-    values = {run.config.get(panel.level) for run in runs} if panel.level else {None}
-    return values.pop() if len(values) == 1 and all(map(number, values)) else None
-
-
-def draw_curves(runs: Sequence[Run], file: Path, panels: Iterable[tuple[Panel, list[str]]] | None = None) -> None:
-    """The panels (all of them, or these) as one picture, a legend on top where there are several runs."""
-    if panels is None:
-        panels = [pair for section in panels_of(runs)[0].values() for pair in section]
-    panels, columns = list(panels), 4
-    rows = max(1, -(-len(panels) // columns))
-    figure, grid = plt.subplots(rows, columns, figsize=(14, 2.6 * rows + 0.5), squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (panel, names) in zip(grid.flat, panels):
-        keys, lines = {}, lines_of(names, runs)  # of the panel's legend
-        for line in lines:
-            color, style = LIGHT[line.color], (0, tuple(map(float, line.dash.split()))) if line.dash else "-"
-            keys[line.figure] = plt.Line2D([], [], color="#64748b" if len(runs) > 1 else color, linestyle=style)
-            if line.smooth != line.y:
-                axes.plot(line.x, line.y, color=color, linewidth=0.8, alpha=0.25)
-            marker = "o" if len(line.x) < 3 else None
-            axes.plot(line.x, line.smooth, color=color, linestyle=style, linewidth=1.6, marker=marker)
-        if (level := level_of(panel, runs)) is not None:
-            axes.axhline(level, color="#64748b", linewidth=1, linestyle="--")
-        for value, half, line in starts_of(panel, lines):
-            color = LIGHT[line.color] if line and len(lines) > 1 else "#64748b"
-            axes.axhspan(value - half, value + half, color=color, alpha=0.12, linewidth=0)
-            axes.axhline(value, color=color, linewidth=1.2, linestyle=":")
-        axes.set_title(shorten([panel.title], 34)[0], fontsize=10, loc="left", fontweight="bold")
-        axes.tick_params(labelsize=8, length=0)
-        axes.set_xlim(0, last_step(runs) * 1.02)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(lambda x, _: tick_label(x))
-        axes.grid(color="#e5e7eb", linewidth=0.8)
-        axes.spines[:].set_visible(False)
-        if len(names) > 1:
-            axes.legend(keys.values(), keys, fontsize=7.5, handlelength=1.8, framealpha=0.7, edgecolor="none")
-    if len(runs) > 1 and panels:
-        lines = [plt.Line2D([], [], color=LIGHT[k % len(LIGHT)], label=run.short) for k, run in enumerate(runs)]
-        figure.legend(handles=lines, loc="upper center", ncols=min(4, len(runs)), frameon=False, fontsize=10)
-    gap = 0.55 + 0.2 * -(-len(runs) // 4) if len(runs) > 1 else 0.4  # inches, of which the legend's rows need 0.2 each
-    inches = figure.get_size_inches()[1] + gap - 0.4
-    figure.set_size_inches(14, inches)
-    figure.subplots_adjust(0.045, 0.45 / inches, 0.985, 1 - gap / inches, wspace=0.22, hspace=0.42)
-    figure.text(0.985, 0.08 / inches, "environment steps", fontsize=9, ha="right", color="#64748b")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same for the page: shapes in a box of WIDTH x HEIGHT, which the template makes an SVG of
-
-WIDTH, HEIGHT = 360, 180
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins for the labels
-
-
-def tick_label(value: float) -> str:
+def tick_label(value: float, position: int | None = None) -> str:
+    """Format a number of an axis: 12500 as 12.5k. Matplotlib gives the position."""
     value = round(value, 12) + 0.0  # no minus zero
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -447,104 +350,86 @@ def tick_label(value: float) -> str:
     return f"{value:g}"
 
 
-class Frame:
-    """Where numbers stand in a chart's box, and its ticks."""
-
-    def __init__(self, x: Sequence[float], y: Sequence[float], whole: bool = False):
-        self.x, self.y = self.range_of(x, 0.0), self.range_of(y, 0.06)
-
-        def inside(ticks, low, high):
-            return [t for t in ticks.tick_values(low, high) if low <= t <= high]
-
-        self.x_ticks = [(self.at_x(t), tick_label(t)) for t in inside(MaxNLocator(5, integer=whole), *self.x)]
-        self.y_ticks = [(self.at_y(t), tick_label(t)) for t in inside(MaxNLocator(4), *self.y)]
-
-    @staticmethod
-    def range_of(values: Sequence[float], margin: float) -> tuple[float, float]:
-        low, high = min(values), max(values)
-        room = (high - low) * margin if high > low else abs(low) * 0.1 or 1.0
-        return low - room, high + room
-
-    def at_x(self, x: float) -> float:
-        return round(LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT), 1)
-
-    def at_y(self, y: float) -> float:
-        return round(HEIGHT - BOTTOM - (y - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM), 1)
-
-    def path(self, x: Sequence[float], y: Sequence[float]) -> str:
-        return "M" + "L".join(f"{self.at_x(a):g} {self.at_y(b):g}" for a, b in zip(x, y))
+def draw_chart(axes: Axes, chart: Chart) -> None:
+    """Draw lines pale and their running means strong, starts dotted with their intervals, the level dashed."""
+    for line in chart.lines:
+        smooth = running_mean(line.y)
+        if smooth != line.y:
+            axes.plot(line.x, line.y, color=line.color, linewidth=1, alpha=0.28)
+        style = dict(linestyle=(0, line.dash), marker="o" if len(line.x) < 12 else None, markersize=5)
+        axes.plot(line.x, smooth, color=line.color, linewidth=1.8, **style)
+    for value, half, color in chart.starts:
+        if half:
+            axes.axhspan(value - half, value + half, color=SOFT, alpha=0.16, linewidth=0)
+        axes.axhline(value, color=color, linewidth=1.6, linestyle=(0, (1.5, 3)))
+    if chart.level is not None:
+        axes.axhline(chart.level, color=SOFT, linewidth=1.2, linestyle=(0, (5, 4)))
+    axes.set_xlim(0, chart.end)
+    axes.locator_params(nbins=5)
+    axes.xaxis.set_major_formatter(tick_label)
+    axes.yaxis.set_major_formatter(tick_label)
 
 
-def curve_chart(panel: Panel, names: list[str], runs: Sequence[Run]) -> dict[str, Any]:
-    """A panel for the template: paths, ticks, legend, and the numbers that are read off with the pointer."""
-    lines, level = lines_of(names, runs), level_of(panel, runs)
-    starts = starts_of(panel, lines)
-    heights = [y for line in lines for y in line.y] + ([] if level is None else [level])
-    heights += [bound for value, half, _ in starts for bound in (value - half, value + half)]
-    frame = Frame([0, last_step(runs)], heights)
-    paths = []
-    for line in lines:
-        color = f"var(--c{line.color})"
-        if line.smooth != line.y:
-            paths.append({"d": frame.path(line.x, line.y), "color": color, "kind": "raw"})
-        dots = [(frame.at_x(x), frame.at_y(y)) for x, y in zip(line.x, line.y)] if len(line.x) < 12 else []
-        paths.append({"d": frame.path(line.x, line.smooth), "color": color, "dash": line.dash, "dots": dots})
-
-    def color_of(line):
-        return "var(--soft)" if len(runs) > 1 else f"var(--c{line.color})"
-
-    legend = {line.figure: (line.figure, color_of(line), line.dash) for line in lines} if len(names) > 1 else {}
-    note = panel.note + (f"; dashed: {panel.level}" if level is not None else "")
-    if len(starts) == 1:
-        value, half, _ = starts[0]
-        note += f"; dotted: start {value:.3g}" + (f" \u00b1 {half:.2g}" if half else "")
-    elif starts:
-        note += "; dotted: the starts"
-
-    def exact(v):
-        return float(f"{v:.5g}")
-
-    read = [[line.label, f"var(--c{line.color})", line.x, list(map(exact, line.y))] for line in lines]
-    return {
-        "title": panel.title,
-        "note": note.removeprefix("; "),
-        "frame": frame,
-        "paths": paths,
-        "legend": list(legend.values()),
-        "level": None if level is None else frame.at_y(level),
-        "starts": [
-            {
-                "y": frame.at_y(value),
-                "band": (frame.at_y(value + half), round(frame.at_y(value - half) - frame.at_y(value + half), 1)),
-                "color": f"var(--c{line.color})" if line and len(lines) > 1 else "var(--soft)",
-            }
-            for value, half, line in starts
-        ],
-        "read": {"x": frame.x, "y": frame.y, "lines": read},
-    }
+def svg_of(title: str, draw: Callable[..., None], *arguments: Any) -> str:
+    """Return what `draw` draws on the axes as the inside of an SVG for the page, whose colours it takes."""
+    figure = Figure((WIDTH / 72, HEIGHT / 72), frameon=False)
+    figure.subplots_adjust(LEFT / WIDTH, BOTTOM / HEIGHT, 1 - RIGHT / WIDTH, 1 - TOP / HEIGHT)
+    draw(figure.subplots(), *arguments)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # equal runs give equal pages, and no chart another's ids
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue().partition("</defs>")[2].removesuffix("</svg>\n")
+    svg = re.sub(r"\s*\n\s*|</?g.*?>|<clipPath.*?</clipPath>| font-family: .*?;", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (clip-path|transform)=".*?"', "", svg)  # nothing is clipped, and transforms turn text by 0
+    svg = re.sub(r"\d+\.\d{3,}(?=[^<>]*>)", lambda number: f"{float(number[0]):.1f}", svg)
+    return re.sub("#[0-9a-f]{6}", lambda color: CSS.get(color[0], color[0]), svg)
 
 
-def histogram_chart(name: str, columns: list[Replies]) -> dict[str, Any] | None:
-    """The distribution of one score over the held-out replies, before and after, the means as upright lines."""
-    found = [(column, [r[name] for r in column.rows.values() if number(r.get(name))]) for column in columns]
-    found = [(column, values) for column, values in found if values]
-    if not found:
-        return None
+def draw_curves(charts: Sequence[Chart], runs: Sequence[Run], file: Path) -> Figure:
+    """Write charts as one picture, with a legend on top if there are several runs."""
+    rows, inches = max(1, -(-len(charts) // 4)), 0.3 * -(-len(runs) // 4)  # of charts; of the legend
+    figure = Figure((4 * WIDTH / 72, rows * (HEIGHT + 30) / 72 + inches), layout="constrained")
+    grid = figure.subplots(rows, 4, squeeze=False)
+    for axes in grid.flat[len(charts) :]:
+        axes.set_axis_off()
+    for axes, chart in zip(grid.flat, charts):
+        draw_chart(axes, chart)
+        axes.set_title(shorten([chart.title], 34)[0])
+        if chart.legend:
+            keys = [Line2D([], [], color=color, linestyle=(0, dash)) for color, dash in chart.legend.values()]
+            axes.legend(keys, chart.legend)
+    if len(runs) > 1:
+        keys = [Line2D([], [], color=run.color, label=run.short) for run in runs]
+        figure.legend(handles=keys, loc="outside upper center", ncols=min(4, len(runs)), fontsize=12)
+    figure.supxlabel("environment steps", x=1, ha="right", fontsize=11, color=SOFT)
+    figure.savefig(file, dpi=72)
+    return figure
+
+
+def draw_histogram(axes: Axes, found: list[tuple[Replies, list[float]]]) -> None:
+    """Draw how scores are spread, in shares of the replies, with the means as dotted lines."""
     every = [v for _, values in found for v in values]
     low, high = min(every), max(every)
     whole = all(float(v).is_integer() for v in every) and high - low <= 40
     edges = np.arange(low - 0.5, high + 1) if whole else np.histogram_bin_edges(every, 24)  # a bar for each number
-    shares = [np.histogram(values, edges)[0] / len(values) for _, values in found]
-    frame = Frame(edges.tolist(), [0.0, *(float(s) for share in shares for s in share)], whole)
-    frame.y_ticks = [(y, f"{100 * float(label):g}%") for y, label in frame.y_ticks if float(label) >= 0]
-    paths, means = [], []
-    for (column, values), share in zip(found, shares):
-        x, y = np.repeat(edges, 2), np.concatenate([[0], np.repeat(share, 2), [0]])
-        paths.append({"d": frame.path(x, y), "color": column.color, "kind": "bars"})
-        means.append((frame.at_x(statistics.fmean(values)), column.color))
-    legend = [(f"{c.label} {statistics.fmean(values):.3g}", c.color, "") for c, values in found]
+    for column, values in found:
+        shares = np.histogram(values, edges)[0] / len(values)
+        face = matplotlib.colors.to_rgba(column.color, 0.22)
+        axes.stairs(shares, edges, fill=True, facecolor=face, edgecolor=column.color, linewidth=1.4)
+        axes.axvline(statistics.fmean(values), color=column.color, linewidth=1.6, linestyle=(0, (2, 3)))
+    axes.locator_params(nbins=5)
+    axes.locator_params(axis="x", integer=whole)
+    axes.xaxis.set_major_formatter(tick_label)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+
+
+def histogram_of(name: str, columns: list[Replies]) -> dict[str, Any]:
+    """Return the chart of one score of the held-out replies, before and after."""
+    found = [(column, [r[name] for r in column.rows.values() if is_number(r.get(name))]) for column in columns]
+    found = [(column, values) for column, values in found if values]
     title = {"reward": "Reward", "intent": "Intent", "length": "Length, tokens"}.get(name, LABELS.get(name, name))
-    return {"title": title, "frame": frame, "paths": paths, "means": means, "legend": legend}
+    legend = {f"{column.label} {statistics.fmean(values):.3g}": (column.color, None) for column, values in found}
+    return {"title": title, "legend": legend, "svg": svg_of(title, draw_histogram, found)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,86 +438,81 @@ def histogram_chart(name: str, columns: list[Replies]) -> dict[str, Any] | None:
 
 @dataclass
 class Replies:
-    """What one model answered to the held-out samples: the start of a run, or its result."""
+    """What a model answered to the held-out samples: the supervised model of a run, or its result."""
 
     label: str
     color: str
     rows: dict[tuple, dict[str, Any]]
     """Text and scores by sample: its place, context, human reply and act."""
     start: Replies | None = None
-    """Of a result: what the run started from."""
+    """Of a result: the replies of the supervised model."""
 
 
 def replies_of(runs: Sequence[Run]) -> list[Replies]:
-    """The starts and the results of all runs; of starts that said the same to everything, one."""
+    """Return the replies of the supervised models and of the results. Models that said the same are one."""
     starts: list[Replies] = []
     results: list[Replies] = []
-    for k, run in enumerate(runs):
+    for run in runs:
         keys = [(i, tuple(row["context"]), row["human"], row.get("act")) for i, row in enumerate(run.eval_samples)]
         before, after = ({key: row[side] for key, row in zip(keys, run.eval_samples)} for side in ("before", "after"))
         if not keys:
             continue
         start = next((s for s in starts if all(s.rows.get(key) == said for key, said in before.items())), None)
         if start is None:
-            start = Replies(f"start of {run.short}" if starts else "supervised", "var(--before)", before)
+            start = Replies(f"start of {run.short}" if starts else "supervised", BEFORE, before)
             starts.append(start)
-        results.append(Replies(run.short if len(runs) > 1 else "PPO", f"var(--c{k % len(LIGHT)})", after, start))
+        results.append(Replies(run.short if len(runs) > 1 else "PPO", run.color, after, start))
     return starts + results
 
 
 def describe_scores(columns: list[Replies]) -> list[str]:
-    """The scores that single replies have, in the order in which they are shown."""
-    found = dict.fromkeys(n for c in columns for row in c.rows.values() for n, v in row.items() if number(v))
+    """Return the scores that single replies have, in the order in which they are shown."""
+    found = dict.fromkeys(n for c in columns for row in c.rows.values() for n, v in row.items() if is_number(v))
     return sorted(set(found) - MUCH_LIKE_ROUGE1, key=lambda n: (*SCORES, *found).index(n))
 
 
-def shown_dialogues(columns: list[Replies]) -> tuple[list[dict[str, Any]], dict[str, str], int]:
-    """DIALOGUES samples that all models answered, picked by a fixed seed; what they can be sorted by (key and what it
-    is called); how many there were to pick from."""
+def shown_dialogues(columns: list[Replies]) -> tuple[list[dict[str, Any]], list[str], int]:
+    """Pick DIALOGUES samples that all models answered, by a fixed seed.
+
+    Return them, what they can be sorted by, and how many there were to pick from.
+    """
     common = [key for key in columns[0].rows if all(key in c.rows for c in columns)] if columns else []
-    picked = sorted(random.Random(0).sample(common, min(DIALOGUES, len(common))))
     results = [c for c in columns if c.start]
-    cards, sorts, names = [], {}, describe_scores(columns)
-    for key in picked:
+    cards, names = [], describe_scores(columns)
+    for key in sorted(random.Random(0).sample(common, min(DIALOGUES, len(common)))):
         keys = {}
-        for k, column in enumerate(results):
+        for column in results:
             after, before = column.rows[key], column.start.rows[key]
             of = f", {column.label}" if len(results) > 1 else ""
-            if number(after.get("reward")) and number(before.get("reward")):
-                keys[f"gain-{k}"], sorts[f"gain-{k}"] = after["reward"] - before["reward"], f"gain in reward{of}"
-                keys[f"before-{k}"], sorts[f"before-{k}"] = before["reward"], f"reward before{of}"
-            for name in names:
-                if number(after.get(name)):
-                    keys[f"{name}-{k}"], sorts[f"{name}-{k}"] = after[name], f"{LABELS.get(name, name)} after{of}"
-        replies = [
-            {
-                "label": column.label,
-                "color": column.color,
-                "text": column.rows[key].get("text", ""),
-                "scores": {LABELS.get(n, n): column.rows[key][n] for n in names if number(column.rows[key].get(n))},
-            }
-            for column in columns
-        ]
+            if is_number(after.get("reward")) and is_number(before.get("reward")):
+                keys[f"gain in reward{of}"] = after["reward"] - before["reward"]
+                keys[f"reward before{of}"] = before["reward"]
+            keys |= {f"{LABELS.get(n, n)} after{of}": after[n] for n in names if is_number(after.get(n))}
         place, context, human, act = key
         act = ACTS[act - 1] if act in range(1, len(ACTS) + 1) else ""
-        gain = keys.get("gain-0") if len(results) == 1 else None
-        cards.append(
-            dict(number=place + 1, context=context, human=human, act=act, replies=replies, keys=keys, gain=gain)
-        )
-    return cards, sorts, len(common)
+        card = dict(number=place + 1, context=context, human=human, act=act, keys=keys)
+        cards.append(card | {"gain": keys.get("gain in reward"), "replies": [column.rows[key] for column in columns]})
+    return cards, list(dict.fromkeys(name for card in cards for name in card["keys"])), len(common)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
 
+def training_time(metrics: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Return the tokens of the updates whose speed is known, and the seconds that they took."""
+    steps = [0, *(row["env_steps"] for row in metrics)]
+    timed = [(b - a, row["fps"]) for a, b, row in zip(steps, steps[1:], metrics) if is_number(row.get("fps"))]
+    return sum(n for n, fps in timed if fps > 0), sum(n / fps for n, fps in timed if fps > 0)
+
+
 def facts(run: Run) -> dict[str, tuple[str, str, str]]:
-    """The run in a few figures: what it is called, the figure, a word on it, and its verdict (see eval_metrics)."""
+    """Describe the run in a few figures. By label: the figure, a comment, and its verdict (see metric_names)."""
     reward, found = run.evaluation.get("reward") or {}, {}
-    if all(number(reward.get(n)) for n in ("policy", "baseline", "difference")):
+    if all(is_number(reward.get(n)) for n in ("policy", "baseline", "difference")):
         gain, error, word = reward["difference"], reward.get("standard_error"), ""
         told = f"{gain:+.3f}"
-        if number(error):
+        if is_number(error):
             told += f" \u00b1 {error:.3f} (standard error)"
             word = verdict(gain - 1.96 * error, gain + 1.96 * error, better=1)
         split = run.evaluation["settings"].get("split", "held-out")
@@ -640,198 +520,137 @@ def facts(run: Run) -> dict[str, tuple[str, str, str]]:
         found[f"{split} reward"] = values, told + (f": {word}" if word else ""), word
     if not run.metrics:
         return found
-    last, of = run.metrics[-1], run.config.get("total_time_steps")
-    planned = f", of {of:,} planned" if number(of) and not run.finished else ""
-    found["environment steps"] = (
-        f"{last['env_steps']:,}",
-        f"in {last['update']:,} update{'s' if last['update'] > 1 else ''}{planned}",
-        "",
-    )
-    tokens, seconds = 0, 0.0
-    for row, before in zip(run.metrics, [{"env_steps": 0}, *run.metrics]):
-        if number(row.get("fps")) and row["fps"] > 0:
-            tokens += row["env_steps"] - before["env_steps"]
-            seconds += (row["env_steps"] - before["env_steps"]) / row["fps"]
+    first, last, of = run.metrics[0], run.metrics[-1], run.config.get("total_time_steps")
+    planned = f", of {of:,} planned" if is_number(of) and not run.finished else ""
+    updates = f"in {last['update']:,} update{'s' if last['update'] > 1 else ''}{planned}"
+    found["environment steps"] = f"{last['env_steps']:,}", updates, ""
+    tokens, seconds = training_time(run.metrics)
     if seconds:
-        found["training time"] = duration(seconds), f"{tokens / seconds:,.0f} tokens a second", ""
-    target, first = run.config.get("kl_target"), run.metrics[0].get("mean_output_length")
-    words = {
-        "kl_div": ("KL at the end", ".3f", "nats per token" + (f", target {target:g}" if number(target) else "")),
-        "mean_output_length": ("reply length", ".1f", "tokens" + (f", {first:.1f} at first" if number(first) else "")),
-        "peak_memory_mb": ("peak memory", ",.0f", "MiB, of a process"),
-    }
-    for name, (label, form, word) in words.items():
-        if number(last.get(name)):
+        found["training time"] = clock(seconds), f"{tokens / seconds:,.0f} tokens a second", ""
+    target, length = run.config.get("kl_target"), first.get("mean_output_length")
+    at_target = f", target {target:g}" if is_number(target) else ""
+    at_first = f", {length:.1f} at first" if is_number(length) else ""
+    for name, label, form, word in (
+        ("kl_div", "KL at the end", ".3f", f"nats per token{at_target}"),
+        ("mean_output_length", "reply length", ".1f", f"tokens{at_first}"),
+        ("peak_memory_mb", "peak memory", ",.0f", "MiB, of a process"),
+    ):
+        if is_number(last.get(name)):
             found[label] = format(last[name], form), word, ""
     return found
 
 
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-
-
 def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each metric of the closing comparison, in it a cell for each run (None where it has no such metric)."""
-    evaluations = [run.evaluation if run.evaluation.get("difference") else {} for run in runs]
+    """Return a row for each metric of the closing comparison, with a cell for each run (None: it lacks the metric)."""
+
+    def cell(evaluation: dict[str, Any], name: str) -> dict[str, Any] | None:
+        difference = (evaluation.get("difference") or {}).get(name)
+        if not difference:
+            return None
+        (low, high), value = difference["ci95"], difference["value"]
+        base, after = evaluation["baseline"][name], evaluation["policy"][name]
+        relative = [v / abs(base) for v in (low, value, high)] if base else None
+        judged = verdict(low, high, BETTER[name])
+        return dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
+
     rows = []
     for name, label in LABELS.items():
-        cells = []
-        for evaluation in evaluations:
-            difference = (evaluation.get("difference") or {}).get(name)
-            if not difference:
-                cells.append(None)
-                continue
-            low, high = difference["ci95"]
-            base = evaluation["baseline"][name]
-            cell = dict(before=base, after=evaluation["policy"][name], value=difference["value"], low=low, high=high)
-            relative = [v / abs(base) for v in (low, difference["value"], high)] if base else None
-            cells.append(cell | {"verdict": verdict(low, high, BETTER[name]), "relative": relative})
+        cells = [cell(run.evaluation, name) for run in runs]
         if any(cells):
-            arrow = {1: "\u2191", -1: "\u2193", 0: ""}[BETTER[name]]
-            rows.append({"label": label, "arrow": arrow, "cells": cells})
-    bounds = [max(map(abs, c["relative"])) for row in rows for c in row["cells"] if c and c["relative"]]
+            rows.append({"label": label, "arrow": {1: "\u2191", -1: "\u2193", 0: ""}[BETTER[name]], "cells": cells})
+    shown = [c for row in rows for c in row["cells"] if c and c["relative"]]
+    bounds = [max(map(abs, c["relative"])) for c in shown]
     # one wide interval must not flatten all others: it is cut off at the edge
     scale = min(max(bounds), 4 * statistics.median(bounds)) if bounds and max(bounds) else 1.0
-
-    def place(v):
-        return round(50 + 50 * max(-1.0, min(1.0, v / scale)), 1)  # percent of the column
-
-    for cell in (c for row in rows for c in row["cells"] if c and c["relative"]):
-        cell["place"] = [place(v) for v in cell["relative"]]
+    for c in shown:  # percent of the column
+        c["place"] = [round(50 + 50 * max(-1.0, min(1.0, v / scale)), 1) for v in c["relative"]]
     return rows
 
 
-def evaluated_on(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """What the closing comparisons were made on, in words, with the runs."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.evaluation:
-            settings = run.evaluation.get("settings") or {}
-            on = f"{figure(settings.get('samples'))} samples of the {settings.get('split') or 'test'} split"
-            found.setdefault(on, []).append(run)
-    return found
-
-
 def settings_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Settings that differ from their defaults or between the runs, and the others: name, default, and each value
-    with the runs that have it (none are named where all have the same)."""
-    from ppo_config import PPOConfig
+    """Return the settings that differ from the runs' own defaults or between the runs, and the others.
 
-    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(PPOConfig()).items()}
-    names = [n for n in dict.fromkeys(n for run in runs for n in run.config) if n != "resume"]
-    missing = object()
+    Each has its name, its default (several where the runs had others), and each value with the runs that have it (no
+    runs if all have the same).
+    """
     changed, usual = [], []
-    for name in names:
-        values = [run.config.get(name, missing) for run in runs]
-        same = all(v == defaults.get(name, missing) for v in values)
-        shown: dict[str, list[Run]] = {}
-        for run, value in zip(runs, values):
-            shown.setdefault("" if value is missing else written(value), []).append(run)
-        pairs = [(value, having if len(shown) > 1 else []) for value, having in shown.items()]
-        row = {"name": name, "default": written(defaults[name]) if name in defaults else "", "values": pairs}
-        (usual if same else changed).append(row)
+    for name in dict.fromkeys(n for run in runs for n in run.config if n != "resume"):
+        values = [written(run.config, name) for run in runs]
+        defaults = [written(run.defaults, name) for run in runs]
+        shown = {value: [run for run, own in zip(runs, values) if own == value] for value in values}
+        row = {
+            "name": name,
+            "default": " or ".join(dict.fromkeys(filter(None, defaults))),
+            "values": [(value, having if len(shown) > 1 else []) for value, having in shown.items()],
+        }
+        (usual if values == defaults and len(shown) == 1 else changed).append(row)
     return changed, usual
 
 
-def written(value: Any) -> str:
-    """A setting as YAML writes it."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+def written(settings: dict[str, Any], name: str) -> str:
+    """Return a setting as YAML writes it; an empty text if it is not there."""
+    if name not in settings:
+        return ""
+    text = yaml.safe_dump(settings[name], default_flow_style=True, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
-def commands_of(run: Run) -> list[tuple[str, str]]:
-    """How to make the run again, go on with it, talk to its result, and draw this page."""
-    folder = run.folder if run.folder.name not in ("", "..") else run.folder.resolve()
-    place = folder.as_posix()
-    launch = "accelerate launch ppo_dialog.py"
-    where = "" if folder.parent.as_posix() == "runs" else f" --run-dir {shlex.quote(folder.parent.as_posix())}"
-    go_on = f"{launch} --resume{where} --experiment-name {shlex.quote(folder.name)}"
-    commands = []
-    if run.config:
-        commands.append(("make it again", f"{launch} --config {shlex.quote(place + '/config.yaml')}"))
-        further = ("train it further", f"{go_on} --total-time-steps N")
-        commands.append(further if run.finished else ("go on where it stopped", go_on))
-    if (run.folder / "policy").is_dir():
-        commands.append(("talk to it", f"python chat.py {shlex.quote(place)}"))
-    return [*commands, ("draw this page again", f"python report.py {shlex.quote(place)}")]
-
-
-def versions_of(run: Run) -> tuple[str, dict[str, str]]:
-    """The libraries that the run was made with, or, where it did not note them, those at hand now."""
-    if noted := (run.evaluation.get("settings") or {}).get("versions"):
-        return "The run was made with", noted
-    return "The run did not note its versions; this page was made with", {
-        name: metadata.version(name) for name in ("torch", "transformers", "accelerate")
-    }
-
-
-def trained_on(run: Run) -> str:
-    """Model and data in a few words, without the machine's folders."""
-
-    def short(name):
-        return Path(name).name if Path(name).is_absolute() else name
-
-    model, data = (short(str(run.config.get(n) or "unknown")) for n in ("model_path", "data_path"))
-    return f"PPO from the model {model} on the dialogues {data}" if run.config else "PPO with unknown settings"
-
-
-def looks(samples: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
-    """Sample dialogues from all over the training, the first and the last among them."""
+def spread(samples: list[dict[str, Any]], most: int = 12) -> list[dict[str, Any]]:
+    """Pick sample dialogues from all over the training, with the first and the last."""
     places = np.linspace(0, len(samples) - 1, min(most, len(samples))).round().astype(int).tolist()
     return [samples[i] for i in places]
 
 
-def figure(value: Any) -> str:
-    """A number for reading: four significant digits, thousands parted."""
-    if not number(value):
+def readable(value: Any) -> str:
+    """Format a number for reading: four significant digits, or thousands with commas."""
+    if not is_number(value):
         return "-" if value is None or isinstance(value, float) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def make_page(runs: Sequence[Run]) -> str:
-    """The page's HTML. All text of runs is escaped: it comes from data and models."""
-    sections, constant = panels_of(runs)
+    """Return the page's HTML. All text of runs is escaped, as it comes from data and models."""
+    sections, constant = charts_of(runs)
     columns = replies_of(runs)
     cards, sorts, total = shown_dialogues(columns)
     changed, usual = settings_of(runs)
     told = {run.name: facts(run) for run in runs}
-    folder = Path(__file__).parent / "support"
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
-    environment.filters |= {"figure": figure, "percent": lambda v: f"{v:+.1%}"}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SUPPORT), autoescape=True, trim_blocks=True)
+    environment.filters |= {"readable": readable, "percent": lambda v: f"{v:+.1%}", "quote": shlex.quote}
+    environment.filters["last_part"] = lambda path: Path(path).name if Path(path).is_absolute() else path
+    environment.tests["finite"] = is_number
     return environment.get_template("report.html.jinja").render(
         runs=runs,
         several=len(runs) > 1,
         facts=told,
-        labels=list(dict.fromkeys(label for facts_of_run in told.values() for label in facts_of_run)),
+        labels=list(dict.fromkeys(label for tiles in told.values() for label in tiles)),
         table=table_of(runs),
-        evaluated=evaluated_on(runs),
-        sections={s: [curve_chart(p, n, runs) for p, n in panels] for s, panels in sections.items()},
+        sections=sections,
         constant=constant,
-        histograms=[chart for name in describe_scores(columns) if (chart := histogram_chart(name, columns))],
+        scores={name: LABELS.get(name, name) for name in describe_scores(columns)},
+        histograms=[histogram_of(name, columns) for name in describe_scores(columns)],
+        columns=columns,
         cards=cards,
         sorts=sorts,
         total=total,
-        looks={run.name: looks(run.samples) for run in runs if run.samples},
+        along={run.name: spread(run.samples) for run in runs if run.samples},
         changed=changed,
         usual=usual,
-        commands={run.name: commands_of(run) for run in runs},
-        versions={run.name: versions_of(run) for run in runs},
-        trained_on={run.name: trained_on(run) for run in runs},
+        installed={name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        css=CSS,
         colors={"light": LIGHT, "dark": DARK},
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
     )
 
 
-def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Read the runs, write the page and the curves beside it; returns the page's path.
+def write_report(folders: Iterable[Path], output: Path | None = None) -> Path:
+    """Read the runs, write the page and the curves beside it, and return the page's path.
 
-    Left out, `output` is report.html in the folder of a single run, comparison.html beside the first of several. The
-    curves are curves.png for report.html, else they are called as the page is. Raises UserError for folders that are
-    no runs and for a place that cannot be written.
+    Without `output` the page is report.html in the folder of a single run, or comparison.html beside the first of
+    several. The curves of report.html are curves.png; those of another page have its name. Raise UserError for a folder
+    that is not a run's, or for a file that cannot be written.
     """
-    runs = [load_run(Path(folder)) for folder in dict.fromkeys(folders)]
-    name_apart(runs)
+    runs = load_runs(folders)
     if output is None:
         output = runs[0].folder / "report.html" if len(runs) == 1 else runs[0].folder.parent / "comparison.html"
     curves = output.with_name("curves.png") if output.name == "report.html" else output.with_suffix(".png")
@@ -841,7 +660,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         aside = output.with_name(f".{output.name}.part")
         aside.write_text(page, encoding="utf-8")
         aside.replace(output)
-        draw_curves(runs, curves)
+        draw_curves([chart for charts in charts_of(runs)[0].values() for chart in charts], runs, curves)
     except OSError as error:
         raise UserError(f"the report '{output}' cannot be written: {error.strerror or error}.") from error
     return output
@@ -850,10 +669,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 def main() -> None:
     config = command_line(ReportConfig, __doc__)
     config.check()
-    output = Path(config.output) if config.output else None
-    print(
-        f"written to {write_report([Path(run) for run in config.runs], output)}, and its curves as a picture beside it"
-    )
+    page = write_report(map(Path, config.runs), Path(config.output) if config.output else None)
+    print(f"written to {page}, and its curves as a picture beside it")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     accelerate launch ppo_dialog.py | tee run.log
     python docs/pictures.py runs/ppo_dialog run.log
 
-`images/live.svg` is the live display. The monitor draws it again from the run's files, as it stood when it showed the
-sample dialogue with the largest gain in score. README says so, and how many of the sample dialogues gained and lost.
-`images/report.png` is the top of the run's page in Chromium. The quoted output comes from run.log: its lines that
-begin as QUOTED says, and the last one. `images/run.json` keeps what README quotes, and the checksums of the pictures.
-tests/test_pictures.py compares them, so that text and pictures stay those of one run.
+`images/live.svg` is the live display, drawn again from the run's files. It shows the update with the sample dialogue of
+the largest gain in score. README says so, and how many of the sample dialogues gained and lost. `images/report.png` is
+the top of the run's page in Chromium. The quoted output comes from run.log: its lines that begin with a word of QUOTED,
+and the last one. `images/run.json` keeps what README quotes, and the checksums of the pictures. tests/test_pictures.py
+compares them, so that text and pictures stay those of one run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,36 +31,29 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval_metrics import format_table
+from report import Run, training_time, write_report
+from support import live_display
+from support.config import command_line
+from support.errors import UserError, run_script
+from support.files import write_json
+from support.text import DialogueFormat
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from eval_metrics import format_table  # noqa: E402
-from report import Run, load_run, write_report  # noqa: E402
-from support import live_display  # noqa: E402
-from support.config import command_line  # noqa: E402
-from support.errors import UserError, run_script  # noqa: E402
-from support.files import write_json  # noqa: E402
-from support.text import DialogueFormat  # noqa: E402
-
-QUOTED = (
-    "supervised",
-    "ROUGE-1",
-    "METEOR",
-    "intent",
-    "distinct-2",
-    "test",
-)  # first words of the lines that README quotes
+QUOTED = {"supervised", "ROUGE-1", "METEOR", "intent", "distinct-2", "test"}  # first words of the lines in README
 COLUMNS = 104  # of the terminal in the picture
 PAGE_WIDTH, CHARTS, SCALE = 1120, 6, 1.5  # of the page's picture: pixels, charts to be seen, pixels of the file for one
 
 
 def gain(sample: dict) -> float:
-    """By how much the reply scores higher than the start's."""
+    """Return by how much the reply scores higher than the supervised model's."""
     return sample["scores"]["now"]["score"] - sample["scores"]["before"]["score"]
 
 
 def shown_dialogue(run: Run) -> tuple[dict, int, str]:
-    """The sample dialogue with the largest gain, the last update that showed it, and the sentence about it."""
+    """Return the sample dialogue with the largest gain, the last update that showed it, and a sentence about it."""
     if not run.samples:
         raise UserError(f"'{run.folder}' has no samples.jsonl; a run with --sample-interval 0 has no dialogue to show.")
     best = max(run.samples, key=gain)
@@ -76,35 +70,28 @@ def shown_dialogue(run: Run) -> tuple[dict, int, str]:
 
 
 def live_picture(run: Run) -> str:
-    """SVG of the live display as it stood at the update of `shown_dialogue`."""
+    """Return an SVG of the live display at the update of `shown_dialogue`."""
     dialogue, update, _ = shown_dialogue(run)
     rows = [row for row in run.metrics if row["update"] <= update]
-    steps = [0, *(row["env_steps"] for row in rows)]
-    seconds = sum((after - before) / row["fps"] for before, after, row in zip(steps, steps[1:], rows))
     watching = live_display.Monitor(SimpleNamespace(**run.config))
     watching.begin(run.folder, 0, DialogueFormat.load(run.folder / "policy").max_new_tokens, {})
     watching.recent.extend(rows)
     watching.dialogues.append(dialogue)
     watching.stage("collecting replies")
-    watching.started = time.monotonic() - seconds
+    watching.started = time.monotonic() - training_time(rows)[1]
     colors = dict(force_terminal=True, color_system="standard", legacy_windows=False)
     console = Console(file=io.StringIO(), width=COLUMNS, record=True, highlight=False, **colors)
-    kept, live_display.console = live_display.console, lambda: console
-    try:
+    with unittest.mock.patch.object(live_display, "console", lambda: console):
         console.print(watching._draw())
-    finally:
-        live_display.console = kept
     svg = console.export_svg(title="accelerate launch ppo_dialog.py", unique_id="live")
     return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # a picture loads nothing: its font is the reader's monospace
 
 
 def page_picture(run: Run, file: Path) -> None:
-    """Write the top of the run's page, down to its first CHARTS charts, as a PNG. Raises UserError without Chromium."""
+    """Write the top of the run's page, down to its first CHARTS charts, as a PNG. Raise UserError without Chromium."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not (chromium and shutil.which("chromedriver")):
-        raise UserError(
-            "there is no chromium with chromedriver here; on Debian, apt-get install chromium chromium-driver."
-        )
+        raise UserError("there is no chromium with chromedriver; on Debian, apt-get install chromium chromium-driver.")
     from selenium import webdriver
 
     with tempfile.TemporaryDirectory() as place:
@@ -121,9 +108,8 @@ def page_picture(run: Run, file: Path) -> None:
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=light))
             browser.get(page.as_uri())
             bottom = "return document.querySelectorAll('.chart')[arguments[0]].getBoundingClientRect().bottom"
-            clip = dict(
-                x=0, y=0, width=PAGE_WIDTH, height=round(browser.execute_script(bottom, CHARTS - 1)) + 16, scale=1
-            )
+            height = round(browser.execute_script(bottom, CHARTS - 1)) + 16
+            clip = dict(x=0, y=0, width=PAGE_WIDTH, height=height, scale=1)
             shot = browser.execute_cdp_cmd("Page.captureScreenshot", dict(clip=clip, captureBeyondViewport=True))
         finally:
             browser.quit()
@@ -132,19 +118,19 @@ def page_picture(run: Run, file: Path) -> None:
 
 
 def quoted_output(run: Run, log: str) -> list[str]:
-    """The closing lines of what the run printed, as README quotes them. Raises UserError for the log of another run."""
+    """Return the closing lines that README quotes of what the run printed. Raise UserError for another run's log."""
     table, steps = format_table(run.evaluation, headings=("supervised", "PPO")), run.metrics[-1]["env_steps"]
     begin, end = log.find(table), re.search(rf"^{steps:,} environment steps in .*$", log, flags=re.MULTILINE)
     if begin < 0 or not end:
         raise UserError(f"the log is not of the run '{run.folder}': its table or its number of steps is another one.")
     lines = log[begin : end.end()].splitlines()
     place = str(Path(run.config["run_dir"]) / run.config["experiment_name"])
-    quoted = [line for line in lines if line.split()[:1] in [[word] for word in QUOTED]]
+    quoted = [line for line in lines if line.strip() and line.split()[0] in QUOTED]
     return [line.replace(place, f"runs/{run.name}") for line in [*quoted, lines[-1]]]
 
 
 def texts_of(record: dict) -> list[str]:
-    """What README has of `run.json`: the block of output, and the sentence about the dialogue."""
+    """Return the texts that README takes from `run.json`: the block of output, and the sentence about the dialogue."""
     return [textwrap.indent("\n".join(record["output"]), "    "), textwrap.fill(record["dialogue"], 120)]
 
 
@@ -160,7 +146,7 @@ class PicturesConfig:
 
 def main() -> None:
     config = command_line(PicturesConfig, __doc__)
-    run, images, readme = load_run(Path(config.run)), ROOT / "docs" / "images", ROOT / "README.md"
+    run, images, readme = Run(Path(config.run)), ROOT / "docs" / "images", ROOT / "README.md"
     if not Path(config.log).is_file():
         raise UserError(f"there is no file '{config.log}'; give the file with what the run printed.")
     if not run.evaluation:

@@ -1,10 +1,10 @@
-"""The table, the figures and the dialogues of docs/notebook/results.md, from what reproduce.sh left in its folder.
+"""Write the table, the figures and the dialogues of docs/notebook/results.md from the folder of reproduce.sh.
 
     python reproduce/results.py runs/reproduce --results docs/notebook --seeds 0 1 2
 
-Reads eval/*.json, replies/*.jsonl, the metrics.jsonl of each run and what the judges and the supervised start say of
-themselves; writes results.json, results-*.png and the part of results.md between its two marks. The rest of
-results.md is written by hand and stays.
+It reads eval/*.json, replies/*.jsonl, the metrics.jsonl of each run, and the records of the judges and the supervised
+model. It writes results.json, results-*.png and the part of results.md between two marks. The rest of results.md is
+written by hand and stays. The text of that part is results.md.jinja.
 """
 
 from __future__ import annotations
@@ -13,43 +13,33 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import jinja2
 import tyro
+from jinja2.environment import TemplateModule
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval_metrics import meteor_scores
-from report import draw_curves, load_run, panels_of  # noqa: E402
-from support.config import command_line  # noqa: E402
-from support.errors import UserError, run_script  # noqa: E402
-from support.files import write_json  # noqa: E402
+from report import charts_of, draw_curves, load_runs
+from support.config import command_line
+from support.errors import UserError, run_script
+from support.files import write_json
 from support.metric_names import LABELS
-from support.words import spaced, word_tokenizer_for  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from support.words import spaced, word_tokenizer_for
 
 MARKS = "<!-- made by results.py: begin -->", "<!-- made by results.py: end -->"
 # what the tutorial reports of its own PPO against its own supervised model (docs/quick_start/train_nlp)
 TUTORIAL = {"rouge1": 0.10, "rougeLsum": 0.12, "meteor": 0.25, "sacrebleu": 0.43, "intent": 0.019}
 TUTORIAL["mean_output_length"] = -0.014
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
-CURVES = (  # panels of report.py, by their figures
-    "episode_reward",
-    "intent meteor consensus commonplace",
-    "reward_*",
-    "validation_reward",
-    "kl_div",
-    "alpha",
-    "mean_output_length",
-    "clipfrac",
-    "entropy",
-)
+# panels of report.py, by their first figures
+CURVES = "episode_reward intent reward_* validation_reward kl_div alpha mean_output_length clipfrac entropy".split()
 ABLATIONS = {
     "no-kl": "without KL (`--kl-coef 0`)",
     "no-meteor": "without METEOR (`--meteor-coef 0 --consensus-coef 0`)",
@@ -70,47 +60,38 @@ class ResultsConfig:
     """Dialogues that are shown, picked by a fixed seed."""
 
 
-def read(file: Path, parse: Callable[[str], Any]) -> Any:
-    """What `parse` makes of a file's text; UserError where it cannot be read."""
+def read(file: Path) -> Any:
+    """Return the value in a JSON file, or the list of those in a JSONL file. Raise UserError if it cannot be read."""
     try:
-        return parse(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return list(map(json.loads, text.rstrip("\n").split("\n"))) if file.suffix == ".jsonl" else json.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"'{file}' cannot be read ({type(error).__name__}); run reproduce.sh to its end.") from error
 
 
-def read_json(file: Path) -> Any:
-    return read(file, json.loads)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    return read(file, lambda text: [json.loads(line) for line in text.rstrip("\n").split("\n")])
-
-
 def gains(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Relative gains over the supervised start and their 95% intervals, by metric."""
-    gain, interval = {}, {}
-    for name in REPORTED:
-        if difference := evaluation["difference"].get(name):
-            base = evaluation["baseline"][name]
-            gain[name] = difference["value"] / base if base else None
-            interval[name] = [bound / base for bound in difference["ci95"]] if base else None
-    return {"gain": gain, "ci95": interval}
+    """Return relative gains over the supervised model and their 95% intervals, by metric."""
+    differences = {n: d for n in REPORTED if (d := evaluation["difference"].get(n))}
+    bases = {n: evaluation["baseline"][n] for n in differences}
+    return {
+        "gain": {n: d["relative"] for n, d in differences.items()},
+        "ci95": {n: [v / bases[n] for v in d["ci95"]] if bases[n] else None for n, d in differences.items()},
+    }
 
 
-def meteor_elsewhere(file: Path) -> float:
-    """Mean METEOR of a file's replies against human replies to other prompts: what METEOR pays whatever is asked.
+def meteor_elsewhere(rows: list[dict[str, Any]]) -> float:
+    """Return the mean METEOR of replies against human replies to other prompts: what any reply scores.
 
-    Reply i is held against the human reply of half a split further on, the same one for every model.
+    Reply i is compared with the human reply half a split further on, the same one for every model.
     """
-    rows = read_lines(file)[1:]
     half = len(rows) // 2
     elsewhere = [row["reply"] for row in rows[half:] + rows[:half]]
     return float(meteor_scores([row["text"] for row in rows], elsewhere).mean())
 
 
 def habits(file: Path) -> dict[str, float]:
-    """Shares of a file's replies that end at the limit of tokens, and that say some three words in a row twice."""
-    first, *rows = read_lines(file)
+    """Return the shares of a file's replies that end at the limit of tokens, and that repeat three words in a row."""
+    first, *rows = read(file)
     word_tokenizer = word_tokenizer_for(row["reply"] for row in rows)
 
     def repeats(text: str) -> bool:
@@ -125,17 +106,16 @@ def habits(file: Path) -> dict[str, float]:
 
 
 def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Everything that results.json holds; an ablation that has not been evaluated is left out."""
-    evaluations = {name: read_json(out / "eval" / f"{name}.json") for name in [f"ppo-{s}" for s in seeds]}
+    """Return the content of results.json. An ablation that has not been evaluated is left out."""
+    evaluations = {f"ppo-{s}": read(out / "eval" / f"ppo-{s}.json") for s in seeds}
+    ablations = {n: read(file) for n in ABLATIONS if (file := out / "eval" / f"{n}.json").exists()}
+    first, policies = evaluations[f"ppo-{seeds[0]}"], {n: e["policy"] for n, e in (evaluations | ablations).items()}
     per_seed = [{"seed": s} | gains(evaluations[f"ppo-{s}"]) for s in seeds]
-    first = next(iter(evaluations.values()))
-    sft = read_json(out / "sft" / "sft.json")["history"]
-    ablations = {n: read_json(out / "eval" / f"{n}.json") for n in ABLATIONS if (out / "eval" / f"{n}.json").exists()}
-    meteor = {"sft": first["baseline"]} | {n: e["policy"] for n, e in (evaluations | ablations).items()}
+    replies = {n: out / "replies" / f"{n}.jsonl" for n in ("sft", *policies)}
     return {
         "samples": first["settings"]["samples"],
         "supervised": first["baseline"],
-        "ppo": {str(s): evaluations[f"ppo-{s}"]["policy"] for s in seeds},
+        "ppo": {str(s): policies[f"ppo-{s}"] for s in seeds},
         "seeds": per_seed,
         "gain_mean": {
             name: statistics.fmean(row["gain"][name] for row in per_seed)
@@ -143,135 +123,54 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
             if all(row["gain"].get(name) is not None for row in per_seed)
         },
         "meteor": {
-            name: {"own": values["meteor"], "elsewhere": meteor_elsewhere(out / "replies" / f"{name}.jsonl")}
-            for name, values in meteor.items()
+            name: {"own": values["meteor"], "elsewhere": meteor_elsewhere(read(replies[name])[1:])}
+            for name, values in ({"sft": first["baseline"]} | policies).items()
         },
-        "habits": {name: habits(out / "replies" / f"{name}.jsonl") for name in meteor},
+        "habits": {name: habits(file) for name, file in replies.items()},
         "ablations": {name: gains(evaluation) for name, evaluation in ablations.items()},
-        "environment_steps": {
-            name: read_lines(out / name / "metrics.jsonl")[-1]["env_steps"] for name in [*evaluations, *ablations]
-        },
-        "judges": {n: read_json(out / n / "intent.json")["validation"] for n in ("judge", "second_judge")},
-        "supervised_curve": [{k: row[k] for k in ("step", "minutes", "loss", "perplexity")} for row in sft],
+        "environment_steps": {name: read(out / name / "metrics.jsonl")[-1]["env_steps"] for name in policies},
+        "judges": {n: read(out / n / "intent.json")["validation"] for n in ("judge", "second_judge")},
+        "supervised_curve": [
+            {k: row[k] for k in ("step", "minutes", "loss", "perplexity")}
+            for row in read(out / "sft" / "sft.json")["history"]
+        ],
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1%}"
-
-
-def with_interval(row: dict[str, Any], name: str) -> str:
-    if row["gain"].get(name) is None:
-        return "-"
-    low, high = row["ci95"][name]
-    return f"{row['gain'][name]:+.1%} [{low:+.1%}, {high:+.1%}]"
-
-
-def gain_table(summary: dict[str, Any]) -> str:
-    """A row for each metric: supervised, the mean gain, each seed's with its interval, the tutorial's."""
-    seeds = summary["seeds"]
-    rows = [["", "supervised", "mean gain", *(f"seed {row['seed']}" for row in seeds), "tutorial"]]
-    for name in REPORTED:
-        if name in summary["supervised"] and summary["supervised"][name] is not None:
-            cells = [f"{summary['supervised'][name]:.4f}", f"**{percent(summary['gain_mean'].get(name))}**"]
-            rows.append(
-                [LABELS[name], *cells, *(with_interval(row, name) for row in seeds), percent(TUTORIAL.get(name))]
-            )
-    return table(rows)
-
-
-def ablation_table(summary: dict[str, Any]) -> str:
-    ablations = summary["ablations"]
-    rows = [["", "mean of the seeds", *(ABLATIONS[name] for name in ablations)]]
-    for name in summary["gain_mean"]:
-        cells = [with_interval(ablation, name) for ablation in ablations.values()]
-        rows.append([LABELS[name], percent(summary["gain_mean"][name]), *cells])
-    return table(rows)
-
-
-def reply_table(summary: dict[str, Any]) -> str:
-    """How much of each model's METEOR has to do with the prompt, and the habits of its replies."""
-
-    def label(name):
-        return "supervised" if name == "sft" else name
-
-    rows = [["", *map(label, summary["meteor"])]]
-    for row, value in {
-        "METEOR against the human reply to this prompt": lambda m: m["own"],
-        "METEOR against that to another prompt": lambda m: m["elsewhere"],
-        "difference": lambda m: m["own"] - m["elsewhere"],
-    }.items():
-        rows.append([row, *(f"{value(meteor):.4f}" for meteor in summary["meteor"].values())])
-    for row, key in {"replies at the limit of tokens": "at_limit", "that say three words twice": "repeating"}.items():
-        rows.append([row, *(f"{shares[key]:.1%}" for shares in summary["habits"].values())])
-    return table(rows)
-
-
-def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str]) -> str:
-    """Dialogues before and after, picked by a generator that always starts at 0, with the ablations' replies."""
+def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
+    """Pick dialogues by a generator that starts at 0: their number, context, and the replies by model."""
     shown = {"supervised": "sft", "PPO": f"ppo-{seed}"} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
-    replies = {label: read_lines(out / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
-    first = replies["supervised"]
-    picked = sorted(random.Random(0).sample(range(len(first)), min(number, len(first))))
+    replies = {label: read(out / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
+    first, dialogues = replies["supervised"], []
 
     def plain(text):
         return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
-    parts = []
-    for i in picked:
+    for i in sorted(random.Random(0).sample(range(len(first)), min(number, len(first)))):
         context = " / ".join(plain(u) for u in first[i]["prompt"].split("<EOU>") if u.strip())
         said = {"human": first[i]["reply"]} | {label: rows[i]["text"] for label, rows in replies.items()}
-        parts.append(f"**{i}.** {context}\n\n" + "\n".join(f"- {label}: {plain(t)}" for label, t in said.items()))
-    return "\n\n".join(parts)
+        dialogues.append((i, context, {label: plain(text) for label, text in said.items()}))
+    return dialogues
 
 
-def text_of(summary: dict[str, Any], out: Path, config: ResultsConfig) -> str:
-    judges = [
-        f"{name.replace('_', ' ')}: accuracy {j['accuracy']:.3f}, macro-F1 {j['macro_f1']:.3f}"
-        for name, j in summary["judges"].items()
-    ]
-    curve = summary["supervised_curve"]
-    best = min(curve, key=lambda row: row["loss"])
-    steps = ", ".join(f"{name} {n:,}" for name, n in summary["environment_steps"].items())
-    return "\n\n".join(
-        [
-            f"{summary['samples']:,} validation samples; gains relative to the supervised start, with the 95% interval "
-            "of each seed (paired bootstrap; jackknife for distinct-2).",
-            gain_table(summary),
-            reply_table(summary),
-            f"Judges on human utterances of the validation split: {'; '.join(judges)}. Supervised start: validation "
-            f"perplexity of the human replies {curve[0]['perplexity']:.2f} before, {best['perplexity']:.2f} at its "
-            f"best look (step {best['step']}, {best['minutes']:.0f} minutes). Environment steps: {steps}.",
-            "![gains](results-gains.png)",
-            "![curves](results-curves.png)",
-            "![supervised](results-supervised.png)",
-            "## Ablations",
-            ablation_table(summary) if summary["ablations"] else "None has been run.",
-            f"## {config.dialogues} dialogues, picked by a fixed seed, with the run of seed {config.seeds[0]}",
-            shown_dialogues(out, config.seeds[0], config.dialogues, summary["ablations"]),
-        ]
+def write_text(summary: dict[str, Any], config: ResultsConfig) -> TemplateModule:
+    """Fill results.md.jinja. The result has its text (`str`) and the macro `gain_table`."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda value: "-" if value is None else f"{value:+.1%}"
+    dialogues = shown_dialogues(Path(config.out), config.seeds[0], config.dialogues, summary["ablations"])
+    names = dict(labels=LABELS, ablation_labels=ABLATIONS, reported=REPORTED, tutorial=TUTORIAL)
+    return environment.get_template("results.md.jinja").make_module(
+        summary | names | {"config": config, "dialogues": dialogues}
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def draw_gains(summary: dict[str, Any], file: Path) -> None:
-    names = list(summary["gain_mean"])
-    figure, axes = plt.subplots(figsize=(9, 4))
-    width = 0.8 / len(summary["seeds"])
-    for k, row in enumerate(summary["seeds"]):
-        x = [i + (k - (len(summary["seeds"]) - 1) / 2) * width for i in range(len(names))]
+    names, seeds = list(summary["gain_mean"]), summary["seeds"]
+    figure = Figure((9, 4), layout="tight")
+    axes, width = figure.subplots(), 0.8 / len(seeds)
+    for k, row in enumerate(seeds):
+        x = [i + (k - (len(seeds) - 1) / 2) * width for i in range(len(names))]
         heights = [100 * row["gain"][n] for n in names]
         errors = [[abs(100 * (row["ci95"][n][side] - row["gain"][n])) for n in names] for side in (0, 1)]
         axes.bar(x, heights, width * 0.9, yerr=errors, capsize=2, label=f"seed {row['seed']}")
@@ -281,26 +180,15 @@ def draw_gains(summary: dict[str, Any], file: Path) -> None:
     axes.set_xticks(range(len(names)), [LABELS[n] for n in names], rotation=20, ha="right")
     axes.set_ylabel("gain over the supervised start, %")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def draw_runs(out: Path, names: list[str], file: Path) -> None:
-    """Reward parts, KL with its coefficient, length and clipping over environment steps, as report.py draws them."""
-    runs = [load_run(out / name) for name in names]
-    panels = [pair for section in panels_of(runs)[0].values() for pair in section]
-    draw_curves(runs, file, [(panel, figures) for panel, figures in panels if panel.names in CURVES])
 
 
 def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 3.2))
+    figure = Figure((6, 3.2), layout="tight")
+    axes = figure.subplots()
     axes.plot([row["step"] for row in curve], [row["loss"] for row in curve], marker="o", markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss of human replies, nats per token")
-    figure.tight_layout()
+    axes.set(xlabel="step", ylabel="validation loss of human replies, nats per token")
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -308,18 +196,21 @@ def main() -> None:
     out, results = Path(config.out), Path(config.results)
     summary = summarize(out, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / "reproduce.results.json", summary)
+    write_json(results / "results.json", summary)
     draw_gains(summary, results / "results-gains.png")
-    draw_runs(out, [*(f"ppo-{s}" for s in config.seeds), *summary["ablations"]], results / "results-curves.png")
+    runs = load_runs(out / name for name in summary["environment_steps"])
+    charts = [chart for section in charts_of(runs)[0].values() for chart in section]
+    charts = [chart for chart in charts if chart.panel.names.split()[0] in CURVES]
+    draw_curves(charts, runs, results / "results-curves.png")
     draw_supervised(summary["supervised_curve"], results / "results-supervised.png")
     page = results / "results.md"
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Results\n\n{MARKS[0]}\n{MARKS[1]}\n"
     if not all(text.count(mark) == 1 for mark in MARKS):
         raise UserError(f"'{page}' has not the two lines '{MARKS[0]}' and '{MARKS[1]}' once each; put them in.")
     head, rest = text.split(MARKS[0])
-    made = text_of(summary, out, config)
-    page.write_text(f"{head}{MARKS[0]}\n\n{made}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
-    print(gain_table(summary))
+    made = write_text(summary, config)
+    page.write_text(f"{head}{MARKS[0]}\n\n{str(made).strip()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    print(made.gain_table().strip())
     print(f"written to {page}, results.json and three figures beside it")
 
 

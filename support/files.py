@@ -48,4 +48,4 @@ def nan_to_none(value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether a value read from JSON is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -138,6 +138,7 @@ class Run:
             self.at_end.callback(open_run(self.folder, keep=config.resume).release)
             truncate_metrics(self.folder / "metrics.jsonl", state.updates)
             save_yaml(replace(config, resume=False), self.folder / "config.yaml")
+            save_yaml(type(config)(), self.folder / "defaults.yaml")  # for the report, which may read it years later
             if warning := check_disk_space(self.folder, self.checkpoint_bytes, config.keep_checkpoints):
                 self.say(warning)
         start_trackers(config, accelerator, self.folder, state.trackers, state.updates)

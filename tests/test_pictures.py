@@ -8,7 +8,7 @@ import pytest
 from test_report import ROOT, evaluation_of, made_run, metric_rows
 
 from eval_metrics import format_table
-from report import load_run
+from report import Run
 from support.errors import UserError
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -35,7 +35,7 @@ def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_pat
     evaluation = evaluation_of({name: (0.01, 0.02, 0.03) for name in ("rouge1", "rouge2", "meteor")})
     config = dict(log_interval=1, progress="plain", run_dir="/a/place")
     figures = dict(score=lambda i: 0.5, kl_div=lambda i: 0.01, alpha=lambda i: 0.2)
-    run = load_run(made_run(tmp_path / "mine", metric_rows(12, **figures), evaluation, samples=rows, config=config))
+    run = Run(made_run(tmp_path / "mine", metric_rows(12, **figures), evaluation, samples=rows, config=config))
     best, update, sentence = pictures.shown_dialogue(run)
     assert (
         best["now"] == "the best" and update == 7 and "2 scored higher than before training, 1 lower, 1 the" in sentence

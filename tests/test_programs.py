@@ -250,7 +250,7 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
     again = ["bash", "reproduce/reproduce.sh", "--quick"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "results" / "reproduce.results.json").read_text())
+    result = json.loads((tmp_path / "results" / "results.json").read_text())
     assert [row["seed"] for row in result["seeds"]] == [0, 1] and result["samples"] == 32
     wanted = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
     for row in result["seeds"]:

@@ -12,26 +12,27 @@ import forked
 import pytest
 import yaml
 
-import report
 from ppo_dialog import PPOConfig, show_results
 from report import (
     COUNTERS,
     HEIGHT,
+    LEFT,
     LIGHT,
     NAME_LENGTH,
     PANELS,
     POINTS,
+    RIGHT,
+    SOFT,
     WIDTH,
-    Frame,
-    curve_chart,
+    Chart,
+    Run,
+    charts_of,
     draw_curves,
-    lines_of,
-    load_run,
+    load_runs,
     make_page,
-    name_apart,
-    panels_of,
     points,
     replies_of,
+    settings_of,
     shorten,
     shown_dialogues,
     table_of,
@@ -39,7 +40,7 @@ from report import (
 )
 from reproduce import results
 from support.builtin import builtin_model
-from support.config import parse_config
+from support.config import parse_config, plain_values
 from support.errors import UserError
 from support.metric_names import BETTER, LABELS
 
@@ -92,6 +93,8 @@ def made_run(folder: Path, metrics=(), evaluation=None, **lines) -> Path:
     folder.mkdir(parents=True)
     config = dict(total_time_steps=1000, kl_target=0.05, run_dir=folder.parent.name, experiment_name=folder.name)
     (folder / "config.yaml").write_text(yaml.safe_dump(config | lines.pop("config", {})))
+    if defaults := lines.pop("defaults", {}):
+        (folder / "defaults.yaml").write_text(yaml.safe_dump(defaults))
     for name, rows in {"metrics": metrics, **lines}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if evaluation:
@@ -126,8 +129,27 @@ def test_a_run_ends_with_its_page_and_says_where(real_run):
     assert "not finished" not in page and "cannot be read" not in page
     for heading in ("ROUGE-1", "METEOR", "perplexity", "KL to the reference", "Speed", "total_time_steps"):
         assert heading in page
-    assert str(load_run(folder).evaluation["settings"]["versions"]["torch"]) in page
+    assert str(Run(folder).evaluation["settings"]["versions"]["torch"]) in page
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_keeps_the_defaults_that_its_settings_are_compared_with(real_run, tmp_path):
+    run = Run(real_run[0])
+    assert run.defaults == plain_values(PPOConfig())
+    changed, usual = settings_of([run])
+    given = "total_time_steps env_num num_mini_batch judge_samples validation_limit run_dir eval_limit save_interval"
+    assert {row["name"] for row in changed} == set(given.split())
+    assert len(changed) + len(usual) == len(run.defaults) - 1  # but for resume
+    assert "no defaults.yaml" not in (real_run[0] / "report.html").read_text(encoding="utf-8")
+
+    own = dict(kl_target=0.05, lr=0.1)  # of a version in which they were others
+    folders = [made_run(tmp_path / f"{lr}", config=own, defaults=own | dict(lr=lr)) for lr in (0.1, 0.2)]
+    changed, usual = ({row.pop("name"): row for row in part} for part in settings_of(load_runs(folders)))
+    assert usual.keys() == {"kl_target"} and changed["lr"] == dict(default="0.1 or 0.2", values=[("0.1", [])])
+    page = page_of(old := made_run(tmp_path / "old", metric_rows(2)))
+    changed, usual = settings_of([Run(old)])
+    assert {row["default"] for row in changed} == {""} and not usual
+    assert "There is no defaults.yaml" in page and "All settings, as the run did not store its defaults." in page
 
 
 def test_eval_samples_are_what_eval_json_is_the_mean_of(real_run):
@@ -136,18 +158,12 @@ def test_eval_samples_are_what_eval_json_is_the_mean_of(real_run):
     result = json.loads((folder / "eval.json").read_text())
     assert len(rows) == result["settings"]["samples"] == 30
     assert set(rows[0]) == {"context", "act", "human", "before", "after"} and len(rows[0]["context"]) == 5
-    names = {"rouge1": "rouge1", "rougeLsum": "rougeLsum", "meteor": "meteor", "intent": "intent"}
     for side, model in (("before", "baseline"), ("after", "policy")):
-
-        def mean(name):
-            return sum(row[side][name] for row in rows) / len(rows)  # noqa: B023  called at once
-
-        for name, theirs in (names | {"length": "mean_output_length"}).items():
-            assert mean(name) == pytest.approx(result[model][theirs])
-        assert mean("reward") == pytest.approx(result["reward"][model])
-        assert all(
-            row[side]["reward"] == pytest.approx((row[side]["intent"] + row[side]["meteor"]) / 2) for row in rows
-        )
+        theirs = result[model] | {"length": result[model]["mean_output_length"], "reward": result["reward"][model]}
+        for name in ("rouge1", "rougeLsum", "meteor", "intent", "length", "reward"):
+            assert sum(row[side][name] for row in rows) / len(rows) == pytest.approx(theirs[name])
+        for scores in (row[side] for row in rows):
+            assert scores["reward"] == pytest.approx((scores["intent"] + scores["meteor"]) / 2)
 
 
 def test_a_page_that_cannot_be_written_is_a_sentence_and_no_more(tmp_path, capsys):
@@ -162,29 +178,36 @@ def test_a_page_that_cannot_be_written_is_a_sentence_and_no_more(tmp_path, capsy
 # --- what it draws
 
 
-def test_curves_stand_where_their_numbers_are():
-    frame = Frame([0, 1000], [1.0, 3.0])
-    left, right = (frame.at_x(x) for x in (0, 1000))
-    assert frame.at_x(500) == pytest.approx((left + right) / 2) and 0 < left < right < WIDTH
-    low, high = (frame.at_y(y) for y in (1.0, 3.0))
-    assert 0 < high < low < HEIGHT and frame.at_y(2.0) == pytest.approx((low + high) / 2, abs=0.1)
-    assert frame.path([0, 1000], [1.0, 3.0]) == f"M{left:g} {low:g}L{right:g} {high:g}"
-    assert [
-        frame.at_x(float(label.removesuffix("k")) * 1000 if "k" in label else float(label))
-        for _, label in frame.x_ticks
-    ] == [x for x, _ in frame.x_ticks]
-    Frame([0, 1], [2.0, 2.0]), Frame([0, 1], [0.0, 0.0])  # a figure that does not move has a height too
+def charts_by_title(runs: list) -> dict[str, Chart]:
+    return {chart.title: chart for charts in charts_of(runs)[0].values() for chart in charts}
+
+
+def test_curves_stand_where_their_numbers_are(tmp_path):
+    run = Run(made_run(tmp_path / "run", metric_rows(20, score=lambda i: (0.123, 0.124)[i % 2])))
+    chart = charts_by_title([run])["Score"]
+    assert chart.read["x"] == [0, 2000]
+    (path,) = re.findall(r'<path d="M ([^"z]*)" style="fill: none; stroke: var\(--c0\)', chart.svg)
+    x, y = zip(*(map(float, point.split()) for point in path.split("L ")))
+    assert x == pytest.approx([LEFT + (WIDTH - LEFT - RIGHT) * step / 2000 for step in range(100, 2001, 100)], abs=0.06)
+    assert len(set(y)) == 2 and 0 < y[1] < y[0] < HEIGHT
+    labels = re.findall(r'text-anchor: (\w+).*? x="(.*?)" y="(.*?)">(.*?)</text>', chart.svg)
+    steps = {label: float(at) for anchor, at, _, label in labels if anchor == "middle"}
+    assert steps == pytest.approx({"0": 46, "500": 122.5, "1k": 199, "1.5k": 275.5, "2k": 352})
+    heights = {float(label): float(at) for anchor, _, at, label in labels if anchor == "end"}
+    (low, low_at), (high, high_at) = min(heights.items()), max(heights.items())
+    pixels = (low_at - high_at) / (high - low)
+    assert y[0] - y[1] == pytest.approx(0.001 * pixels, abs=0.2)
 
 
 def test_every_figure_is_drawn_once_or_said_in_words(tmp_path):
     figures = dict(
         score=float, kl_div=lambda i: i / 100, passes=lambda i: 2, reward_kl=lambda i: -i, polite=lambda i: i * i
     )
-    run = load_run(made_run(tmp_path / "run", metric_rows(5, reward_polite=float, **figures)))
-    sections, constant = panels_of([run])
-    drawn = [name for panels in sections.values() for _, names in panels for name in names]
+    run = Run(made_run(tmp_path / "run", metric_rows(5, reward_polite=float, **figures)))
+    sections, constant = charts_of([run])
+    drawn = [name for charts in sections.values() for chart in charts for name in chart.names]
     assert sorted(drawn) == ["kl_div", "polite", "reward_kl", "reward_polite", "score"]
-    assert [names for _, names in sections["Your own figures"]] == [["polite"]]
+    assert [chart.names for chart in sections["Your own figures"]] == [["polite"]]
     assert constant == {"fps": 50.0, "passes": 2}
     page = page_of(run.folder)
     assert "dashed: kl_target" in page and "<b>Parts of the reward</b>" in page
@@ -194,12 +217,11 @@ def test_every_figure_of_the_trainer_has_a_panel_or_is_a_counter(tmp_path):
     glossary = (ROOT / "docs" / "figures.md").read_text().split("## metrics.jsonl")[1].split("\n## ")[0]
     names = set(re.findall(r"^\| `(\w+)` \|", glossary, re.M)) - {"update", "env_steps"}  # test_docs: all, no other
     assert {"score_std", "validation_reward", "commonplace", "reward_length_price"} <= names
-    run = load_run(made_run(tmp_path / "run", metric_rows(3, **dict.fromkeys(names, float))))
-    sections, _ = panels_of([run])
+    run = Run(made_run(tmp_path / "run", metric_rows(3, **dict.fromkeys(names, float))))
+    sections, _ = charts_of([run])
     assert "Your own figures" not in sections
-    of_reward = [shown for _, shown in sections["Reward"]]
-    assert of_reward[:2] == [["score"], ["score_std"]]
-    assert {name for panels in sections.values() for _, shown in panels for name in shown} == names - COUNTERS
+    assert [chart.names for chart in sections["Reward"][:2]] == [["score"], ["score_std"]]
+    assert {name for charts in sections.values() for chart in charts for name in chart.names} == names - COUNTERS
 
 
 @pytest.mark.parametrize(
@@ -216,16 +238,12 @@ def test_every_figure_of_the_trainer_has_a_panel_or_is_a_counter(tmp_path):
     ],
 )
 def test_a_title_names_what_is_drawn_and_nothing_else(tmp_path, figures, titles):
-    run = load_run(made_run(tmp_path / "run", metric_rows(3, fps=lambda i: 1, **dict.fromkeys(figures.split(), float))))
-    assert [panel.title for panels in panels_of([run])[0].values() for panel, _ in panels] == titles
+    run = Run(made_run(tmp_path / "run", metric_rows(3, fps=lambda i: 1, **dict.fromkeys(figures.split(), float))))
+    assert list(charts_by_title([run])) == titles
 
 
 def test_the_curves_of_the_results_are_panels():
-    assert set(results.CURVES) <= {panel.names for panels in PANELS.values() for panel in panels}
-
-
-def charts_of(runs: list) -> dict[str, dict]:
-    return {panel.title: curve_chart(panel, n, runs) for panels in panels_of(runs)[0].values() for panel, n in panels}
+    assert set(results.CURVES) <= {panel.names.split()[0] for panels in PANELS.values() for panel in panels}
 
 
 def test_the_start_is_drawn_where_the_first_rollout_measured_it(tmp_path, monkeypatch):
@@ -235,42 +253,36 @@ def test_the_start_is_drawn_where_the_first_rollout_measured_it(tmp_path, monkey
     )  # fmt: skip
     for row in rows:
         row["episodes"] = 64 * row["update"]
-    run = load_run(made_run(tmp_path / "run", rows, config=dict(samples_per_prompt=4)))
-    charts = charts_of([run])
-    (start,) = charts["Score"]["starts"]
-    frame, half = charts["Score"]["frame"], 1.96 * 0.4 / 16**0.5  # 64 replies to 16 prompts
-    assert start["y"] == frame.at_y(0.5) and start["band"][0] == frame.at_y(0.5 + half)
-    assert sum(start["band"]) == pytest.approx(frame.at_y(0.5 - half), abs=0.11)
-    assert "dotted: start 0.5 \u00b1 0.2" in charts["Score"]["note"]
-    assert [len(charts[title]["starts"]) for title in ("polite", "Intent", "Parts of the reward: kl")] == [1, 1, 1]
-    assert charts["polite"]["starts"][0]["band"][1] == 0  # its deviation is not known
-    assert charts["Entropy"]["starts"] == []  # a mean over the update's steps
+    run = Run(made_run(tmp_path / "run", rows, config=dict(samples_per_prompt=4)))
+    charts = charts_by_title([run])
+    half = 1.96 * 0.4 / 16**0.5  # 64 replies to 16 prompts
+    assert charts["Score"].starts == [(0.5, pytest.approx(half), SOFT)]
+    for title in ("polite", "Intent", "Parts of the reward: kl"):
+        assert charts[title].starts == [(0, 0, SOFT)]  # their deviation is not known
+    assert charts["Entropy"].starts == []  # a mean over the update's steps
     page = make_page([run])
-    assert page.count('<line class="start"') == 5 and page.count('class="band"') == 1
+    assert "mean reward of the sampled replies; dotted: start 0.5 \u00b1 0.2<" in page
+    assert page.count("stroke-dasharray: 1.5,3") == 5 and page.count("fill: var(--soft); opacity: 0.16") == 1
 
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    draw_curves([run], tmp_path / "curves.png")
-    drawn = next(axes for axes in figures[0].axes if axes.get_title(loc="left") == "Score")
-    assert [0.5, 0.5] in [list(line.get_ydata()) for line in drawn.lines if line.get_linestyle() == ":"]
-    monkeypatch.undo()
-    report.plt.close(figures[0])
+    figure = draw_curves([charts["Score"]], [run], tmp_path / "curves.png")
+    (drawn,) = figure.axes[:1]
+    assert drawn.get_title(loc="left") == "Score" and [0.5, 0.5] in [list(line.get_ydata()) for line in drawn.lines]
+    assert [patch.get_extents().height > 0 for patch in drawn.patches] == [True]
 
-    later = load_run(made_run(tmp_path / "later", rows[1:]))  # whose first rows are lost
-    assert not any(chart["starts"] for chart in charts_of([later]).values())
+    later = Run(made_run(tmp_path / "later", rows[1:]))  # whose first rows are lost
+    assert not any(chart.starts for chart in charts_by_title([later]).values())
     assert "Dotted: the start" in page and "The band is" in page and "Dotted: the start" not in make_page([later])
-    other = load_run(made_run(tmp_path / "other", [row | {"score": row["score"] + 1} for row in rows]))
-    starts = charts_of([run, other])["Score"]["starts"]
-    assert [start["color"] for start in starts] == ["var(--c0)", "var(--c1)"]
-    assert [start["band"][1] for start in starts] == [0, 0]
-    same = load_run(made_run(tmp_path / "same", rows, config=dict(samples_per_prompt=4)))
-    assert [start["color"] for start in charts_of([run, same])["Score"]["starts"]] == ["var(--soft)"]
+    other = made_run(tmp_path / "other", [row | {"score": row["score"] + 1} for row in rows])
+    starts = charts_by_title(load_runs([run.folder, other]))["Score"].starts
+    assert starts == [(0.5, 0, LIGHT[0]), (1.5, 0, LIGHT[1])]
+    same = made_run(tmp_path / "same", rows, config=dict(samples_per_prompt=4))
+    assert [color for _, _, color in charts_by_title(load_runs([run.folder, same]))["Score"].starts] == [SOFT]
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
     rows = metric_rows(6, score=lambda i: [0.1, None, float("nan"), float("inf"), True, 0.6][i], intent=lambda i: None)
     folder = made_run(tmp_path / "run", rows)
-    assert points(load_run(folder), "score") == ([100.0, 600.0], [0.1, 0.6])
+    assert points(Run(folder), "score") == ([100.0, 600.0], [0.1, 0.6])
     page = page_of(folder)
     assert ">Score<" in page and "<b>Intent" not in page
     data = [part.split("</script>")[0] for part in page.split('<script type="application/json">')[1:]]
@@ -279,7 +291,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path):
 
 def test_long_runs_are_thinned_to_means(tmp_path):
     folder = made_run(tmp_path / "run", metric_rows(4000, score=lambda i: i % 2))
-    x, y = points(load_run(folder), "score")
+    x, y = points(Run(folder), "score")
     assert len(x) == POINTS and set(y) == {0.5} and x == sorted(x)
     assert len(page_of(folder)) < 200_000
 
@@ -288,7 +300,7 @@ def test_the_table_marks_what_excludes_zero_and_cuts_off_what_is_far_out(tmp_pat
     difference = dict(rouge1=(0.01, 0.02, 0.03), meteor=(-0.01, 0.01, 0.03), intent=(-0.04, -0.03, -0.02))
     evaluation = evaluation_of(difference | {"sacrebleu": (-4.0, 3.0, 9.0)})
     evaluation["difference"]["perplexity"] = None
-    run = load_run(made_run(tmp_path / "run", metric_rows(10, score=float), evaluation))
+    run = Run(made_run(tmp_path / "run", metric_rows(10, score=float), evaluation))
     cells = {row["label"]: row["cells"][0] for row in table_of([run])}
     assert list(cells) == ["ROUGE-1", "METEOR", "SacreBLEU", "intent"]
     assert [cells[name]["verdict"] for name in cells] == ["better", "", "", "worse"]
@@ -322,14 +334,14 @@ def test_a_loss_is_marked_otherwise_than_a_gain_in_word_and_color(tmp_path, sign
 
 
 def test_dialogues_are_picked_by_a_fixed_seed(tmp_path):
-    run = load_run(made_run(tmp_path / "run", metric_rows(2, score=float), eval_samples=held_out(200, reward=float)))
+    run = Run(made_run(tmp_path / "run", metric_rows(2, score=float), eval_samples=held_out(200, reward=float)))
     cards, sorts, total = shown_dialogues(replies_of([run]))
     assert (len(cards), total) == (20, 200) and cards == shown_dialogues(replies_of([run]))[0]
-    assert set(sorts.values()) == {"gain in reward", "reward before", "reward after", "length after"}
+    assert set(sorts) == {"gain in reward", "reward before", "reward after", "length after"}
     for card in cards:
         i = card["number"] - 1
         assert [r["text"] for r in card["replies"]] == [f"before {i}", f"after {i}"] and card["human"] == f"human {i}"
-        assert card["gain"] == card["keys"]["gain-0"] == i / 2
+        assert card["gain"] == card["keys"]["gain in reward"] == i / 2
     assert page_of(run.folder) == page_of(run.folder)
 
 
@@ -407,19 +419,11 @@ def test_commands_on_the_page_are_commands_of_the_trainer(tmp_path, monkeypatch)
 
 
 def test_runs_beside_each_other(tmp_path):
-    samples = held_out(50, reward=float)
-    one = made_run(
-        tmp_path / "a" / "run",
-        metric_rows(10, score=float),
-        evaluation_of({"meteor": (0.01, 0.02, 0.03)}),
-        eval_samples=samples,
-    )
-    two = made_run(
-        tmp_path / "b" / "run",
-        metric_rows(8, score=lambda i: 2.0 * i),
-        config=dict(lr=0.5),
-        eval_samples=held_out(40, said="later", reward=lambda i: 2 * i)[:40],
-    )
+    evaluation, said = evaluation_of({"meteor": (0.01, 0.02, 0.03)}), held_out(50, reward=float)
+    one = made_run(tmp_path / "a" / "run", metric_rows(10, score=float), evaluation, eval_samples=said)
+    files = dict(config=dict(lr=0.5), defaults=dict(lr=0.0002))
+    files["eval_samples"] = held_out(40, said="later", reward=lambda i: 2 * i)
+    two = made_run(tmp_path / "b" / "run", metric_rows(8, score=lambda i: 2.0 * i), **files)
     assert write_report([one, two]) == tmp_path / "a" / "comparison.html"
     page = (tmp_path / "a" / "comparison.html").read_text(encoding="utf-8")
     assert "a/run" in page and "b/run" in page and page.count("<figure") >= 2
@@ -428,7 +432,7 @@ def test_runs_beside_each_other(tmp_path):
     assert row.split() == ["a/run0.5", "b/run0.0002"]  # neither value nor none is lost, and whose each is
     assert "b/run: There is no eval.json" in page and "a/run</span>: 40 samples of the test split" in page
     assert "<h1>2 runs compared</h1>" in page and "<title>2 runs compared: report</title>" in page
-    columns = replies_of([load_run(one), load_run(two)])
+    columns = replies_of(load_runs([one, two]))
     assert [c.label for c in columns][0] == "supervised" and columns[-1].start is not columns[-2].start
     cards, sorts, total = shown_dialogues(columns)
     assert total == 40 and all(len(card["replies"]) == len(columns) for card in cards)
@@ -448,8 +452,7 @@ def test_long_names_are_cut_in_the_middle_and_told_apart():
 
 def test_the_same_start_is_shown_once(tmp_path):
     rows = {name: held_out(9, said=name, reward=float) for name in ("a", "b")}
-    runs = [load_run(made_run(tmp_path / name, eval_samples=said)) for name, said in rows.items()]
-    columns = replies_of(runs)
+    columns = replies_of(load_runs([made_run(tmp_path / name, eval_samples=said) for name, said in rows.items()]))
     assert [column.label for column in columns] == ["supervised", "a", "b"]
     assert columns[1].start is columns[2].start is columns[0]
     cards, _, total = shown_dialogues(columns)
@@ -500,24 +503,23 @@ def test_a_real_run_in_a_browser(real_run, browser):
         assert (brightness(browser, "body", "backgroundColor") < 60) == dark
         assert (brightness(browser, "body", "color") > 180) == dark
         assert (brightness(browser, ".plot text", "fill") > 120) == dark
-        assert len(browser.find_elements("css selector", ".chart .line")) > 15
+        assert len(browser.find_elements("css selector", ".plot path[style*='var(--c0)']")) > 15
     for width in (390, 320):
         opened(browser, page, width=width, mobile=True)
-        script = "return [document.scrollingElement.scrollWidth, innerWidth]"
-        wide, window = browser.execute_script(script)
+        wide, window = browser.execute_script("return [document.scrollingElement.scrollWidth, innerWidth]")
         assert wide <= window == width
 
     opened(browser, page)
     select = browser.find_element("id", "sort")
     values = [option.get_attribute("value") for option in select.find_elements("tag name", "option")]
-    assert {"gain-0", "reward-0", "length-0", "meteor-0"} <= set(values)
+    assert {"gain in reward", "reward after", "length after", "METEOR after"} <= set(values)
 
     def number():
         return [int(c.text.split()[1]) for c in browser.find_elements("css selector", "#cards header span:first-child")]
 
     assert number() == sorted(number()) and len(number()) == 20
-    for key in ("gain-0", "length-0"):
-        select.find_element("css selector", f"option[value={key}]").click()
+    for key in ("gain in reward", "length after"):
+        select.find_element("css selector", f"option[value='{key}']").click()
         order = [keys[key] for keys in in_order(browser)]
         assert order == sorted(order, reverse=True)
         press(browser, "turn")
@@ -534,7 +536,7 @@ def test_a_real_run_in_a_browser(real_run, browser):
     chart = browser.find_element("css selector", ".chart .plot svg")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
     ActionChains(browser).move_to_element(chart).perform()
-    scores = [row["score"] for row in load_run(real_run[0]).metrics]
+    scores = [row["score"] for row in Run(real_run[0]).metrics]
     read = float(browser.find_element("css selector", ".tip").text.split()[1])
     assert min(abs(read - s) for s in scores) < 1e-3  # one of the numbers that are drawn
 
@@ -554,23 +556,18 @@ def many_runs(tmp_path_factory) -> list[Path]:
         change = dict.fromkeys(LABELS, (0.1, 0.2, 0.3) if k % 3 else (-0.3, -0.2, -0.1))
         lines = dict(config=dict(lr=k / 10, data_path="d" * 90), eval_samples=held_out(4, reward=float, meteor=float))
         warned = [{"update": 1, "text": "w" * 90}]
-        folders.append(
-            made_run(place / name, metric_rows(9, **figures), evaluation_of(change), warnings=warned, **lines)
-        )
+        rows = metric_rows(9, **figures)
+        folders.append(made_run(place / name, rows, evaluation_of(change), warnings=warned, **lines))
     return folders
 
 
-def test_the_legend_of_the_curves_is_within_the_picture(many_runs, tmp_path, monkeypatch):
-    name_apart(runs := list(map(load_run, many_runs)))
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    draw_curves(runs, tmp_path / "curves.png", [(PANELS["Reward"][0], ["score"])])
-    (legend,) = figures[0].legends
-    box, whole = legend.get_window_extent(), figures[0].bbox
+def test_the_legend_of_the_curves_is_within_the_picture(many_runs, tmp_path):
+    runs = load_runs(many_runs)
+    figure = draw_curves([charts_by_title(runs)["Score"]], runs, tmp_path / "curves.png")
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
     assert len(legend.texts) == 10 and whole.x0 <= box.x0 < box.x1 <= whole.x1 and box.y1 <= whole.y1
-    assert box.y0 > figures[0].axes[0].get_window_extent().y1  # above the curves
-    monkeypatch.undo()
-    report.plt.close(figures[0])
+    assert box.y0 > figure.axes[0].get_window_extent().y1  # above the curves
 
 
 @pytest.fixture(scope="module")
@@ -578,9 +575,15 @@ def many_pages(many_runs) -> dict[int, Path]:
     """The pages of the first, the first four, and all of them."""
     pages = {count: many_runs[0].parent / f"{count}.html" for count in (1, 4, 10)}
     for count, page in pages.items():
-        name_apart(runs := list(map(load_run, many_runs[:count])))
-        page.write_text(make_page(runs), encoding="utf-8")
+        page.write_text(make_page(load_runs(many_runs[:count])), encoding="utf-8")
     return pages
+
+
+def test_the_charts_of_a_page_have_its_colors_and_ids_of_their_own(many_pages):
+    page = many_pages[10].read_text(encoding="utf-8")
+    ids = re.findall(r' id="(.*?)"', page)
+    assert len(ids) == len(set(ids)) and len(ids) > 30  # the dots of short curves have some
+    assert page.count("<use ") > 100 and not re.search("#[0-9a-f]{6}", page.split("</style>")[1])
 
 
 def test_nothing_of_a_comparison_is_cut_off_at_the_right(many_runs, many_pages, browser):
@@ -674,9 +677,6 @@ def test_the_validation_curve_has_the_value_before_training(tmp_path):
     rows = metric_rows(12, score=lambda i: 0.5)
     for row in rows[3::4]:
         row |= {"validation_reward": 0.5 + 0.01 * row["update"], "validation_reward_start": 0.45}
-    run = load_run(made_run(tmp_path / "mine", rows))
-    panels = [(panel, names) for shown in panels_of([run])[0].values() for panel, names in shown]
-    drawn = {name for _, names in panels for name in names}
-    assert "validation_reward" in drawn and "validation_reward_start" not in drawn
-    panel, names = next((p, n) for p, n in panels if "validation_reward" in n)
-    assert [line.start for line in lines_of(names, [run])] == [(0.45, 0.0)] and panel.start
+    run = Run(made_run(tmp_path / "mine", rows))
+    (chart,) = [chart for chart in charts_by_title([run]).values() if "validation_reward" in chart.panel.names]
+    assert chart.names == ["validation_reward"] and chart.starts == [(0.45, 0, SOFT)]
