@@ -14,12 +14,11 @@ import functools
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ppo_config import PPOConfig
 from support.config import check_command_line, parse_config
 from support.errors import UserError, run_script
-from support.options import Placement
 
 Engine = Literal["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload"]
 
@@ -52,7 +51,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers import AutoModelForSequenceClassification as AutoJudge
 
-from ppo_config import PPOConfig
 from support.builtin import resolve_model
 from support.judge import check_judge
 from support.libraries import quiet_libraries
@@ -60,29 +58,7 @@ from support.models import add_lora, disable_dropout, enable_gradient_checkpoint
 from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
 
 GIB = 2**30
-# Tensors with shapes and types and no memory behind them: these know autocast, the "meta" device knows adapters
-FAKE = FakeTensorMode()
-
-
-@dataclass
-class Shape:
-    """What of a model's configuration memory depends on."""
-
-    layers: int
-    width: int
-    vocabulary: int
-    cache_width: int  # of keys, or of values, of one position in one layer
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> Shape:
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(config.num_hidden_layers, config.hidden_size, config.vocab_size, kv_heads * head)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models without memory behind them
+FAKE = FakeTensorMode()  # tensors without memory, as on "meta"; FAKE knows autocast, "meta" knows adapters
 
 
 class _Attention(torch.autograd.Function):
@@ -93,10 +69,6 @@ class _Attention(torch.autograd.Function):
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output)
         return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError
 
 
 def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):  # (1, H, S, D) -> (1, S, H, D)
@@ -110,7 +82,7 @@ AttentionMaskInterface.register("counted", lambda *args, **kwargs: None)
 def empty_model(
     auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, meta: bool = False
 ) -> nn.Module:
-    """A model of this configuration whose weights take no memory."""
+    """Make a model of this configuration whose weights take no memory."""
     with torch.device("meta") if meta else FAKE:
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     fuse_gelu(model)
@@ -119,240 +91,220 @@ def empty_model(
 
 
 def kept_bytes(model: nn.Module, tokens: int, autocast: torch.dtype | None) -> int:
-    """Bytes that autograd keeps of a pass over `tokens` positions up to the last hidden state, weights aside."""
+    """Count the bytes beside weights that autograd keeps of a pass over `tokens` positions to the last hidden state."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # with the storages, so that no address is used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that its name is not given to another
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     model.train()
     trunk = getattr(model, "get_base_model", lambda: model)().base_model  # below an adapter
-    device = next(model.parameters()).device
     with (
-        FAKE if device.type == "cpu" else torch.device(device),
+        torch.device("meta") if next(model.parameters()).is_meta else FAKE,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
         torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
     ):
         ids = torch.zeros((1, tokens), dtype=torch.long)
         mask = torch.empty((1, 1, tokens, tokens), dtype=torch.bool)  # a mask that is made already
         trunk(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What is counted on a policy without memory."""
 
     whole: int  # parameters without an adapter
     parameters: int
     trained: int
     kept: int  # bytes that autograd keeps of a micro-batch
-    alive: int  # numbers alive at once for one position while a layer reads it, without gradients
+    alive: int  # numbers in memory at once for one position in a layer, without gradients
 
 
 @functools.cache
 def sizes_of(
-    architecture: str, dtype: torch.dtype, rank: int, alpha: int, fewer: bool, tokens: int, autocast: torch.dtype | None
+    architecture: str, dtype: torch.dtype, rank: int, alpha: int, checkpointing: bool, tokens: int, autocast: Any
 ) -> Sizes:
-    """`architecture` is a configuration of transformers as JSON; `fewer` is gradient checkpointing."""
+    """Count the policy. `architecture` is a configuration of transformers as JSON, `autocast` a dtype or None."""
     config = AutoConfig.for_model(**json.loads(architecture))
     config._attn_implementation = "counted"
     policy = empty_model(AutoModelForCausalLM, config, dtype, meta=rank > 0)
-    whole, shape = count_parameters(policy), Shape.of(config)
+    whole = count_parameters(policy)
     if rank:
         with torch.device("meta"):
             policy = add_lora(policy, "", rank, alpha)
-    if fewer:
+    if checkpointing:
         enable_gradient_checkpointing(policy)
     projections = [w for m in policy.modules() if (w := getattr(m, "weight", None)) is not None and w.dim() == 2]
-    widest = max(w.numel() // shape.width for w in projections if shape.vocabulary not in w.shape)
-    # in and out of the widest projection, beside the residual stream; an adapter's output is scaled and added aside
-    alive = (5 if rank else 2) * widest + 3 * shape.width
+    widest = max(w.numel() // config.hidden_size for w in projections if config.vocab_size not in w.shape)
+    # the widest projection's input and output and the residual stream; an adapter's output is scaled and added
+    alive = (5 if rank else 2) * widest + 3 * config.hidden_size
     counts = count_parameters(policy), count_parameters(policy, trained=True)
     return Sizes(whole, *counts, kept_bytes(policy, tokens, autocast), alive)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The account
-
-
-@dataclass
 class Estimate:
-    """Bytes of one process, and operations of an update by all processes."""
+    """Bytes of one process, and operations of an update by all processes, for a run of `policy`'s architecture.
 
-    resident: dict[str, float]
-    """What is there all the time."""
-    rollout: dict[str, float]
-    """What comes on top while replies are sampled and priced."""
-    update: dict[str, float]
-    """What comes on top in an optimizer step."""
-    on_cpu: float
-    """Bytes that were moved to the CPU's memory."""
-    parameters: int
-    trained: int
-    flops: float
-    """Of an update, all processes."""
-    tokens: float
-    """Generated in an update, by all processes, where no reply ends early."""
+    `judge` is None if no judge is loaded. `resident` is there all the time; `rollout` is added while replies are
+    sampled and scored, `update` in an optimizer step; `on_cpu` was moved to the CPU's memory.
+    """
+
+    def __init__(
+        self, config: EstimateConfig, policy: PreTrainedConfig, judge: PreTrainedConfig | None, max_new_tokens: int
+    ):
+        config.check()
+        config.check_processes(config.processes)
+        self.config, self.policy, engine = config, policy, config.engine
+        self.deepspeed = engine.startswith("zero")
+        self.stage = int(engine[4]) if self.deepspeed else 3 if engine.startswith("fsdp") else 0
+        auto = torch.float16 if config.device == "cuda" else torch.bfloat16
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": auto}
+        self.half = halves.get(config.mixed_precision or "no")
+        # engines compute on weights in half precision; otherwise autocast converts each weight as it is used
+        half_weights = config.weights == "bf16" or (self.half is not None and engine != "ddp")
+        self.autocast = None if half_weights else self.half
+
+        # texts: the longest prompts, and replies that do not end early
+        self.new_tokens, self.prompt = max_new_tokens, config.max_prompt_tokens or 128
+        self.length = self.prompt + max_new_tokens
+        self.replies = config.env_num // config.processes
+        rounds = max(1, round(config.episode_length / max_new_tokens))
+        self.texts = rounds * config.env_num
+        self.tokens = self.texts * max_new_tokens  # generated in an update, by all processes
+        micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
+        self.micro_batch = int(min(micro_batch, rounds * self.replies * self.length / config.num_mini_batch))
+
+        self.sizes = sizes_of(
+            policy.to_json_string(use_diff=False),
+            torch.bfloat16 if half_weights else torch.float32,
+            config.lora_rank,
+            config.lora_alpha,
+            config.gradient_checkpointing,
+            self.micro_batch,
+            self.autocast,
+        )
+        value = policy.hidden_size + 1 + (0 if config.use_share_model else self.sizes.whole)
+        self.trained, self.parameters = self.sizes.trained + value, self.sizes.parameters + value
+
+        self.weight = 2.0 if config.weights == "bf16" or (self.deepspeed and self.half) else 4.0  # bytes; gradients too
+        self.number = 2.0 if self.half or self.weight == 2 else 4.0  # bytes of an activation
+        self.head = policy.vocab_size * policy.hidden_size
+        # stage 3 gathers the whole policy, or the layer that computes and the next one
+        self.gathers = self.stage == 3 and (config.processes > 1 or engine.endswith("offload"))
+        self.two_layers = 2 * max(self.head, (self.sizes.whole - self.head) / policy.num_hidden_layers)
+        self.resident, self.on_cpu, self.frozen = self._place(judge)
+
+    def _shard(self, size: float, from_stage: int) -> float:
+        """Return what one process has of something that the engine shards from this ZeRO stage on."""
+        return size / self.config.processes if self.stage >= from_stage else size
+
+    def _place(self, judge: PreTrainedConfig | None) -> tuple[dict[str, float], float, float]:
+        """Return what is there all the time, what is in CPU memory, and what frozen models take while they are used."""
+        config = self.config
+        # optimizer states: DeepSpeed adds a copy of the weights in fp32
+        state = 12.0 if self.deepspeed else 2 * self.weight
+        weights, optimizer = self._shard(self.weight * self.parameters, 3), self._shard(state * self.trained, 1)
+        resident, on_cpu, in_use = {"weights": weights, "optimizer": optimizer}, 0.0, 0.0
+        if config.engine.endswith("offload"):
+            on_cpu = resident.pop("optimizer") + (resident.pop("weights") if self.stage == 3 else 0)
+        reference = 0.0 if config.lora_rank else self.sizes.whole * (2.0 if config.ref_weights == "bf16" else 4.0)
+        judged = 4.0 * count_parameters(empty_model(AutoJudge, judge)) if judge is not None else 0.0
+        frozen = {"reference": (reference, config.ref_placement), "judge": (judged, config.intent_placement)}
+        for name, (size, placement) in frozen.items():
+            if placement == "offloaded" and config.device == "cuda":
+                on_cpu += size
+                in_use += size
+            elif placement == "sharded" and config.processes > 1:
+                resident[name] = size / config.processes
+                in_use += size if config.gather else 0
+            else:
+                resident[name] = size
+        return resident, on_cpu, in_use
+
+    @property
+    def rollout(self) -> dict[str, float]:
+        policy = self.policy
+        rollout = {"frozen models at hand": self.frozen} if self.frozen else {}
+        if self.gathers:
+            gathered = self.parameters if self.config.gather else self.two_layers
+            rollout["gathered policy"] = gathered * (2.0 if self.half else self.weight)
+        heads = policy.num_attention_heads
+        kv_heads = getattr(policy, "num_key_value_heads", None) or heads
+        width = kv_heads * (getattr(policy, "head_dim", None) or policy.hidden_size // heads)
+        cache = 2 * policy.num_hidden_layers * width * (self.replies * self.length) * self.number
+        rollout["key/value cache"] = cache * (1 + 1 / policy.num_hidden_layers)  # a layer's is copied as it grows
+        rollout["reading prompts"] = self.sizes.alive * self.replies * self.prompt * self.number
+        rollout["sampling"] = 3 * 4.0 * self.replies * policy.vocab_size
+        return rollout
+
+    @property
+    def update(self) -> dict[str, float]:
+        config = self.config
+        gradients = self._shard(self.weight * self.trained, 2)
+        if config.engine == "ddp" and config.processes > 1:
+            gradients *= 2  # and the buckets that are sent
+        update = {"gradients": gradients, "activations": self.sizes.kept * (1 if config.use_share_model else 2)}
+        replied = self.micro_batch * self.new_tokens / self.length
+        update["vocabulary"] = 3 * 4.0 * replied * self.policy.vocab_size  # logits and their gradient
+        if self.gathers:
+            # DeepSpeed keeps what it has gathered up to stage3_max_live_parameters, by default 10^9
+            live = min(1e9, self.parameters) if self.deepspeed else self.two_layers
+            update["gathered layers"] = live * (2.0 if self.half else self.weight)
+            update["their gradients"] = self.two_layers * self.weight
+        if self.stage >= 2 and self.deepspeed:  # reduce_bucket_size, allgather_bucket_size: by default 5 * 10^8 numbers
+            update["buckets"] = 2 * min(5e8, self.trained) * self.weight
+        if config.gradient_checkpointing:
+            update["one layer again"] = self.sizes.alive * 2 * self.micro_batch * self.number
+        if self.autocast:
+            update["weights in half precision"] = 2.0 * self.sizes.whole
+        return update
 
     @property
     def peak(self) -> float:
         return sum(self.resident.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
+    @property
+    def flops(self) -> float:
+        """A forward pass in the rollout, one of the reference, three for each epoch; the head on replies alone."""
+        config, policy = self.config, self.policy
+        per_text = 2 * (self.sizes.whole - self.head) * self.length + 2 * self.head * self.new_tokens
+        per_text += 2 * policy.num_hidden_layers * policy.hidden_size * self.length**2
+        learning = 3 if not config.lora_rank else 2
+        return self.texts * per_text * (2 + learning * config.ppo_epoch * (1 if config.use_share_model else 2))
 
-def estimate(
-    config: EstimateConfig, policy_config: PreTrainedConfig, judge_config: PreTrainedConfig | None, max_new_tokens: int
-) -> Estimate:
-    """The account of a run of `policy_config`'s architecture. `judge_config` is None where no judge is loaded."""
-    config.check()
-    config.check_processes(config.processes)
-    shape, processes, engine = Shape.of(policy_config), config.processes, config.engine
-    deepspeed, offload = engine.startswith("zero"), engine.endswith("offload")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "no")
-    # engines compute in half precision on half weights; otherwise autocast turns each to half as it is used
-    half_weights = config.weights == "bf16" or (half is not None and not engine == "ddp")
+    def describe(self) -> str:
+        def row(title: str, name: str, size: float) -> str:
+            return f"{title:>8}  {name:<26}{size / GIB:9.3f}"
 
-    # texts: prompts as long as they may be, replies that do not end early
-    replies = config.env_num // processes
-    prompt = config.max_prompt_tokens or 128
-    micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
-    rounds = max(1, round(config.episode_length / max_new_tokens))
-    in_mini_batch = rounds * replies * (prompt + max_new_tokens) / config.num_mini_batch
-    tokens = int(min(micro_batch, in_mini_batch))
-    replied = tokens * max_new_tokens / (prompt + max_new_tokens)
-
-    sizes = sizes_of(
-        policy_config.to_json_string(use_diff=False),
-        torch.bfloat16 if half_weights else torch.float32,
-        config.lora_rank,
-        config.lora_alpha,
-        config.gradient_checkpointing,
-        tokens,
-        None if half_weights else half,
-    )
-    whole = sizes.whole
-    value = shape.width + 1 + (0 if config.use_share_model else whole)
-    trained, parameters = sizes.trained + value, sizes.parameters + value
-
-    # bytes of a weight, of its gradient, of its optimizer states: DeepSpeed keeps masters in fp32 beside the weights
-    weight = 2.0 if config.weights == "bf16" or (deepspeed and half) else 4.0
-    gradient = 2.0 if weight == 2 else 4.0
-    state = 2 * weight if config.weights == "bf16" and not deepspeed else 8.0
-    state += 4.0 if deepspeed else 0.0
-    stage = int(engine[4]) if deepspeed else 3 if engine.startswith("fsdp") else 0
-
-    def cut(n, from_stage):
-        return n / processes if stage >= from_stage else n
-
-    resident = {"weights": cut(weight * parameters, 3), "optimizer": cut(state * trained, 1)}
-    gradients = cut(gradient * trained, 2)
-    if engine == "ddp" and processes > 1:
-        gradients *= 2  # and the buckets that are sent
-    on_cpu = 0.0
-    for name in ("optimizer", "weights") if offload and engine != "zero2_offload" else ("optimizer",) * offload:
-        on_cpu += resident.pop(name)
-
-    # frozen models
-    rollout: dict[str, float] = {}
-    at_hand = 0.0
-    ref = 0.0 if config.lora_rank else whole * (2.0 if config.ref_weights == "bf16" else 4.0)
-    judge = 4.0 * count_parameters(empty_model(AutoJudge, judge_config)) if judge_config is not None else 0.0
-    placements: tuple[tuple[str, float, Placement], ...] = (
-        ("reference", ref, config.ref_placement),
-        ("judge", judge, config.intent_placement),
-    )
-    for name, size, placement in placements:
-        if placement == "offloaded" and config.device == "cuda":
-            on_cpu += size
-            at_hand += size
-        elif placement == "sharded" and processes > 1:
-            resident[name] = size / processes
-            at_hand += size if config.gather else 0
-        else:
-            resident[name] = size
-    if at_hand:
-        rollout["frozen models at hand"] = at_hand
-    layer = 2 * max(shape.width * shape.vocabulary, (whole - shape.width * shape.vocabulary) / shape.layers)
-    if stage == 3 and (processes > 1 or offload):
-        # in the precision it computes in; all of it, or a layer and the one that is fetched meanwhile
-        rollout["gathered policy"] = (parameters if config.gather else layer) * (2.0 if half else weight)
-
-    # rollout: keys and values of every position, one layer's activations of all prompts, the vocabulary of each reply
-    number = 2.0 if half or weight == 2 else 4.0
-    positions = replies * (prompt + max_new_tokens)
-    cache = 2 * shape.layers * shape.cache_width * positions * number
-    rollout["key/value cache"] = cache * (1 + 1 / shape.layers)  # a layer's is copied as it grows
-    rollout["reading prompts"] = sizes.alive * replies * prompt * number
-    rollout["sampling"] = 3 * 4.0 * replies * shape.vocabulary
-
-    # update: what one micro-batch keeps for the backward pass, logits and their gradient
-    activations = sizes.kept * (1 if config.use_share_model else 2)
-    update = {"gradients": gradients, "activations": activations, "vocabulary": 3 * 4.0 * replied * shape.vocabulary}
-    if "gathered policy" in rollout:
-        # DeepSpeed keeps what it has gathered up to stage3_max_live_parameters, 10^9 unless told otherwise
-        live = min(1e9, parameters) if deepspeed else layer
-        update |= {"gathered layers": live * (2.0 if half else weight), "their gradients": layer * gradient}
-    if stage >= 2 and deepspeed:  # reduce_bucket_size and allgather_bucket_size, 5 * 10^8 numbers unless told otherwise
-        update["buckets"] = 2 * min(5e8, trained) * gradient
-    if config.gradient_checkpointing:
-        update["one layer again"] = sizes.alive * 2 * tokens * number
-    if half and not half_weights:
-        update["weights in half precision"] = 2.0 * whole
-
-    # operations: a forward pass in the rollout, one of the reference, three for each epoch; the head on replies alone
-    head = shape.vocabulary * shape.width
-    per_text = 2 * (whole - head) * (prompt + max_new_tokens) + 2 * head * max_new_tokens
-    per_text += 2 * shape.layers * shape.width * (prompt + max_new_tokens) ** 2
-    texts = rounds * config.env_num
-    learning = 3 if not config.lora_rank else 2
-    flops = texts * per_text * (2 + learning * config.ppo_epoch * (1 if config.use_share_model else 2))
-    return Estimate(resident, rollout, update, on_cpu, parameters, trained, flops, texts * max_new_tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In words
-
-
-def describe(result: Estimate, config: EstimateConfig) -> str:
-    def gib(n):
-        return f"{n / GIB:9.3f}"
-
-    lines = [
-        f"{config.engine}, {config.processes} process(es): {result.parameters:,} parameters with value, "
-        f"{result.trained:,} of them trained; GiB of each process"
-    ]
-    for title, rows in (("always", result.resident), ("rollout", result.rollout), ("update", result.update)):
-        lines += [f"{title:>8}  {name:<26}{gib(size)}" for name, size in rows.items()]
-        lines.append(f"{'':>8}  {'together':<26}{gib(sum(rows.values()))}")
-    lines.append(f"{'peak':>8}  {'':<26}{gib(result.peak)}")
-    if result.on_cpu:
-        lines.append(f"{'':>8}  {'in CPU memory':<26}{gib(result.on_cpu)}")
-    lines.append(
-        f"an update: {result.tokens:,.0f} tokens, {result.flops / 1e12:,.1f} * 10^12 operations, "
-        f"{result.flops / config.processes / 1e12:,.2f} of each process"
-    )
-    if config.tflops:
-        seconds = result.flops / config.processes / config.tflops / 1e12
-        updates = -(-config.total_time_steps // max(1, result.tokens))
-        lines.append(f"at {config.tflops:g} * 10^12 a second: {seconds:,.1f} s an update, {updates:,.0f} updates in ")
-        lines[-1] += f"{updates * seconds / 3600:,.2f} h"
-    lines.append(
-        "On a CPU, Python and its libraries take 0.6 GiB more; on a GPU, its driver does. Replies that end early need "
-        "less."
-    )
-    return "\n".join(lines)
-
-
-def judge_configuration(config: PPOConfig) -> Any | None:
-    if config.reward != "default" or not config.intent_coef:
-        return None
-    folder = resolve_model(config.intent_model, "judge")
-    check_judge(folder)
-    return load_pretrained(AutoConfig, folder, "intent model")
+        config, each = self.config, self.flops / self.config.processes
+        lines = [
+            f"{config.engine}, {config.processes} process(es): {self.parameters:,} parameters with value, "
+            f"{self.trained:,} of them trained; GiB of each process"
+        ]
+        for title, rows in (("always", self.resident), ("rollout", self.rollout), ("update", self.update)):
+            lines += [row(title, name, size) for name, size in rows.items()]
+            lines.append(row("", "together", sum(rows.values())))
+        lines.append(row("peak", "", self.peak))
+        if self.on_cpu:
+            lines.append(row("", "in CPU memory", self.on_cpu))
+        lines.append(
+            f"an update: {self.tokens:,} tokens, {self.flops / 1e12:,.1f} * 10^12 operations, "
+            f"{each / 1e12:,.2f} of each process"
+        )
+        if config.tflops:
+            seconds = each / config.tflops / 1e12
+            updates = -(-config.total_time_steps // max(1, self.tokens))
+            lines.append(
+                f"at {config.tflops:g} * 10^12 a second: {seconds:,.1f} s an update, {updates:,} updates in "
+                f"{updates * seconds / 3600:,.2f} h"
+            )
+        lines.append(
+            "On a CPU, Python and its libraries take 0.6 GiB more; on a GPU, its driver does. Replies that end early "
+            "need less."
+        )
+        return "\n".join(lines)
 
 
 def main() -> None:
@@ -365,7 +317,12 @@ def main() -> None:
     check_causal("model", folder, architecture)
     fmt = config.dialogue_format(folder)
     check_positions(architecture, fmt, folder)
-    print(describe(estimate(config, architecture, judge_configuration(config), fmt.max_new_tokens), config))
+    judge = None
+    if config.rewards_intent:
+        judge_folder = resolve_model(config.intent_model, "judge")
+        check_judge(judge_folder)
+        judge = load_pretrained(AutoConfig, judge_folder, "intent model")
+    print(Estimate(config, architecture, judge, fmt.max_new_tokens).describe())
 
 
 if __name__ == "__main__":

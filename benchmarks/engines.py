@@ -3,7 +3,7 @@
     python benchmarks/engines.py --size S --rounds 3
 
 The work is throughput.py's. Each run is `accelerate launch` with a file of configs/accelerate, as a user would. On one
-machine's CPU two processes share the cores, so what is seen is what an engine costs, not what more machines bring.
+machine's CPU two processes share the cores, so the table shows what an engine costs, not what more machines bring.
 """
 
 from __future__ import annotations
@@ -11,37 +11,26 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
-from throughput import ThroughputConfig, make_models
+from interleaved import ROOT, Figures, WorkOptions, interleave, medians, ratios, run_process, table, with_range
+from throughput import ThroughputConfig, make_models, ppo_settings, steady_medians
 
 from support.data import load_dialogues
-from support.errors import UserError, run_script
+from support.errors import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
-ENGINES = tuple(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
 
 
 @dataclass
-class EnginesConfig:
+class EnginesConfig(WorkOptions):
     """What is run."""
 
-    size: Literal["tiny", "S", "M"] = "S"
-    """As throughput.py's."""
-    rounds: int = 3
-    """Times that each engine runs."""
-    updates: int = 3
-    """Updates of a run; the first is dropped."""
-    engines: tuple[str, ...] = ENGINES
+    engines: tuple[str, ...] = tuple(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
     """Files of configs/accelerate."""
     processes: int = 2
     """Processes of each engine; one process without an engine runs beside them."""
@@ -49,71 +38,35 @@ class EnginesConfig:
     """Dialogues."""
 
 
-def run_once(engine: str, processes: int, folder: Path, config: EnginesConfig) -> dict[str, float]:
-    """Medians of a run's steady updates."""
+def run_engine(engine: str, folder: Path, config: EnginesConfig) -> Figures:
+    """Return medians of a run's steady updates. The models are in `folder`; without an engine, one process runs."""
     launch = ["accelerate", "launch"]
     if engine:
-        launch += ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(processes)]
+        launch += ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(config.processes)]
         launch += ["--mixed_precision", "no", "--main_process_port", "0"]
-    work = ThroughputConfig(size=config.size)
-    name = engine or "alone"
-    options = dict(
-        model_path=folder / "policy",
-        intent_model=folder / "judge",
-        data_path=config.data_path,
-        env_num=work.env_num,
-        episode_length=work.max_new_tokens,
-        ppo_epoch=work.ppo_epoch,
-        num_mini_batch=work.num_mini_batch,
-        total_time_steps=config.updates * work.env_num * work.max_new_tokens,
-        lr=1e-7,
-        critic_lr=1e-7,
-        judge_samples=64,
-        validation_limit=0,
-        eval_limit=-1,
-        run_dir=folder / "runs",
-        experiment_name=name,
-    )
-    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [*launch, str(ROOT / "ppo_dialog.py"), "--skip-bad-rows", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
-    if done.returncode:
-        raise UserError(f"{name} ended with status {done.returncode}:\n{(done.stderr or done.stdout)[-2000:]}")
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steady = [json.loads(line) for line in lines][1:]
-    keys = ("fps", "rollout_s", "update_s", "peak_memory_mb")
-    return {key: statistics.median(row[key] for row in steady) for key in keys}
+    work = ThroughputConfig(size=config.size, updates=config.updates, data_path=config.data_path)
+    settings = ppo_settings(work, folder) | dict(validation_limit=0, experiment_name=engine or "alone")
+    (folder / "settings.yaml").write_text(json.dumps(settings))
+    command = [*launch, str(ROOT / "ppo_dialog.py"), "--config", str(folder / "settings.yaml")]
+    run_process(engine or "alone", command, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return steady_medians(folder / "runs" / (engine or "alone"))
 
 
 def compare_engines(config: EnginesConfig) -> str:
-    """The table: medians over the rounds, and each engine over one process without any in the same round."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *config.engines)}
+    """Return a table: medians over the rounds, and each engine over one process without any in the same round."""
+    variants = {"one process": ""} | {f"{name}, {config.processes} processes": name for name in config.engines}
     with tempfile.TemporaryDirectory() as folder:
         dialogues = load_dialogues(config.data_path, "train", skip_bad_rows=True)
         make_models(Path(folder), ThroughputConfig(size=config.size), dialogues)
-        for _ in range(config.rounds):
-            for engine, runs in results.items():
-                runs.append(run_once(engine, config.processes, Path(folder), config))
-                print(f"{engine or 'alone'}: {runs[-1]['fps']:.1f} tokens/s", file=sys.stderr, flush=True)
-    heading = "| tokens/s | speed against one process | rollout s | update s | peak MB | memory against one process |"
-    lines = [f"| {config.size} {heading}", "|---" * 7 + "|"]
-    for engine, runs in results.items():
-
-        def median(key, runs=runs):
-            return statistics.median(run[key] for run in runs)
-
-        def over(key, runs=runs):
-            return [run[key] / alone[key] for run, alone in zip(runs, results[""])]
-
-        speed, memory = over("fps"), over("peak_memory_mb")
-        label = f"{engine}, {config.processes} processes" if engine else "one process"
-        lines.append(
-            f"| {label} | {median('fps'):.3g} | {statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f}) "
-            f"| {median('rollout_s'):.3g} | {median('update_s'):.3g} | {median('peak_memory_mb'):.0f} "
-            f"| {statistics.median(memory):.2f} |"
-        )
-    return "\n".join(lines)
+        results = interleave(variants, config.rounds, lambda name: run_engine(variants[name], Path(folder), config))
+    rows = []
+    for name, runs in results.items():
+        speed, memory = (ratios(runs, results["one process"], key) for key in ("steps_per_s", "peak_rss_mb"))
+        times = medians(runs, "rollout_s", "update_s", "peak_rss_mb")
+        row = [name, *medians(runs, "steps_per_s"), with_range(speed), *times, f"{statistics.median(memory):.2f}"]
+        rows.append(row)
+    heading = "tokens/s,speed against one process,rollout s,update s,peak MB,memory against one process".split(",")
+    return table([config.size, *heading], rows)
 
 
 if __name__ == "__main__":

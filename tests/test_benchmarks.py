@@ -40,43 +40,25 @@ def test_throughput_runs_the_work_and_ends_with_its_figures(critic):
 
 def test_the_count_of_operations_is_that_of_torch():
     layers, width, tokens = 2, 64, 50
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=100, n_layer=layers, n_embd=width, n_head=2, attn_implementation="eager")
-    )
-    with FlopCounterMode(display=False) as counted:
-        model(input_ids=torch.arange(tokens)[None])
-    ours = throughput.forward_flops(layers, width, tokens, causal=False) + 2 * width * 100 * tokens
-    assert counted.get_total_flops() == pytest.approx(ours)
-    judge = BertModel(
-        BertConfig(
-            vocab_size=100,
-            num_hidden_layers=layers,
-            hidden_size=width,
-            num_attention_heads=2,
-            intermediate_size=4 * width,
-            attn_implementation="eager",
-        ),
-        add_pooling_layer=False,
-    )
-    with FlopCounterMode(display=False) as counted:
-        judge(input_ids=torch.arange(tokens)[None])
-    assert counted.get_total_flops() == pytest.approx(throughput.forward_flops(layers, width, tokens, causal=False))
+    sizes = dict(vocab_size=100, num_hidden_layers=layers, hidden_size=width, num_attention_heads=2)
+    sizes |= dict(attn_implementation="eager")
+    judge = BertModel(BertConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
+    trunk = throughput.forward_flops(layers, width, tokens, causal=False)
+    for model, expected in ((GPT2LMHeadModel(GPT2Config(**sizes)), trunk + 2 * width * 100 * tokens), (judge, trunk)):
+        with FlopCounterMode(display=False) as counted:
+            model(input_ids=torch.arange(tokens)[None])
+        assert counted.get_total_flops() == pytest.approx(expected)
 
 
-def test_the_work_of_a_reply_by_hand():
-    config = throughput.ThroughputConfig(size="tiny", ppo_epoch=3)
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_work_of_a_reply_by_hand(separate):
+    config = throughput.ThroughputConfig(size="tiny", ppo_epoch=3, separate_critic=separate)
     layers, width = 2, 64
     trunk = sum(layers * (24 * width**2 + 4 * width * (i + 1)) for i in range(30 + 20 - 1))
     head = 20 * 2 * width * throughput.VOCABULARY
-    value = 20 * 2 * width
+    trained = trunk + head + 20 * 2 * width + trunk * separate
     judge = throughput.forward_flops(1, 32, 25, causal=False)
-    assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(
-        trunk + head + value + trunk + head + 9 * (trunk + head + value) + judge
-    )
-    config.separate_critic = True
-    assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(
-        2 * trunk + head + value + trunk + head + 9 * (2 * trunk + head + value) + judge
-    )
+    assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(trained + trunk + head + 9 * trained + judge)
 
 
 def test_the_benchmarks_tokenizer_has_gpt2s_size_and_loses_no_text():
@@ -86,10 +68,6 @@ def test_the_benchmarks_tokenizer_has_gpt2s_size_and_loses_no_text():
     text = dialogues[0].utterances[0] + " <EOU>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.decode([throughput.VOCABULARY - 100]).strip()  # whatever is sampled is text
-
-
-def fake(speed: float, rss: float, **more: float) -> dict[str, float]:
-    return {"steps_per_s": speed, "peak_rss_mb": rss, "rollout_s": 1.0, "update_s": 2.0} | more
 
 
 @pytest.mark.slow
@@ -108,7 +86,8 @@ def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):
     speeds = iter([10.0, 2.0, 30.0, 5.0, 8.0, 2.0])
 
     def run(system, config):
-        return fake(next(speeds), 600 if system == "shared" else 1000, mfu=0.5)
+        rss = 600 if system == "shared" else 1000
+        return {"steps_per_s": next(speeds), "peak_rss_mb": rss, "rollout_s": 1.0, "update_s": 2.0, "mfu": 0.5}
 
     monkeypatch.setattr(compare, "run_once", run)
     text = compare.compare(config)

@@ -12,7 +12,7 @@ from test_families import RUN
 from test_programs import flags, run
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from estimate import GIB, EstimateConfig, empty_model, estimate, kept_bytes
+from estimate import GIB, Estimate, EstimateConfig, empty_model, kept_bytes
 from support.builtin import builtin_model
 from support.models import load_causal_lm
 from support.pretrained import load_tokenizer
@@ -47,7 +47,7 @@ def said_and_taken(model: str, settings: dict, launch: list[str], runs: Path, **
     taken = max(float(number) for number in re.findall(r"GiB taken: ([\d.]+)", printed))
     # prompts of the built-in corpus are shorter than they may be
     config = EstimateConfig(**settings | dict(model_path=model, max_prompt_tokens=80), **launched_with)
-    said = estimate(config, AutoConfig.from_pretrained(model), None, 20).peak / GIB
+    said = Estimate(config, AutoConfig.from_pretrained(model), None, 20).peak / GIB
     print(f"estimated {said:.3f} GiB, taken {taken:.3f}, ratio {said / taken:.2f}")
     return said, taken
 
@@ -96,18 +96,7 @@ def test_what_autograd_keeps_is_counted_to_the_byte(kind, tmp_path):
 
 
 def test_the_program_prints_the_account(tmp_path):
-    command = [
-        sys.executable,
-        "estimate.py",
-        "--engine",
-        "zero3",
-        "--processes",
-        "4",
-        "--tflops",
-        "1",
-        "--env-num",
-        "32",
-    ]
+    command = [sys.executable, "estimate.py", *"--engine zero3 --processes 4 --tflops 1 --env-num 32".split()]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     for word in ("weights", "optimizer", "gathered policy", "key/value cache", "gradients", "activations", "peak"):
@@ -118,29 +107,13 @@ def test_the_program_prints_the_account(tmp_path):
 
 
 def test_more_processes_and_less_to_train_take_less(model):
-    def peak(**settings) -> float:
-        return estimate(EstimateConfig(**dict(env_num=32) | settings), AutoConfig.from_pretrained(model), None, 20).peak
+    def estimated(**settings) -> Estimate:
+        return Estimate(EstimateConfig(env_num=32, **settings), AutoConfig.from_pretrained(model), None, 20)
 
-    assert peak() > peak(lora_rank=8) and peak() > peak(gradient_checkpointing=True)
-
-    def always(engine):
-        return sum(
-            estimate(
-                EstimateConfig(env_num=32, engine=engine, processes=4), AutoConfig.from_pretrained(model), None, 20
-            ).resident.values()
-        )
-
-    assert always("zero3") < always("zero2") < always("ddp")
-
-    def sampling(gather):
-        return sum(
-            estimate(
-                EstimateConfig(env_num=32, engine="zero3", processes=4, gather=gather),
-                AutoConfig.from_pretrained(model),
-                None,
-                20,
-            ).rollout.values()
-        )
-
-    assert sampling(False) < sampling(True)
-    assert peak(use_share_model=False) > 1.5 * peak() > peak(ref_weights="bf16")
+    peak = estimated().peak
+    assert peak > estimated(lora_rank=8).peak and peak > estimated(gradient_checkpointing=True).peak
+    assert estimated(use_share_model=False).peak > 1.5 * peak > peak > estimated(ref_weights="bf16").peak
+    zero3, zero2, ddp = (estimated(engine=engine, processes=4) for engine in ("zero3", "zero2", "ddp"))
+    assert sum(zero3.resident.values()) < sum(zero2.resident.values()) < sum(ddp.resident.values())
+    layers = estimated(engine="zero3", processes=4, gather=False)
+    assert sum(layers.rollout.values()) < sum(zero3.rollout.values())
