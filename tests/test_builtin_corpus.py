@@ -5,15 +5,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from support import builtin_corpus
-from support.builtin_corpus import (
-    MAX_TURNS,
-    MIN_TURNS,
-    SPLIT_SIZES,
-    generate_corpus,
-    parse_situation,
-    parsed_situations,
-)
+from support.builtin_corpus import COMMON, SITUATIONS, SPLIT_SIZES, generate_corpus, parse_situation
+
+EVERY_SITUATION = "\n".join(SITUATIONS.values())
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +20,30 @@ def rows(corpus):
     return [row for split in corpus.values() for row in split]
 
 
-def words(text):
-    return re.findall(r"[a-z'-]+", text.lower())
+def turns(rows):
+    """Each utterance with the reply to it and the act of that reply."""
+    return [turn for row in rows for turn in zip(row["dialog"], row["dialog"][1:], row["act"][1:])]
+
+
+def texts_of(rows):
+    return {"\n".join(row["dialog"]) for row in rows}
 
 
 def test_splits_have_their_sizes_and_share_no_dialogue(corpus, rows):
     assert {split: len(part) for split, part in corpus.items()} == SPLIT_SIZES
-    assert len({"\n".join(row["dialog"]) for row in rows}) == len(rows)
+    assert len(texts_of(rows)) == len(rows)
 
 
 def test_rows_are_aligned_and_in_range(rows):
     for row in rows:
         assert len(row["dialog"]) == len(row["act"]) == len(row["emotion"])
-        assert MIN_TURNS <= len(row["dialog"]) <= MAX_TURNS
+        assert 6 <= len(row["dialog"]) <= 12
         assert set(row["act"]) <= {1, 2, 3, 4} and set(row["emotion"]) <= set(range(7))
 
 
 def test_same_seed_same_corpus_and_other_seed_another(corpus):
     assert generate_corpus(seed=0) == corpus
-    other = generate_corpus(seed=1)
-    shared = {"\n".join(row["dialog"]) for row in other["train"]} & {
-        "\n".join(row["dialog"]) for row in corpus["train"]
-    }
+    shared = texts_of(generate_corpus(seed=1)["train"]) & texts_of(corpus["train"])
     assert len(shared) < 0.1 * len(corpus["train"])
 
 
@@ -67,9 +63,8 @@ def test_an_utterance_has_one_act(rows):
 
 def test_acts_of_replies_follow_from_the_utterance_before_but_not_always(rows):
     after = defaultdict(Counter)
-    for row in rows:
-        for before, act in zip(row["dialog"], row["act"][1:], strict=False):
-            after[before][act] += 1
+    for before, _, act in turns(rows):
+        after[before][act] += 1
     best_guess = sum(max(acts.values()) for acts in after.values()) / sum(acts.total() for acts in after.values())
     assert 0.75 < best_guess < 0.97
 
@@ -77,7 +72,7 @@ def test_acts_of_replies_follow_from_the_utterance_before_but_not_always(rows):
 def test_utterances_are_short_and_the_vocabulary_modest(rows):
     texts = [text for row in rows for text in row["dialog"]]
     assert max(len(text.split()) for text in texts) <= 16
-    assert 500 <= len({word for text in texts for word in words(text)}) <= 1000
+    assert 500 <= len({word for text in texts for word in re.findall(r"[a-z'-]+", text.lower())}) <= 1000
 
 
 def test_utterances_are_well_formed(rows):
@@ -96,25 +91,20 @@ def test_question_marks_agree_with_the_acts(rows):
 
 def test_a_slot_said_again_keeps_its_value(rows):
     name = re.compile(r"My name is (\w+)|The name is (\w+)")
-    checked = 0
-    for row in rows:
-        for text, reply in zip(row["dialog"], row["dialog"][1:], strict=False):
-            if match := name.search(text):
-                checked += 1
-                assert (match[1] or match[2]) in reply
-    assert checked > 100
+    named = [(match[1] or match[2], reply) for text, reply, _ in turns(rows) if (match := name.search(text))]
+    assert len(named) > 100 and all(said in reply for said, reply in named)
 
 
 def test_no_situation_reuses_a_state_that_all_of_them_share():
     # The lines would be pooled: "Is it good?" could then be answered by a goodbye.
-    shared = set(re.findall(r"^\* (\w+)", builtin_corpus.COMMON, re.MULTILINE))
-    assert shared and not shared & set(re.findall(r"^[AB] (\w+)", builtin_corpus.SITUATIONS, re.MULTILINE))
+    shared = set(re.findall(r"^\* (\w+)", COMMON, re.MULTILINE))
+    assert shared and not shared & set(re.findall(r"^[AB] (\w+)", EVERY_SITUATION, re.MULTILINE))
 
 
 def test_every_line_of_every_situation_gets_said(rows):
     said = {text for row in rows for text in row["dialog"]}
-    assert len(parsed_situations()) >= 10
-    for row in re.findall(r"^[AB] \w+ +[1-4]\w? (.+) -> ", builtin_corpus.SITUATIONS, re.MULTILINE):
+    assert len(SITUATIONS) >= 10
+    for row in re.findall(r"^[AB] \w+ +[1-4]\w? (.+) -> ", EVERY_SITUATION, re.MULTILINE):
         # A {slot} or a <phrase> may be any words; a paraphrase or two of a rare line may go unsaid.
         patterns = [re.sub(r"\\\{\w+\\\}|<\w+>", ".+", re.escape(text)) for text in row.split(" | ")]
         assert any(re.fullmatch(pattern, text, re.IGNORECASE) for pattern in patterns for text in said), row
@@ -128,10 +118,6 @@ def test_a_table_with_an_unknown_state_or_row_is_refused():
 
 
 def test_changing_ones_mind_changes_the_slot(rows):
-    changed = 0
-    for row in rows:
-        for text, reply in zip(row["dialog"], row["dialog"][1:], strict=False):
-            if match := re.search(r"(?:Can I have|Could I get|can I have) an? (.+) instead\?", text):
-                changed += 1
-                assert match[1] in reply
-    assert changed > 50
+    other = re.compile(r"(?:Can I have|Could I get|can I have) an? (.+) instead\?")
+    changed = [(match[1], reply) for text, reply, _ in turns(rows) if (match := other.search(text))]
+    assert len(changed) > 50 and all(said in reply for said, reply in changed)
