@@ -6,6 +6,7 @@ data.py reads the data; the functions here put the fault into words and say what
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import json
 import re
@@ -20,66 +21,52 @@ from support.errors import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 # Content of another kind
 
-UNPACK = "unpack it and give the file that comes out"
-SIGNATURES = (  # first bytes, what they say, what to do
-    (b"\x1f\x8b", "is packed by gzip", UNPACK),
-    (b"BZh", "is packed by bzip2", UNPACK),
-    (b"\xfd7zXZ\0", "is packed by xz", UNPACK),
-    (b"\x28\xb5\x2f\xfd", "is packed by zstd", UNPACK),
-    (b"7z\xbc\xaf", "is a 7z archive", UNPACK),
-    (b"\xd0\xcf\x11\xe0", "is an Excel workbook", "save it as 'CSV UTF-8'"),
-    (b"PAR1", "is a parquet file", "rename it to .parquet"),
-    (b"ARROW1", "is an Arrow file", "give the folder that save_to_disk wrote, or write it as parquet"),
-    (b"\xff\xff\xff\xff", "is an Arrow file", "give the folder that save_to_disk wrote, or write it as parquet"),
-    (b"SQLite format 3", "is an SQLite database", "export the table as CSV"),
-    (b"%PDF", "is a PDF", "give the data as JSON lines"),
-    (
-        b"version https://git-lfs",
-        "is only the pointer of a file in Git LFS",
-        "fetch the file itself with 'git lfs pull'",
-    ),
+UNPACK = "Unpack it and give the file that comes out"
+ARROW = "Give the folder that save_to_disk wrote, or write it as parquet"
+RECODE = "Write it anew as UTF-8, such as with 'iconv -f {} -t UTF-8 OLD > NEW'"
+BOM = rb"(\xef\xbb\xbf)?\s*"
+KINDS = (  # how the content begins, what it is, what to do
+    (rb"\x1f\x8b", "packed by gzip", UNPACK),
+    (rb"BZh", "packed by bzip2", UNPACK),
+    (rb"\xfd7zXZ\0", "packed by xz", UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "packed by zstd", UNPACK),
+    (rb"7z\xbc\xaf", "a 7z archive", UNPACK),
+    (rb"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as 'CSV UTF-8'"),
+    (rb"PK\x03\x04(.*xl/|.{0,4000}\[Content_Types\]\.xml)", "an Excel workbook", "Save it as 'CSV UTF-8'"),
+    (rb"PK\x03\x04", "a zip archive", UNPACK),
+    (rb"PAR1", "a parquet file", "Rename it to .parquet"),
+    (rb"ARROW1|\xff\xff\xff\xff", "an Arrow file", ARROW),
+    (rb"SQLite format 3", "an SQLite database", "Export the table as CSV"),
+    (rb"%PDF", "a PDF", "Give the data as JSON lines"),
+    (rb"version https://git-lfs", "only the pointer of a file in Git LFS", "Fetch the file itself with 'git lfs pull'"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", RECODE.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", RECODE.format("UTF-16")),
+    (BOM + rb"(?i:<!doctype html|<html)", "a web page (a download that failed?)", "Fetch the file itself"),
+    (BOM + rb"(?i:<\?xml)", "XML", "Give the data as JSON lines"),
 )
-RECODE = "write it anew as UTF-8, such as with 'iconv -f {} -t UTF-8 OLD > NEW'"
 
 
 def check_content(file: Path, content: bytes, text: bool = True) -> None:
-    """UserError where a file's content is of another kind than the file's name says.
+    """UserError if a file's content is of another kind than the file's name says.
 
     `text` says whether the name promises text (JSON, CSV); else it promises parquet.
     """
-    found = _kind_of(content)
-    if not text and not found and content.lstrip()[:1] in (b"{", b"[", b'"') and b"\0" not in content:
-        found = "holds text", "rename it to .jsonl (a JSON object a line), .json or .csv"
-    if found and not (not text and content.startswith(b"PAR1")):
-        expected = "UTF-8 text" if text else "parquet"
-        raise UserError(f"'{file}' {found[0]}; expected {expected}. {found[1][0].upper()}{found[1][1:]}.")
+    found = next((kind for begin, *kind in KINDS if re.match(begin, content, re.DOTALL)), None) or _wide_text(content)
+    if found and (text or not content.startswith(b"PAR1")):
+        raise UserError(f"'{file}' is {found[0]}; expected {'UTF-8 text' if text else 'parquet'}. {found[1]}.")
+    if not text and content.lstrip()[:1] in (b"{", b"[", b'"') and b"\0" not in content:
+        rename = "Rename it to .jsonl (a JSON object a line), .json or .csv."
+        raise UserError(f"'{file}' holds text; expected parquet. {rename}")
 
 
-def _kind_of(content: bytes) -> tuple[str, str] | None:
+def _wide_text(content: bytes) -> tuple[str, str] | None:
+    """UTF-32 or UTF-16 without a mark at its beginning, by the share of its bytes that are 0."""
     head = content[:4096]
-    for signature, what, advice in SIGNATURES:
-        if head.startswith(signature):
-            return what, advice
-    if head.startswith(b"PK\x03\x04"):
-        if b"xl/" in content or b"[Content_Types].xml" in head:
-            return "is an Excel workbook", "save it as 'CSV UTF-8'"
-        return "is a zip archive", UNPACK
-    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or _null_bytes(head) > 0.6:
-        return "is UTF-32 text", RECODE.format("UTF-32")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "is UTF-16 text", RECODE.format("UTF-16")
-    if _null_bytes(head) > 0.05:
-        return "is UTF-16 text", RECODE.format("UTF-16LE" if _null_bytes(head[1::2]) > 0.05 else "UTF-16BE")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:100].lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "is a web page (a download that failed?)", "fetch the file itself"
-    if start.startswith(b"<?xml"):
-        return "is XML", "give the data as JSON lines"
-    return None
-
-
-def _null_bytes(content: bytes) -> float:
-    return content.count(0) / max(1, len(content))
+    nulls, odd = (part.count(0) / max(1, len(part)) for part in (head, head[1::2]))
+    if nulls <= 0.05:
+        return None
+    code = "UTF-32" if nulls > 0.6 else "UTF-16LE" if odd > 0.05 else "UTF-16BE"
+    return f"{code[:6]} text", RECODE.format(code)
 
 
 def check_json_lines(file: Path, text: str) -> None:
@@ -87,29 +74,20 @@ def check_json_lines(file: Path, text: str) -> None:
 
     One object that is a row of its own passes.
     """
-    first = text.lstrip().split("\n", 1)[0]
+    text = text.strip()
     try:
-        json.loads(first)
-        if text.strip() != first.strip():
-            return  # a complete first line: JSON lines
-    except (ValueError, RecursionError):
-        if not first.startswith("{"):
-            return
-    try:
-        value, end = json.JSONDecoder().raw_decode(text.lstrip())
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return
     if not isinstance(value, dict):
         return
-    rest = text.lstrip()[end:].strip()
+    rest = text[end:].strip()
     what = "" if rest else _container(value)
-    if not what and "\n" in text.lstrip()[:end]:
-        what = "JSON objects that are spread over several lines. Write each of them on one line"
-        if rest.startswith(","):
-            what += ", without a comma after it"
-        what += ", or all of them as one array [...]"
-        if "dialog" not in value and (form := describe_form(value)):
-            what += f". {form}"
+    if not what and "\n" in text[:end]:
+        comma = ", without a comma after it" if rest.startswith(",") else ""
+        form = "" if "dialog" in value else describe_form(value)
+        what = f"JSON objects that are spread over several lines. Write each of them on one line{comma}, "
+        what += f"or all of them as one array [...]{form and '. '}{form}"
     if what:
         raise UserError(f"{file}, line 1: expected a JSON object on each line, or one array of objects; found {what}.")
 
@@ -119,38 +97,33 @@ def line_hint(line: str) -> str:
     line = line.strip()
     if line.endswith("},"):
         return "The lines end with a comma: leave it out"
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         if isinstance(ast.literal_eval(line), (dict, list)):
             return "The lines are Python, not JSON: write them with json.dumps"
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        pass
     return ""
 
 
 def _container(value: dict[str, Any]) -> str:
-    """What a file that is one object holds, and what to do, where the dialogues are within that object."""
+    """What a file that is one object holds, and what to do, if the dialogues are within that object."""
     rows = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)}
-    inside = {k: v for k, v in rows.items() if "dialog" in v[0] or not any(name in v[0] for name in TEXT)}
+    inside = {k: v[0] for k, v in rows.items() if "dialog" in v[0] or not v[0].keys() & TEXT}
+    dialog, values = value.get("dialog"), list(value.values())
     by_column = "one object of columns. Write a row for each dialogue: {}"
-    if isinstance(value.get("dialog"), dict):
+    if isinstance(dialog, dict) or {"columns", "data"} <= set(value):
         return by_column.format('pandas does with to_json(FILE, orient="records", lines=True)')
-    if isinstance(value.get("dialog"), list) and any(isinstance(x, list) for x in value["dialog"]):
+    if isinstance(dialog, list) and any(isinstance(x, list) for x in dialog):
         return by_column.format("datasets.Dataset.from_dict(json.load(open(OLD))).to_json(NEW)")
-    if {"columns", "data"} <= set(value):
-        return by_column.format('pandas does with to_json(FILE, orient="records", lines=True)')
     if "dialog" in value or "utterances" in inside:
         return ""
     if len(inside) > 1:
         return f"one object with several lists ({', '.join(inside)}). Write a file for each, train.jsonl and so on"
-    if inside:
-        name = next(iter(inside))
-        form = "" if "dialog" in inside[name][0] else describe_form(inside[name][0])
+    for name, row in inside.items():
+        form = "" if "dialog" in row else describe_form(row)
         found = f"one object with the rows in its list '{name}'. Write that list: json.load(open(OLD))[\"{name}\"]"
         return f"{found}. {form}" if form else found
-    values = list(value.values())
     if values and all(isinstance(v, dict) and ("dialog" in v or describe_form(v)) for v in values):
         return "one object with a dialogue under each name. Write its values: list(json.load(open(OLD)).values())"
-    if len(values) > 1 and all(isinstance(v, list) and v and all(isinstance(u, str) for u in v) for v in values):
+    if len(values) > 1 and all(v and _are(v, str) for v in values):
         return 'one object with a dialogue under each name. Write {"dialog": [...]} for each of its values'
     return ""
 
@@ -166,83 +139,103 @@ MESSAGE_ID = re.compile(r"(conv\w*|dialog\w*|chat|thread|session|ticket)[ _-]?(i
 
 
 def describe_form(row: Mapping[str, Any]) -> str:
-    """What a row without a usable column `dialog` looks like, and what makes one of it; "" for an unknown form.
+    """What a row without a usable column `dialog` looks like, and how to convert it; "" for an unknown form.
 
     Text cells that hold a list must have been parsed.
     """
+    return _header_form(row) or _messages_form(row) or _pair_form(row) or _text_form(row)
 
-    def use(what, expression):
-        return f"This looks like {what}: write `{expression}` as 'dialog' (see docs/data.md)"
 
-    spread = next((column for column in row if isinstance(column, str) and re.search(r"[;\t|]", column)), None)
-    if spread:
-        separator = re.search(r"[;\t|]", spread)[0]
+def _use(what: str, expression: str) -> str:
+    return f"This looks like {what}: write `{expression}` as 'dialog' (see docs/data.md)"
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _header_form(row: Mapping[str, Any]) -> str:
+    """A CSV with another separator, or without a header."""
+    columns = [column for column in row if isinstance(column, str)]
+    if separator := next(filter(None, (re.search(r"[;\t|]", column) for column in columns)), None):
         return (
-            f"The columns are separated by {'tabs' if separator == chr(9) else repr(separator)}, not by commas: write "
-            f"the file anew, as pandas.read_csv(OLD, sep={separator!r}).to_csv(NEW, index=False) does"
+            f"The columns are separated by {'tabs' if separator[0] == chr(9) else repr(separator[0])}, not by commas: "
+            f"write the file anew, as pandas.read_csv(OLD, sep={separator[0]!r}).to_csv(NEW, index=False) does"
         )
-    if any(isinstance(column, str) and column.lstrip().startswith("[") for column in row):
+    if any(column.lstrip().startswith("[") for column in columns):
         return "The file has no header: add a first line with the names of the columns, such as dialog,act"
+    return ""
 
-    lists = {k: v for k, v in row.items() if isinstance(v, list) and v}
-    messages = {k: v for k, v in lists.items() if all(isinstance(m, dict) for m in v)}
+
+def _messages_form(row: Mapping[str, Any]) -> str:
+    """A list of messages, such as chat messages, ShareGPT's and Persona-Chat's."""
+    messages = {k: v for k, v in row.items() if v and _are(v, dict)}
     for column, value in messages.items():
-        if "history" in value[-1] and "candidates" in value[-1]:
+        if {"history", "candidates"} <= value[-1].keys():
             last = f'row["{column}"][-1]'
-            return use("Persona-Chat", f'{last}["history"] + {last}["candidates"][-1:]')
+            return _use("Persona-Chat", f'{last}["history"] + {last}["candidates"][-1:]')
         key = next((k for k in TEXT if all(isinstance(m.get(k), str) for m in value)), None)
-        if key is None:
-            continue
-        second = next((k for k in SECOND if k in messages and column in FIRST), None)
-        listed = f'row["{column}"]' + (f' + row["{second}"]' if second else "")
-        speaker = next((k for k in SPEAKER if k in value[0]), None)
-        only = f' if m["{speaker}"] != "system"' if speaker in ("role", "from") else ""
-        what = {"content": "chat messages", "value": "ShareGPT conversations"}.get(key, "messages")
-        return use(what, f'[m["{key}"] for m in {listed}{only}]')
+        if key:
+            second = next((f' + row["{k}"]' for k in SECOND if k in messages and column in FIRST), "")
+            speaker = next((k for k in SPEAKER if k in value[0]), None)
+            only = f' if m["{speaker}"] != "system"' if speaker in ("role", "from") else ""
+            what = {"content": "chat messages", "value": "ShareGPT conversations"}.get(key, "messages")
+            return _use(what, f'[m["{key}"] for m in row["{column}"]{second}{only}]')
+    return ""
+
+
+def _pair_form(row: Mapping[str, Any]) -> str:
+    """A prompt (or a history) and a reply, or a list of texts under another name."""
+    texts = [k for k, v in row.items() if v and _are(v, str)]
     first, second = (next((k for k in names if isinstance(row.get(k), (str, list))), None) for names in (FIRST, SECOND))
-    if first is None:
-        first = next((k for k, v in lists.items() if k not in SECOND and all(isinstance(u, str) for u in v)), None)
+    first = first or next((k for k in texts if k not in SECOND), None)
     if first and second and isinstance(row[second], str):
-        listed = f'[row["{first}"]' if isinstance(row[first], str) else f'row["{first}"] + ['
-        listed += f'{", " if isinstance(row[first], str) else ""}row["{second}"]]'
-        more = "" if isinstance(row[first], list) else ", and train with context_utterances 1"
-        return use(f"pairs of '{first}' and '{second}'", listed) + more
-    if named := [k for k, v in lists.items() if k != "dialog" and all(isinstance(u, str) for u in v)]:
+        pair = f"pairs of '{first}' and '{second}'"
+        if isinstance(row[first], list):
+            return _use(pair, f'row["{first}"] + [row["{second}"]]')
+        return _use(pair, f'[row["{first}"], row["{second}"]]') + ", and train with context_utterances 1"
+    if named := [k for k in texts if k != "dialog"]:
         column = min(named, key=lambda k: "dialog" not in str(k).casefold())
         return f"The column '{column}' holds a list of texts: if they are the utterances, rename it to 'dialog'"
+    return ""
 
+
+def _text_form(row: Mapping[str, Any]) -> str:
+    """One text: a message, several utterances joined, or a list as numpy prints it; else a name close to 'dialog'."""
     names = {str(k).casefold(): k for k in row}
-    text = next(
-        (names[k] for k in (*TEXT, "dialog", "dialogue", "chat", "chosen") if isinstance(row.get(names.get(k)), str)),
-        "",
-    )
-    if text and any(MESSAGE_ID.fullmatch(k) or k in SPEAKER for k in names):
+    columns = [names.get(k) for k in (*TEXT, "dialog", "dialogue", "chat", "chosen")]
+    column = next((k for k in columns if isinstance(row.get(k), str)), "")
+    if not column:
+        close = [] if "dialog" in row else difflib.get_close_matches("dialog", names, n=1)
+        return f"If the column '{names[close[0]]}' holds the utterances, rename it to 'dialog'" if close else ""
+    text, utterances = row[column], '[u for u in row["{}"].{} if u.strip()]'
+    if any(MESSAGE_ID.fullmatch(k) or k in SPEAKER for k in names):
         return (
             "This looks like one message in each row: as a CSV with the columns conversation_id, speaker and text, "
             "examples/own_dataset.py converts it"
         )
-    if text and row[text].lstrip().startswith("["):
+    if text.lstrip().startswith("["):
         return (
             "The lists were written as numpy prints them, without commas: write the data with "
             'to_json(FILE, orient="records", lines=True) of pandas, or as parquet'
         )
-    if text and "__eou__" in row[text]:
-        return use("text with marks", f'[u for u in row["{text}"].split("__eou__") if u.strip()]')
-    if text and "\n" in row[text].strip():
-        return use("a text with a line for each utterance", f'[u for u in row["{text}"].splitlines() if u.strip()]')
-    if text:
-        return f"The column '{text}' holds one text: 'dialog' must be a list of utterances, [\"Hi.\", \"Hello!\"]"
-    close = [] if "dialog" in row else difflib.get_close_matches("dialog", names, n=1)
-    return f"If the column '{names[close[0]]}' holds the utterances, rename it to 'dialog'" if close else ""
+    if "__eou__" in text:
+        return _use("text with marks", utterances.format(column, 'split("__eou__")'))
+    if "\n" in text.strip():
+        return _use("a text with a line for each utterance", utterances.format(column, "splitlines()"))
+    return f"The column '{column}' holds one text: 'dialog' must be a list of utterances, [\"Hi.\", \"Hello!\"]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies across splits
 
 COMMON = 20  # a pair of utterances in more than so many held-out dialogues does not tell which of them is meant
-
-
 NO_WORD = {i: None for i in range(1, 128) if not chr(i).isalnum()}  # all of ASCII that tells no words apart
+
+
+def normalized_text(utterances: Sequence[str]) -> str:
+    """What two copies of a dialogue have in common, whatever their blanks and labels."""
+    return "".join("\0".join(utterances).split())
 
 
 def _words(utterances: Sequence[str]) -> str:
@@ -254,12 +247,12 @@ def _words(utterances: Sequence[str]) -> str:
 
 
 def overlap_note(data_path: str, splits: Mapping[str, Any]) -> str:
-    """A sentence on dialogues of other splits that are in `train` as well, or nearly so; "" where there are none.
+    """A sentence on dialogues of other splits that are in `train` as well, or nearly so; "" if there are none.
 
-    `splits` maps names to what load_splits gave for `data_path`; those of `builtin` combine the same phrases by design,
-    so nothing is said about them. At least three quarters of the utterances of a near-copy are in one
-    training dialogue, two of them in a row; case, punctuation and blanks are set aside. Takes time in proportion to
-    the number of dialogues.
+    `splits` maps names to what load_splits gave for `data_path`. Those of `builtin` combine the same phrases by design,
+    so nothing is said about them. A near-copy has at least three quarters of its utterances in one training dialogue,
+    two of them in a row; case, punctuation and blanks do not count. Takes time in proportion to the number of
+    dialogues.
     """
     found = []
     for name, held_out in splits.items():
@@ -286,19 +279,12 @@ def copies_in(train: Sequence[Any], held_out: Sequence[Any]) -> dict[int, tuple[
     for j, dialogue in enumerate(train):
         text = _words(dialogue.utterances)
         for i in whole.get(text, ()):
-            if i not in found or not found[i][1]:
-                exact = normalized_text(dialogue.utterances) == normalized_text(held_out[i].utterances)
-                if exact or i not in found:
-                    found[i] = (j, exact)
+            exact = normalized_text(dialogue.utterances) == normalized_text(held_out[i].utterances)
+            if i not in found or (exact and not found[i][1]):
+                found[i] = (j, exact)
         parts = text.split("\0")
-        near = {i for pair in zip(parts, parts[1:]) if pair in pairs for i in pairs[pair] if i not in found}
-        for i in near:
+        for i in {i for pair in zip(parts, parts[1:]) for i in pairs.get(pair, ())} - found.keys():
             said = words[i].split("\0")
             if 4 * (Counter(said) & Counter(parts)).total() >= 3 * len(said):
                 found[i] = (j, False)
     return found
-
-
-def normalized_text(utterances: Sequence[str]) -> str:
-    """What two copies of a dialogue have in common, whatever their blanks and labels."""
-    return "".join("\0".join(utterances).split())

@@ -64,7 +64,6 @@ runpy.run_path("{name}.py", run_name="__main__")
 
 LONG = {  # functions of more than 60 lines, and why
     "sample_responses": "the decoding loop, whose steps share the batch",
-    "describe_form": "one case for each form of rows",
     "update": "the loops over passes, mini-batches and micro-batches",
 }
 
