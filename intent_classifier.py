@@ -8,7 +8,6 @@ accuracy and macro-F1 on the validation split. `IntentJudge` is how rewards.py a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +60,13 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 import torch
 from accelerate import PartialState
 
-from support.data import ACTS, Dialogue, load_splits
-from support.data_checks import overlap_note
+from support.data import ACTS, Dialogue
 from support.distributed import join_processes
-from support.files import atomic_folder, write_json
 from support.judge import encode_pairs, judge_scores, load_classifier, pair_tokens
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
-from support.pretrained import count_parameters
-from support.supervised import Task, fit, remove_state, state_folder
+from support.supervised import Task, fit, load_train_and_validation, write_model
 
 
 def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
@@ -83,24 +79,18 @@ def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 def load_pairs(config: IntentConfig) -> dict[str, list[tuple[str, str, int]]]:
     """The labelled pairs of the train and the validation split. UserError for a split without labels."""
-    splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows)
-    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
-        print(f"note: {note}")
+    splits = load_train_and_validation(config.data_path, config.skip_bad_rows)
     if config.half != "all":
         splits["train"] = splits["train"][config.half == "odd" :: 2]
     pairs = {split: labelled_pairs(dialogues) for split, dialogues in splits.items()}
     for split, rows in pairs.items():
         if not rows:
             raise UserError(f"the {split} split of '{config.data_path}' has no dialogue acts to learn from.")
-        without = sum(len(d.utterances) for d in splits[split]) - len(rows)
-        if without and PartialState().is_main_process:
-            print(f"{split}: {len(rows)} utterances with a dialogue act, {without} without one are left out")
+        if without := sum(len(d.utterances) for d in splits[split]) - len(rows):
+            counts = f"{len(rows)} utterances with a dialogue act, {without} without one are left out"
+            PartialState().print(f"{split}: {counts}")
     return pairs
 
 
@@ -146,21 +136,14 @@ def train_intent(config: IntentConfig) -> Path:
         loss_of=lambda model, batch: model(**batch).loss,
         count_of=lambda batch: len(batch["labels"]),
         evaluate=lambda model: validate(model, eval_pairs),
+        saves=(tokenizer.save_pretrained,),
+        record="intent.json",
     )
-    history = fit(task, config, state_folder(output))
+    history = fit(task, config, output)
     final = validate(model, sorted(pairs["validation"], key=lambda row: len(row[0]) + len(row[1])))
-    if PartialState().is_main_process:
-        with atomic_folder(output) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            report = {"config": dataclasses.asdict(config), "validation": final, "history": history}
-            write_json(folder / "intent.json", report)
-        print(
-            f"judge: {count_parameters(model):,} parameters, accuracy {final['accuracy']:.3f} and macro-F1 "
-            f"{final['macro_f1']:.3f} on {len(pairs['validation'])} validation utterances, written to {output}"
-        )
-        remove_state(output)
-    PartialState().wait_for_everyone()
+    result = f", accuracy {final['accuracy']:.3f} and macro-F1 {final['macro_f1']:.3f}"
+    result += f" on {len(pairs['validation'])} validation utterances,"
+    write_model(output, task, config, {"validation": final, "history": history}, result)
     return output
 
 

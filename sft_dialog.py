@@ -11,7 +11,6 @@ takes whole dialogues instead, written as a chain of windows, and an epoch shows
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,29 +61,23 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 
 import torch
 from accelerate import PartialState
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
 from support.builtin import resolve_model
-from support.data import Dialogue, Dialogues, load_splits
-from support.data_checks import overlap_note
+from support.data import Dialogue, Dialogues
 from support.distributed import join_processes
-from support.files import atomic_folder, write_json
 from support.generation import reply_log_likelihoods, token_log_probs
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_spinner
 from support.machine import use_all_cores
 from support.models import load_causal_lm, longest_text
 from support.packing import logits_at
-from support.pretrained import (
-    check_positions,
-    check_vocabulary,
-    count_parameters,
-    load_pretrained,
-    load_tokenizer,
-    positions_of,
-)
-from support.supervised import Task, fit, remove_state, state_folder
+from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer, positions_of
+from support.supervised import Task, fit, load_train_and_validation, write_model
 from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, make_samples
+
+Window = tuple[list[int], list[int]]  # tokens of a prompt and of the reply to it
 
 
 def train_sft(config: SFTConfig) -> Path:
@@ -127,29 +120,20 @@ def train_sft(config: SFTConfig) -> Path:
         loss_of=window_loss,
         count_of=learned_tokens,
         evaluate=perplexity,
+        saves=(tokenizer.save_pretrained, fmt.save),
+        record="sft.json",
     )
-    history = fit(task, config, state_folder(output))
-    if PartialState().is_main_process:
-        with atomic_folder(output) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            fmt.save(folder)
-            write_json(folder / "sft.json", {"config": dataclasses.asdict(config), "history": history})
-        print(f"sft: {count_parameters(model):,} parameters written to {output}")
-        remove_state(output)
-    PartialState().wait_for_everyone()
+    write_model(output, task, config, {"history": fit(task, config, output)})
     return output
 
 
 def load_samples(config: SFTConfig, fmt: DialogueFormat) -> tuple[dict[str, Dialogues], dict[str, list[Sample]]]:
     """The dialogues of the train and the validation split, and their samples. UserError for a split without samples."""
-    splits = load_splits(config.data_path, ("train", "validation"), config.skip_bad_rows, [fmt.eou_marker.strip()])
-    if PartialState().is_main_process and (note := overlap_note(config.data_path, splits)):
-        print(f"note: {note}")
-    samples = {s: make_samples(d, fmt) for s, d in splits.items()}
+    splits = load_train_and_validation(config.data_path, config.skip_bad_rows, [fmt.eou_marker.strip()])
+    samples = {split: make_samples(dialogues, fmt) for split, dialogues in splits.items()}
     for split, dialogues in splits.items():
         counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
-        print(f"{split}: {counts}")
+        PartialState().print(f"{split}: {counts}")
         if not samples[split]:
             raise UserError(
                 f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
@@ -158,9 +142,7 @@ def load_samples(config: SFTConfig, fmt: DialogueFormat) -> tuple[dict[str, Dial
     return splits, samples
 
 
-def make_windows(
-    samples: list[Sample], codec: DialogueCodec, positions: int | None = None
-) -> list[tuple[list[int], list[int]]]:
+def make_windows(samples: list[Sample], codec: DialogueCodec, positions: int | None = None) -> list[Window]:
     """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample, in at most `positions` tokens."""
     fmt = codec.format
     prompts = codec.prompt_ids([s.prompt for s in samples])
@@ -171,15 +153,14 @@ def make_windows(
     return [(p, t[: min(most, room)]) for p, t in zip(prompts, targets)]
 
 
-def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[tuple[list[int], list[int]]]:
+def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[Window]:
     """Tokens of whole dialogues, each a prompt without reply; one of more than `limit` tokens is several.
 
-    A dialogue is written as windows one after the other: prompt, reply, prompt, reply, so that each utterance is there
-    once and ends as PPO will see it end. The first prompt has one utterance in one dialogue, two in the next, and so
-    on: any utterance may be a reply.
+    A dialogue is written as a chain of windows: prompt, reply, prompt, reply. So each utterance is there once and ends
+    as it does in PPO. The first prompt has one utterance in one dialogue, two in the next, and so on: any utterance may
+    be a reply.
     """
-    fmt = codec.format
-    beginning = codec.prefix
+    fmt, beginning = codec.format, codec.prefix
     chains: list[list[int]] = []
     for number, dialogue in enumerate(dialogues):
         texts, context = [], []
@@ -199,17 +180,13 @@ def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int)
     return [(chain, []) for chain in chains]
 
 
-def collate(batch: list[tuple[list[int], list[int]]], pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:
+def collate(batch: list[Window], pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels (B, S), padded on the right; labels are -100 where nothing is learned."""
-    width = max(len(p) + len(t) for p, t in batch)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, target in batch:
-        filler = width - len(prompt) - len(target)
-        rows["input_ids"].append(prompt + target + [pad_id] * filler)
-        rows["attention_mask"].append([1] * (width - filler) + [0] * filler)
-        learned = [-100] * len(prompt) + target if loss_on == "reply" else prompt + target
-        rows["labels"].append(learned + [-100] * filler)
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    ids = [torch.tensor(prompt + target) for prompt, target in batch]
+    learned = [torch.tensor([-100] * len(p) + t) for p, t in batch] if loss_on == "reply" else ids
+    columns = {"input_ids": (ids, pad_id), "attention_mask": ([torch.ones_like(row) for row in ids], 0)}
+    columns["labels"] = (learned, -100)
+    return {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}
 
 
 def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The two small models of the built-in corpus, trained at first use and kept: the embedded default.
+"""The two small models of the built-in corpus, the default of every command. They are trained at first use and kept.
 
     python -m support.builtin          # train both now, side by side
 
-Everything that takes the word `builtin` for a model comes here. sft_dialog.py and intent_classifier.py train them from
-random weights, as commands of their own; only tokenizer, sizes and settings are this file's.
+Tokenizer, sizes and settings are here. sft_dialog.py and intent_classifier.py train the models from random weights, as
+commands of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from support.builtin_corpus import CORPUS_VERSION
 from support.data import load_dialogues
+from support.distributed import ENGINE_VARIABLES
 from support.errors import UserError, run_script
 from support.files import atomic_folder, cache_dir
 from support.live_display import can_draw, follow, show_bar
@@ -40,25 +41,23 @@ JUDGE_FIT = dict(lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20, eval_every
 
 
 def builtin_model(kind: str) -> Path:
-    """The folder of the built-in "policy" or "judge", trained first where it is not there yet.
+    """The folder of the built-in "policy" or "judge"; both are trained first if it does not exist.
 
-    Trained in processes of their own, both at once: they take one core each, and neither the launcher's engine
-    (DeepSpeed, several processes) nor this process's random state has a part in it.
+    They are trained in processes of their own, at the same time, one core each. Neither the launcher's engine
+    (DeepSpeed, several processes) nor this process's random state affects them.
     """
-    if PartialState().is_local_main_process and not _there(kind):
+    if PartialState().is_local_main_process and not _exists(kind):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / ".lock")  # of two runs that want them at the same moment one waits
+        lock = FileLock(cache_dir() / ".lock")  # if two runs need them at the same time, one waits
         try:
-            lock.acquire(timeout=0)
+            locked = lock.acquire(timeout=0)
         except Timeout:
             print("another run is training the built-in models: waiting for it", file=sys.stderr, flush=True)
-            lock.acquire()
-        try:
-            missing = [k for k in ("policy", "judge") if not _there(k)]
+            locked = lock.acquire()
+        with locked:
+            missing = [k for k in ("policy", "judge") if not _exists(k)]
             if kind in missing:
                 _train_aside(missing)
-        finally:
-            lock.release()
     PartialState().wait_for_everyone()
     return _folder(kind)
 
@@ -66,16 +65,12 @@ def builtin_model(kind: str) -> Path:
 def _train_aside(missing: list[str]) -> None:
     """Train these of the two, each in a process of its own."""
     print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", file=sys.stderr)
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        plain.pop(name, None)
-    plain["TORCH_NUM_THREADS"] = "1"
-    plain["PPO_DIALOG_PROGRESS"] = "plain"
-    draw = can_draw()
+    plain = {k: v for k, v in os.environ.items() if not k.startswith((*ENGINE_VARIABLES, "TORCHELASTIC_"))}
+    plain |= {"TORCH_NUM_THREADS": "1", "PPO_DIALOG_PROGRESS": "plain"}
+    draw, tokenizer = can_draw(), train_tokenizer()
     # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
-    pipes = dict(stdout=subprocess.PIPE if draw else 2, text=True)
-    tokenizer = train_tokenizer()
-    runs = [subprocess.Popen(_command(kind, tokenizer), env=plain, **pipes) for kind in missing]
+    pipes = dict(env=plain, stdout=subprocess.PIPE if draw else 2, text=True)
+    runs = [subprocess.Popen(_command(kind, tokenizer), **pipes) for kind in missing]
     try:
         with contextlib.ExitStack() as bars:
             for name, run in zip(missing, runs) if draw else ():
@@ -86,29 +81,27 @@ def _train_aside(missing: list[str]) -> None:
         for run in runs:
             run.kill()
     if failed:
-        raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason stands above.")
+        raise UserError(f"the built-in {' and '.join(failed)} could not be trained; the reason is above.")
     for kind in missing:
         shutil.rmtree(_start_folder(kind))
 
 
 def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The command that trains one of the two, from random weights in a folder that is written here."""
+    """Write random weights to a folder, and return the command that trains one of the two from them."""
+    sizes = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "policy":
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-            network = GPT2Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **POLICY)
-            blank = GPT2LMHeadModel(network)
+            sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+            script, fit, blank = "sft_dialog.py", POLICY_FIT, GPT2LMHeadModel(GPT2Config(**sizes, **POLICY))
         else:
-            blank = BertForSequenceClassification(
-                BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=4, **JUDGE)
-            )
+            network = BertConfig(**sizes, num_labels=4, **JUDGE)
+            script, fit, blank = "intent_classifier.py", JUDGE_FIT, BertForSequenceClassification(network)
     with atomic_folder(_start_folder(kind)) as part:
         blank.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    script = "sft_dialog.py" if kind == "policy" else "intent_classifier.py"
-    options = dict(model_path=_start_folder(kind), output_dir=_folder(kind))
-    options |= POLICY_FIT | dict(eval_samples=200) if kind == "policy" else JUDGE_FIT | dict(eval_samples=500)
+    options = dict(model_path=_start_folder(kind), output_dir=_folder(kind)) | fit
+    options["eval_samples"] = 200 if kind == "policy" else 500
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, str(SCRIPTS / script), *words, "--resume"]
 
@@ -119,7 +112,7 @@ def resolve_model(name: str, kind: str = "policy") -> str:
 
 
 def _folder(kind: str) -> Path:
-    """Its name tells corpus and settings, so that a change of either trains it anew."""
+    """Where a model is kept. The name depends on corpus and settings: a change of either trains the model anew."""
     settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
     return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
@@ -128,7 +121,7 @@ def _start_folder(kind: str) -> Path:
     return _folder(kind).with_name(f".{_folder(kind).name}-start")
 
 
-def _there(kind: str) -> bool:
+def _exists(kind: str) -> bool:
     return (_folder(kind) / "config.json").exists()
 
 

@@ -1,35 +1,51 @@
-"""One supervised training loop, for the language model (sft_dialog.py) and for the judge (intent_classifier.py)."""
+"""The supervised training of the language model (sft_dialog.py) and of the judge (intent_classifier.py)."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from support.data import Dialogues, load_splits
+from support.data_checks import overlap_note
 from support.distributed import keep_process_group, own_engine, several_on_cpus
 from support.errors import UserError
 from support.files import atomic_folder, write_json
 from support.live_display import can_draw, show_bar
 from support.options import FitConfig
+from support.pretrained import count_parameters
+
+
+def load_train_and_validation(data_path: str, skip_bad_rows: bool, markers: Sequence[str] = ()) -> dict[str, Dialogues]:
+    """Load the two splits that training reads; the main process prints how much they overlap."""
+    splits = load_splits(data_path, ("train", "validation"), skip_bad_rows, markers)
+    if PartialState().is_main_process and (note := overlap_note(data_path, splits)):
+        print(f"note: {note}")
+    return splits
+
+
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]  # of model and batch
 
 
 @dataclass
 class Task:
-    """What is trained: a model, its data and its loss."""
+    """What is trained: a model, its data, its loss and its files."""
 
     label: str
     model: torch.nn.Module
@@ -38,23 +54,28 @@ class Task:
     """Tokens of each item. Batches are made of items of similar length, so that little is padded."""
     collate: Callable[[list[Any]], Any]
     """Makes a batch, a dict of tensors, of items."""
-    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor]
+    loss_of: Loss
     """The mean loss of a batch."""
     count_of: Callable[[Any], int]
     """The number of terms in that mean."""
     evaluate: Callable[[torch.nn.Module], dict[str, float]]
-    """Figures on the validation split; those with the lowest `loss` are of the best weights."""
+    """Figures on the validation split. The weights with the lowest `loss` are the best."""
+    saves: Sequence[Callable[[Path], Any]]
+    """Write what belongs beside the model: tokenizer, format."""
+    record: str
+    """Name of the JSON file with settings and figures."""
 
 
 @own_engine()
-def fit(task: Task, config: FitConfig, folder: Path) -> list[dict[str, float]]:
+def fit(task: Task, config: FitConfig, output: Path) -> list[dict[str, float]]:
     """Train the task's model in place and leave the best weights in it.
 
-    Each evaluation writes to `folder` what `config.resume` resumes from. Returns one dict for each evaluation: step,
-    minutes, lr, train_loss and what `task.evaluate` gave. Each term of an optimizer step has the same weight, however
-    the step is split into batches and processes. Raises UserError if `folder` exists and is not to be resumed.
+    Each evaluation saves what `config.resume` resumes from, in a folder beside `output`. Returns one dict for each
+    evaluation: step, minutes, lr, train_loss and what `task.evaluate` gave. Each term of an optimizer step has the same
+    weight, however the step is split into batches and processes. UserError if a stopped run is not to be resumed.
     """
     check_launcher()
+    folder = state_folder(output)
     if folder.exists() and not config.resume:
         raise UserError(
             f"'{folder}' holds a run ({task.label}) that was stopped; go on with --resume, or remove it to begin anew."
@@ -62,16 +83,15 @@ def fit(task: Task, config: FitConfig, folder: Path) -> list[dict[str, float]]:
     accelerator = Accelerator(cpu=several_on_cpus(), mixed_precision=config.mixed_precision)
     keep_process_group()
     set_seed(config.seed, device_specific=True)  # each process has its own dropout
-    sampler = LengthGroupedSampler(
-        config.batch_size, lengths=list(task.lengths), generator=torch.Generator().manual_seed(config.seed)
-    )
-    # with a generator of its own: making an iterator draws a number, once more in a run that is resumed
-    own = torch.Generator().manual_seed(config.seed)
+    # with generators of their own: making an iterator draws a number, once more in a run that is resumed
+    ordering, own = (torch.Generator().manual_seed(config.seed) for _ in range(2))
+    sampler = LengthGroupedSampler(config.batch_size, lengths=list(task.lengths), generator=ordering)
     loader = DataLoader(task.items, config.batch_size, sampler=sampler, collate_fn=task.collate, generator=own)
     fused = accelerator.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     trained, optimizer, loader = accelerator.prepare(task.model, optimizer, loader)
-    run = SupervisedRun(task, config, folder, accelerator, optimizer, batches_per_epoch=len(loader))
+    steps = max(1, round(config.epochs * math.ceil(len(loader) / config.gradient_accumulation_steps)))
+    run = SupervisedRun(task, config, folder, accelerator, optimizer, steps)
     if config.resume and folder.exists():
         run.resume(sampler)
 
@@ -83,18 +103,18 @@ def fit(task: Task, config: FitConfig, folder: Path) -> list[dict[str, float]]:
             rest = accelerator.skip_first_batches(loader, run.batches) if run.batches else loader
             for parts in batches_of_steps(rest, config.gradient_accumulation_steps):
                 progress = run.progress()
-                if progress >= 1:
+                if progress >= 1:  # of the steps, or of the minutes
                     run.total = run.step
                     break
                 move(progress)
-                set_learning_rate(optimizer, config, run.step, progress)
+                warmup = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * warmup * (1 - progress)
                 run.losses.append(add_gradients(accelerator, trained, parts, task.loss_of, task.count_of))
                 accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 run.advance(len(parts), move)
-                if run.step >= run.total:
-                    break
             else:
                 run.epoch, run.batches = run.epoch + 1, 0
     if run.history[-1]["step"] != run.step:
@@ -104,31 +124,29 @@ def fit(task: Task, config: FitConfig, folder: Path) -> list[dict[str, float]]:
     return run.history
 
 
+@dataclass
 class SupervisedRun:
-    """Where a supervised run stands: its steps, its evaluations and its best weights."""
+    """The state of a supervised run: its steps, its evaluations and its best weights."""
 
-    def __init__(
-        self,
-        task: Task,
-        config: FitConfig,
-        folder: Path,
-        accelerator: Accelerator,
-        optimizer: Any,
-        batches_per_epoch: int,
-    ):
-        self.task, self.config, self.folder = task, config, folder
-        self.accelerator, self.optimizer = accelerator, optimizer
-        self.total = max(1, round(config.epochs * -(-batches_per_epoch // config.gradient_accumulation_steps)))
-        self.step, self.epoch, self.batches = 0, 0, 0  # batches: of this epoch
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, torch.Tensor] = {}
-        self.losses: list[torch.Tensor] = []  # since the last evaluation
-        self.started = time.perf_counter()
-        self.draws = can_draw(config.progress, accelerator.is_main_process)
-        self.say(
-            f"{len(task.items)} samples, {self.total} steps of {config.batch_size * config.gradient_accumulation_steps}"
-            + (f", at most {config.max_minutes:g} minutes" if config.max_minutes else "")
-        )
+    task: Task
+    config: FitConfig
+    folder: Path
+    accelerator: Accelerator
+    optimizer: Any
+    total: int  # steps
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0  # of this epoch
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)  # since the last evaluation
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self):
+        self.draws = can_draw(self.config.progress, self.accelerator.is_main_process)
+        limit = f", at most {self.config.max_minutes:g} minutes" if self.config.max_minutes else ""
+        samples = self.config.batch_size * self.config.gradient_accumulation_steps
+        self.say(f"{len(self.task.items)} samples, {self.total} steps of {samples}{limit}")
 
     def say(self, text: str) -> None:
         self.accelerator.print(f"{self.task.label}: {text}", flush=True)
@@ -148,7 +166,7 @@ class SupervisedRun:
         return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
     def advance(self, batches: int, move: Callable[..., None]) -> None:
-        """Count an optimizer step of so many batches; evaluate, or say the loss, where that is due."""
+        """Count an optimizer step of so many batches; evaluate, or print the loss, if that is due."""
         self.step, self.batches = self.step + 1, self.batches + batches
         if self.step % self.config.eval_every == 0:
             self.evaluate()
@@ -166,27 +184,27 @@ class SupervisedRun:
         model.train()
         lr = self.optimizer.param_groups[0]["lr"]
         loss = self.mean_loss(self.losses) if self.losses else float("nan")
-        row = {"step": self.step, "minutes": round(self.minutes, 2), "lr": lr, "train_loss": loss}
-        self.history.append(row | result)
+        self.losses = []
+        self.history.append(
+            {"step": self.step, "minutes": round(self.minutes, 2), "lr": lr, "train_loss": loss} | result
+        )
         shown = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
         self.say(f"step {self.step}/{self.total}, {self.minutes:.1f} min, validation {shown}")
         if result["loss"] <= min(h["loss"] for h in self.history):
             self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-        self.losses = []
         if self.accelerator.is_main_process:
             with atomic_folder(self.folder) as folder:
                 self.accelerator.save_state(str(folder))
                 save_file(self.best, folder / "best.safetensors")
-                kept = dict(step=self.step, epoch=self.epoch, batches=self.batches)
-                write_json(folder / "fit.json", kept | dict(minutes=self.minutes, history=self.history))
+                kept = {name: getattr(self, name) for name in ("step", "epoch", "batches", "minutes", "history")}
+                write_json(folder / "fit.json", kept)
 
     def resume(self, sampler: Iterable[int]) -> None:
-        """Restore weights, optimizer and random states, and where the run stood in its data."""
+        """Restore weights, optimizer, random states and the place in the data."""
         self.accelerator.load_state(str(self.folder))
         kept = json.loads((self.folder / "fit.json").read_text(encoding="utf-8"))
-        self.step, self.epoch, self.batches = kept["step"], kept["epoch"], kept["batches"]
-        self.history = kept["history"]
-        self.started -= 60 * kept["minutes"]
+        self.started -= 60 * kept.pop("minutes")
+        vars(self).update(kept)
         self.best = load_file(self.folder / "best.safetensors")
         for _ in range(self.epoch):
             list(sampler)  # draw the order of the epochs that are over again, so that the next one's is the same
@@ -204,13 +222,6 @@ def check_launcher() -> None:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # `fit` splits a step into batches itself
 
 
-def set_learning_rate(optimizer: Any, config: FitConfig, step: int, progress: float) -> None:
-    """Warm up over `warmup_steps`, and fall linearly to zero."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * warmup * (1 - progress)
-
-
 def batches_of_steps(loader: Iterable[Any], batches: int) -> Iterator[list[Any]]:
     """The batches of each optimizer step: so many, and the rest of the epoch in the last one."""
     iterator = iter(loader)
@@ -219,11 +230,7 @@ def batches_of_steps(loader: Iterable[Any], batches: int) -> Iterator[list[Any]]
 
 
 def add_gradients(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    group: list[Any],
-    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
-    count_of: Callable[[Any], int],
+    accelerator: Accelerator, model: torch.nn.Module, group: list[Any], loss_of: Loss, count_of: Callable[[Any], int]
 ) -> torch.Tensor:
     """Add the gradient of the mean over all terms of a step's batches, of all processes, to the parameters.
 
@@ -243,10 +250,17 @@ def add_gradients(
 
 
 def state_folder(output: Path) -> Path:
-    """Where a run keeps what it can go on from, until its output is there."""
+    """Where a run keeps what it resumes from, until its output is written."""
     return output.with_name(f".{output.name}-unfinished")
 
 
-def remove_state(output: Path) -> None:
-    """Remove what a run went on from, once its output is written."""
-    shutil.rmtree(state_folder(output), ignore_errors=True)
+def write_model(output: Path, task: Task, config: FitConfig, figures: dict[str, Any], result: str = "") -> None:
+    """Write what was trained, and its record: the settings and `figures`. Then remove what a run resumes from."""
+    if PartialState().is_main_process:
+        with atomic_folder(output) as folder:
+            for save in (task.model.save_pretrained, *task.saves):
+                save(folder)
+            write_json(folder / task.record, {"config": dataclasses.asdict(config)} | figures)
+        print(f"{task.label}: {count_parameters(task.model):,} parameters{result} written to {output}")
+        shutil.rmtree(state_folder(output), ignore_errors=True)
+    PartialState().wait_for_everyone()

@@ -177,7 +177,7 @@ def test_a_gpt2_without_a_pad_token_becomes_a_judge(tmp_path, tiny_lm, tiny_toke
     config.pad_token_id = None
     config.save_pretrained(tiny_lm)
     parts = {split: load_dialogues("builtin", split)[:20] for split in ("train", "validation")}
-    monkeypatch.setattr("intent_classifier.load_splits", lambda *args: parts)
+    monkeypatch.setattr("support.supervised.load_splits", lambda *args: parts)
     folder = train_intent(IntentConfig(model_path=tiny_lm, output_dir=str(tmp_path / "judge"), lr=1e-3, epochs=3))
     accuracy = json.loads((folder / "intent.json").read_text())["validation"]["accuracy"]
     samples = make_samples(parts["validation"], DialogueFormat())
