@@ -1,4 +1,4 @@
-"""The environment: it hands out the prompts of dialogues and scores the replies (Gymnasium's vector API).
+"""The environment: it returns the prompts of dialogues and scores the replies (Gymnasium's vector API).
 
     dialogues = load_dialogues("builtin", "train")            # support/data.py: hub names, folders and files as well
     codec = DialogueCodec(load_tokenizer("gpt2"), DialogueFormat())            # support/text.py
@@ -11,6 +11,7 @@ Episode ends are those of the OpenRL and RL4LMs DailyDialog task.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,17 +27,17 @@ from support.text import DialogueCodec, Sample, drop_torn_characters
 
 
 class DialogueVectorEnv(VectorEnv):
-    """`env_num` dialogues at a time; an action is a whole response and ends the episode (Gymnasium's vector API).
+    """`env_num` dialogues at a time; an action is a whole response and ends the episode.
 
     Observations: `{"input_ids": (n, max_prompt_tokens), "attention_mask": the same}`, int64, padded on the left.
     Actions: response tokens (n, max_new_tokens), int64, padded on the right with -1; a list of n strings works too.
-    Rewards: what `reward(prompts, responses, references, acts)` gives (see rewards.py), 0 without one.
-    Every step terminates every episode and the next prompt comes at once (`AutoresetMode.SAME_STEP`), with what
-    belongs to the finished episode in `infos["final_obs"]` and `infos["final_info"]`.
+    Rewards: what `reward(prompts, responses, references, acts)` returns (see rewards.py), 0 without one.
+    Every step terminates every episode and returns the next prompt (`AutoresetMode.SAME_STEP`); the finished episode is
+    in `infos["final_obs"]` and `infos["final_info"]`.
 
-    Which dialogue comes when depends on the seed alone: each pass over the data is one permutation, dealt out over
-    all `env_num` slots, or over groups of `samples_per_prompt` neighbours that answer the same one. With several
-    processes each gets `env_num / num_processes` of the slots.
+    The order of the dialogues depends on the seed alone. Each pass over the data is one permutation, distributed over
+    all `env_num` slots, or over groups of `samples_per_prompt` neighbours that answer the same prompt. Each process has
+    `env_num / num_processes` of the slots.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -73,10 +74,10 @@ class DialogueVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.scores: Scores | None = None  # of the last step
-        self.seed, self.rounds, self._current, self._epoch_order = 0, 0, None, (None, None)
+        self.seed, self.rounds, self._current = 0, 0, None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Observations and infos of the first dialogues; a seed restarts the order, none goes on in it.
+        """Observations and infos of the first dialogues. A seed restarts the order; without one it continues.
 
         With a seed, `options={"round": n}` starts at the dialogues that come after n steps.
         """
@@ -90,21 +91,16 @@ class DialogueVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before step()")
         if len(actions) != self.num_envs:
             raise UserError(f"step() was given {len(actions)} responses for {self.num_envs} dialogues.")
-
-        def said(text):
-            return drop_torn_characters(text).split(self.codec.format.eou_marker.strip())[0].strip()
-
-        responses = [said(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
+        responses = [self._text(a) if isinstance(a, str) else self.codec.decode_response(a) for a in actions]
         finished, final_obs = self._current, self._observations
         self.scores = Scores(np.zeros(self.num_envs))
         if self.reward is not None:
             columns = [s.prompt for s in finished], responses, [s.reply.strip() for s in finished]
             self.scores = checked_scores(self.reward(*columns, [s.act for s in finished]), responses)
-        final_info = self._infos(finished) | _column("response", responses)
-        for name, values in self.scores.statistics.items():
-            if name in final_info:
-                raise UserError(f"the reward calls a statistic '{name}', which the environment uses itself; rename it.")
-            final_info |= _column(name, values)
+        final_info = _infos(finished) | _columns({"response": responses})
+        for name in self.scores.statistics.keys() & final_info.keys():
+            raise UserError(f"the reward calls a statistic '{name}', which the environment uses itself; rename it.")
+        final_info |= _columns(self.scores.statistics)
         observations, infos = self._next_dialogues()
         everyone = np.ones(self.num_envs, dtype=bool)
         infos |= {"final_obs": final_obs, "_final_obs": everyone, "final_info": final_info, "_final_info": everyone}
@@ -116,25 +112,29 @@ class DialogueVectorEnv(VectorEnv):
         self.rounds += 1
         ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)
         self._observations = {"input_ids": ids, "attention_mask": mask}
-        return self._observations, self._infos(self._current)
+        return self._observations, _infos(self._current)
 
     def _sample(self, position: int) -> Sample:
         epoch, index = divmod(position, len(self.samples))
-        if self._epoch_order[0] != (self.seed, epoch):
-            self._epoch_order = (
-                (self.seed, epoch),
-                np.random.default_rng([self.seed, epoch]).permutation(len(self.samples)),
-            )
-        return self.samples[self._epoch_order[1][index]]
+        return self.samples[_epoch_order(self.seed, epoch, len(self.samples))[index]]
 
-    def _infos(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-        infos = {}
-        for name in ("prompt", "reply", "act"):
-            infos |= _column(name, [getattr(s, name) for s in samples])
-        return infos
+    def _text(self, action: str) -> str:
+        return drop_torn_characters(action).split(self.codec.format.eou_marker.strip())[0].strip()
 
 
-def _column(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
-    """One entry of a Gymnasium vector info: an array and the mask of who has it."""
-    values = np.asarray(values) if not isinstance(values[0], str) else np.array(values, dtype=object)
-    return {name: values, f"_{name}": np.ones(len(values), dtype=bool)}
+@functools.lru_cache(2)
+def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def _infos(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    return _columns({name: [getattr(s, name) for s in samples] for name in ("prompt", "reply", "act")})
+
+
+def _columns(columns: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+    """A Gymnasium vector info: arrays, each with the mask of who has it."""
+    infos = {}
+    for name, values in columns.items():
+        infos[name] = np.array(values, dtype=object) if isinstance(values[0], str) else np.asarray(values)
+        infos[f"_{name}"] = np.ones(len(values), dtype=bool)
+    return infos

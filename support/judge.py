@@ -16,15 +16,15 @@ from support.pretrained import check_vocabulary, load_pretrained, load_tokenizer
 from support.text import Sample
 
 MAX_TOKENS = 128  # of a pair; the utterances of DailyDialog have 14 words on average
-WEAK_JUDGE = 0.7  # accuracy on human utterances below which the intent reward deserves a warning
+WEAK_JUDGE = 0.7  # accuracy on human utterances; below it, a run that rewards intent gets a warning
 
 
 class IntentJudge:
     """Predicts the dialogue act (1 to 4) of utterances, from a classifier's hub name or folder.
 
-    A classifier trained here reads the two utterances as a pair and says so in its configuration (`intent_input`).
-    Any other is fed as OpenRL and RL4LMs feed theirs: previous utterance and utterance as one text. What its classes
-    mean, `acts_of_classes` tells. Where their names do not, `note` is a sentence about it, otherwise it is empty.
+    A classifier trained here reads the two utterances as a pair, as its configuration says (`intent_input`). Any other
+    gets previous utterance and utterance as one text, as in OpenRL and RL4LMs. `acts_of_classes` tells what its classes
+    mean. If their names do not, `note` is a sentence about it; otherwise it is empty.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -36,15 +36,15 @@ class IntentJudge:
 
     @torch.no_grad()
     def acts(self, previous: Sequence[str], utterances: Sequence[str], batch_size: int = 64) -> list[int]:
-        """The act (1 to 4) of each utterance, given the one before it; 0 where the likeliest class is no act."""
+        """The act (1 to 4) of each utterance, given the one before it; 0 if the likeliest class is no act."""
         order = sorted(range(len(utterances)), key=lambda i: len(previous[i]) + len(utterances[i]))
         acts = [0] * len(utterances)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            pairs = [previous[i] for i in chunk], [utterances[i] for i in chunk]
-            batch = encode_pairs(self.tokenizer, *pairs, self.as_pair, pair_tokens(self.model.config))
+            before, said = [previous[i] for i in chunk], [utterances[i] for i in chunk]
+            batch = encode_pairs(self.tokenizer, before, said, self.as_pair, pair_tokens(self.model.config))
             device = self.model.device
-            with torch.autocast(device.type, enabled=False):  # a judge whose verdict hangs on the engine is none
+            with torch.autocast(device.type, enabled=False):  # acts must not depend on the engine
                 logits = self.model(**batch.to(device)).logits
             for i, likeliest in zip(chunk, logits.argmax(-1).tolist()):
                 acts[i] = self.class_acts[likeliest]
@@ -54,9 +54,8 @@ class IntentJudge:
 def acts_of_classes(config: PreTrainedConfig, name: str) -> tuple[list[int], str]:
     """The act (1 to 4) of each class of a classifier (0: the class is no act), and a note or an empty string.
 
-    `config` is the model's configuration. Names that are acts count, in any order and with other classes beside them.
-    Four classes with other names are taken by position, class k as act k + 1, which the note says. Raises UserError for
-    all other classes.
+    Classes whose names are acts may have any order and other classes beside them. Four classes with other names are
+    taken by position, class k as act k + 1, and the note says so. Raises UserError for all other classes.
     """
     labels = [str(config.id2label[k]) for k in sorted(config.id2label)]
     spelled = {act + ending: k for k, act in enumerate(ACTS, 1) for ending in ("", "s")}
@@ -74,14 +73,14 @@ def acts_of_classes(config: PreTrainedConfig, name: str) -> tuple[list[int], str
 
 
 def check_judge(name: str) -> None:
-    """UserError where the names of a classifier's classes tell that it is no judge; reads its configuration alone."""
+    """UserError if the names of a classifier's classes tell that it is no judge; reads only its configuration."""
     config = load_pretrained(AutoConfig, name, "intent model")
     if not all(re.fullmatch(r"LABEL_\d+", str(label)) for label in config.id2label.values()):
         acts_of_classes(config, name)  # numbered names may be those of a model without a trained classifier
 
 
 def load_classifier(name: str, what: str = "classifier", **kwargs: Any) -> tuple[Any, Any]:
-    """A classifier and its tokenizer, by hub name or folder, that take texts of different lengths in one batch.
+    """Load a classifier and its tokenizer, by hub name or folder, for texts of different lengths in one batch.
 
     The classifiers of decoders (GPT-2, Llama) read the last token that is not padding. So the tokenizer pads on the
     right, and model and tokenizer get the same pad token. `kwargs` and UserError are those of load_pretrained.
@@ -104,26 +103,29 @@ def pair_tokens(config: PreTrainedConfig) -> int:
 
 
 def encode_pairs(
-    tokenizer,
+    tokenizer: Any,
     previous: Sequence[str],
     utterances: Sequence[str],
     as_pair: bool = True,
     max_tokens: int = MAX_TOKENS,
-):
+) -> Any:
     """A padded batch of the judge's input. A pair of more than `max_tokens` loses the beginning of its longer text."""
-    options = dict(truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
-    options["split_special_tokens"] = True  # text that spells a special token, such as [SEP], stays text
-    if as_pair:
-        # the spacing of the data ("Sure . ") and that of decoded text ("Sure .") must look the same to the judge
-        return tokenizer([p.strip() for p in previous], [u.strip() for u in utterances], **options)
-    return tokenizer([f"{p.strip()} {u.strip()}" for p, u in zip(previous, utterances)], **options)
+    # without blanks at the ends: the data ("Sure . ") and decoded text ("Sure .") must look the same to the judge
+    texts = [p.strip() for p in previous], [u.strip() for u in utterances]
+    return tokenizer(
+        *(texts if as_pair else [list(map(" ".join, zip(*texts)))]),
+        truncation=True,
+        max_length=max_tokens,
+        padding=True,
+        return_tensors="pt",
+        split_special_tokens=True,  # text that spells a special token, such as [SEP], stays text
+    )
 
 
 def measure_judge(judge: IntentJudge, samples: Sequence[Sample], limit: int = 0) -> dict[str, float]:
-    """What the judge makes of the human replies, before it is trusted: accuracy, macro_f1, chance and samples.
+    """Measure the judge on the first `limit` (0: all) human replies with an act: accuracy, macro_f1, chance, samples.
 
-    Asked about the first `limit` (0: all) replies that have an act. `chance` is the accuracy of a judge that always
-    says the commonest act. Without such a reply the dict is empty.
+    `chance` is the accuracy of a judge that always says the commonest act. Without such a reply the dict is empty.
     """
     labelled = [s for s in samples if s.act][: limit or None]
     if not labelled:
@@ -135,7 +137,7 @@ def measure_judge(judge: IntentJudge, samples: Sequence[Sample], limit: int = 0)
 
 
 def judge_sentence(measured: dict[str, float], split: str, what: str = "judge") -> str:
-    """What to say of a judge that `measure_judge` has measured on a split."""
+    """What `measure_judge` found on a split, as a sentence, with a warning if the judge is no better than chance."""
     accuracy, chance = measured["accuracy"], measured["chance"]
     on = f"{measured['samples']:,} human replies of the {split} split"
     said = f"{what}: right on {accuracy:.3f} of {on}; always saying the commonest act: {chance:.3f}"
@@ -150,7 +152,5 @@ def judge_sentence(measured: dict[str, float], split: str, what: str = "judge") 
 def judge_scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score  # here, as it takes two seconds to import
 
-    return {
-        "accuracy": float(accuracy_score(acts, predicted)),
-        "macro_f1": float(f1_score(acts, predicted, average="macro", labels=range(1, len(ACTS) + 1), zero_division=0)),
-    }
+    macro_f1 = f1_score(acts, predicted, average="macro", labels=range(1, len(ACTS) + 1), zero_division=0)
+    return {"accuracy": float(accuracy_score(acts, predicted)), "macro_f1": float(macro_f1)}

@@ -1,4 +1,4 @@
-"""METEOR of two texts, with WordNet's synonyms where its data is at hand."""
+"""METEOR of two texts, with WordNet's synonyms if its data can be found or downloaded."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from support.errors import first_line
 from support.files import cache_dir
 from support.words import WordTokenizer, words
 
-DOWNLOAD_SECONDS = 15  # that a start waits for WordNet
-RETRY_SECONDS = 24 * 60 * 60  # after a download that failed
+DOWNLOAD_SECONDS = 15  # longest wait for WordNet
+RETRY_SECONDS = 24 * 60 * 60  # before another try after a download that failed
 
 
 class _Stemmer:
-    """NLTK's Porter stemmer, remembering the words it has met: it takes most of METEOR's time otherwise."""
+    """NLTK's Porter stemmer with a cache of words; without it, stemming takes most of METEOR's time."""
 
     def __init__(self):
         self.stem = cache(PorterStemmer().stem)
 
 
 class _Synset(tuple):
-    """What NLTK's METEOR reads of a synset, its lemmas, and of a lemma, its name."""
+    """What NLTK's METEOR reads of a synset: its lemmas."""
 
     def lemmas(self) -> tuple[_Lemma, ...]:
-        return tuple(self)
+        return self
 
 
 class _Lemma(str):
@@ -44,7 +44,7 @@ class _Lemma(str):
 
 
 class _WordNet:
-    """WordNet's synonyms, remembering the words it has met: all of a word's in one set, each once.
+    """WordNet's synonyms with a cache of words. All synonyms of a word are in one set, each once.
 
     METEOR unites the sets of a word for every pair of texts, and leaves out names of several words.
     """
@@ -57,7 +57,7 @@ class _WordNet:
 
 
 class _NoWordNet:
-    """Stands in for WordNet where its data is missing: METEOR then matches words and stems alone."""
+    """Replaces WordNet if its data is missing: METEOR then matches words and stems alone."""
 
     @staticmethod
     def synsets(word: str) -> list:
@@ -73,15 +73,15 @@ def _wordnet_found() -> bool:
 
 
 def _download_wordnet() -> str:
-    """Download WordNet, and return why there is none now: "" where it worked.
+    """Download WordNet, and return why that failed ("" if it worked).
 
-    A failure is remembered for a day in cache_dir(), as waiting for it again at every start helps nobody. Data that
-    appears meanwhile is found before this is called.
+    A failure is recorded in cache_dir() for a day, so that not every start waits again. Data that appears meanwhile is
+    found before this is called.
     """
     failed = cache_dir() / "wordnet_download_failed.txt"
     with contextlib.suppress(OSError, ValueError):
         written = failed.stat().st_mtime
-        if 0 <= time.time() - written < RETRY_SECONDS:  # a time to come is a clock's mistake
+        if 0 <= time.time() - written < RETRY_SECONDS:  # a time in the future is a clock's mistake
             at = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
             reason = failed.read_text(encoding="utf-8")
             return f"no WordNet data here, and the download failed at {at} ({reason}); the next try is a day later"
@@ -94,7 +94,7 @@ def _download_wordnet() -> str:
         except Exception as error:  # no network, a folder that cannot be written, ...
             reasons.append(first_line(error))
 
-    # In a thread of its own: where there is no network, looking up the host alone can take a minute.
+    # In a thread of its own: without a network, looking up the host alone can take a minute.
     attempt = threading.Thread(target=download, daemon=True)
     attempt.start()
     attempt.join(DOWNLOAD_SECONDS)
@@ -111,7 +111,7 @@ def _download_wordnet() -> str:
 
 @cache
 def _meteor_parts() -> tuple[_Stemmer, Any]:
-    """Stemmer and WordNet. Missing data is downloaded; where that fails, METEOR does without and says so once."""
+    """Stemmer and WordNet. Missing data is downloaded; if that fails, a notice is printed and synonyms are left out."""
     missing = "" if _wordnet_found() else _download_wordnet()
     if not missing:
         try:
@@ -133,10 +133,10 @@ def meteor_uses_synonyms() -> bool:
 
 
 def meteor(response: str, reference: str, word_tokenizer: WordTokenizer = "unicode") -> float:
-    """NLTK's METEOR of one response against one reference, 0 to 1, with WordNet synonyms where the data is there.
+    """NLTK's METEOR of one response against one reference, 0 to 1, with WordNet's synonyms if its data is there.
 
     Stems and synonyms are English; words of other languages have to be equal.
     """
     stemmer, synonyms = _meteor_parts()
-    said, due = words(response, word_tokenizer), words(reference, word_tokenizer)
-    return float(single_meteor_score(due, said, stemmer=stemmer, wordnet=synonyms))
+    texts = words(reference, word_tokenizer), words(response, word_tokenizer)
+    return float(single_meteor_score(*texts, stemmer=stemmer, wordnet=synonyms))

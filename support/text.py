@@ -1,4 +1,4 @@
-"""How a dialogue is written for a model, and how text becomes tokens and tokens text."""
+"""The text format of dialogues for a model; text to tokens, and tokens to text."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from support.data import Dialogue
 from support.errors import UserError
+from support.options import check_values
 
 FORMAT_FILE = "dialogue_format.json"
 
 
 @dataclass(frozen=True)
 class DialogueFormat:
-    """How a dialogue is written for the model. The defaults are those of OpenRL's and RL4LMs' DailyDialog task."""
+    """How a dialogue is written for the model: the fields are those of FormatOptions.
 
-    context_utterances: int = 5
-    """Utterances of context in a prompt; only utterances with at least so many before them are samples."""
+    The defaults are those of OpenRL's and RL4LMs' DailyDialog task.
+    """
+
+    context_utterances: PositiveInt = 5
     eou_marker: str = "<EOU>"
-    """End of an utterance: plain text (one or several tokens) or a special token of the tokenizer."""
-    max_prompt_tokens: int = 128
-    """Longer prompts lose their beginning."""
-    max_new_tokens: int = 20
-    """A response ends after so many tokens if neither the marker nor EOS came before."""
+    max_prompt_tokens: PositiveInt = 128
+    max_new_tokens: PositiveInt = 20
 
     def __post_init__(self):
-        for name in ("context_utterances", "max_prompt_tokens", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        check_values(self)
         if not self.eou_marker.strip():
             raise UserError("eou_marker is blank; expected text such as '<EOU>' that ends an utterance.")
 
     def prompt(self, utterances: Sequence[str]) -> str:
-        """The last utterances joined by the marker, then a blank and the marker.
+        """Join the last utterances by the marker, and add a blank and the marker.
 
-        A dialogue that has just begun (in a chat) has fewer than `context_utterances`. Models know such contexts from
-        the beginnings of longer prompts, where no blank stands before the marker.
+        At the beginning of a chat there are fewer than `context_utterances`, and no blank precedes the marker. Models
+        know such contexts from the beginnings of longer prompts.
         """
         end = " " + self.eou_marker if len(utterances) >= self.context_utterances else self.eou_marker
         return self.eou_marker.join(utterances[-self.context_utterances :]) + end
@@ -56,7 +55,7 @@ class DialogueFormat:
 
     @classmethod
     def load(cls, folder: str | Path, **overrides: Any) -> DialogueFormat:
-        """The format kept beside a model, with the given fields replaced; the defaults where none is kept."""
+        """The format saved beside a model (else the defaults), with the given fields replaced."""
         file = Path(folder) / FORMAT_FILE
         kept = {}
         if file.is_file():
@@ -70,9 +69,8 @@ class DialogueFormat:
 
 @dataclass
 class FormatOptions:
-    """Text format as settings of a script; what is left out is as the model's folder says, else the tutorial's."""
+    """Text format; what is left out is as in the model's folder, else as in brackets."""
 
-    # text format
     context_utterances: int | None = None
     """Utterances of context in a prompt; only utterances with at least so many before them are samples [5]."""
     eou_marker: str | None = None
@@ -108,14 +106,14 @@ def make_samples(dialogues: Sequence[Dialogue], fmt: DialogueFormat) -> list[Sam
 
 
 def count_of_samples(samples: Sequence[Sample]) -> str:
-    """`500 samples`, with the number of those that have a dialogue act where some have one and others do not."""
+    """`500 samples`; if only some of them have a dialogue act, with the number of those."""
     labelled = sum(bool(s.act) for s in samples)
     some = f" ({labelled} with a dialogue act)" if 0 < labelled < len(samples) else ""
     return f"{len(samples)} samples{some}"
 
 
 class PlainText:
-    """Text to token ids in which no text becomes a special token by spelling one, but for `marker` where it is one.
+    """Encodes text so that what spells a special token stays text, except for `marker`.
 
     A user may write "</s>" or "<|im_end|>". As a special token that would end a turn, or begin another role.
     """
@@ -128,7 +126,7 @@ class PlainText:
         self.pattern = re.compile(f"{re.escape(marker)}|({spelled})" if marker else f"({spelled})")
 
     def split(self, text: str) -> list[str]:
-        """The text cut where it spells a special token: what spells one stands at every second place."""
+        """Cut the text where it spells a special token; every second part is such a token."""
         parts, end = [], 0
         for match in self.pattern.finditer(text):
             if match[1] is not None:
@@ -149,15 +147,14 @@ class PlainText:
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts before a text, such as BOS. What it puts after a text has no place in a prompt that
-    is to be continued."""
+    """The ids that a tokenizer puts before a text, such as BOS. (A prompt does not get those after a text.)"""
     with_special, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     starts = (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
     return list(with_special[: next(starts, 0)])
 
 
 def drop_torn_characters(text: str) -> str:
-    """Decoded text without U+FFFD, which stands for bytes that are no whole character: a reply that was cut, say."""
+    """Remove U+FFFD, which decoding writes for an incomplete character, such as at the end of a reply that was cut."""
     return text.replace("\ufffd", "")
 
 
@@ -168,8 +165,8 @@ class DialogueCodec:
         self.tokenizer, self.format = tokenizer, fmt
         self.eos_token_id = tokenizer.eos_token_id
         self.text, self.prefix = PlainText(tokenizer, fmt.eou_marker.strip()), special_prefix(tokenizer)
-        # The marker may come as several tokens, and merged with what stands before it (".<" + "EOU" + ">"), so its end
-        # is found in the decoded text; only after a token that holds the marker's last character can it be complete.
+        # The marker may be several tokens, and merged with the text before it (".<" + "EOU" + ">"), so its end is found
+        # in the decoded text. It can only be complete after a token that contains the marker's last character.
         last = fmt.eou_marker.rstrip()[-1]
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
         self.may_end = [last in piece or "\ufffd" in piece for piece in pieces]
@@ -194,8 +191,7 @@ class DialogueCodec:
         return ids, mask
 
     def prompt_ids(self, prompts: Sequence[str], most: int | None = None) -> list[list[int]]:
-        """Token ids of each prompt, of which the last `most` (max_prompt_tokens) stay, after what the tokenizer puts
-        before a text."""
+        """The tokenizer's prefix and the ids of each prompt, the last `most` (max_prompt_tokens) in all."""
         room = max(1, (self.format.max_prompt_tokens if most is None else most) - len(self.prefix))
         return [self.prefix + ids[-room:] for ids in self.text.encode(prompts)]
 
@@ -210,7 +206,7 @@ class DialogueCodec:
         return last == self.eos_token_id or self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
 
     def can_end(self, token: int) -> bool:
-        """Whether a response may be complete with this token: most are not, and need no closer look."""
+        """Whether a response may be complete with this token. Most tokens cannot end one, so nothing is decoded."""
         # a model may embed ids that the tokenizer lacks
         return token == self.eos_token_id or (token < len(self.may_end) and self.may_end[token])
 
@@ -225,9 +221,9 @@ class DialogueCodec:
 
 
 def drop_torn_marker(text: str, marker: str) -> str:
-    """Without the beginning of a marker that the limit of tokens has cut: it belongs to no word of the reply.
+    """Remove the beginning of a marker that the limit of tokens has cut.
 
-    A marker that begins with a letter is only taken for one where it stands by itself.
+    The beginning of a marker of letters is only removed if it is a word of its own.
     """
     for length in range(len(marker) - 1, 0, -1):
         before = text.removesuffix(marker[:length])

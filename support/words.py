@@ -1,11 +1,9 @@
-"""Words of a text in any script: the one place that decides what METEOR, ROUGE, BLEU, distinct-n and repetition count.
+"""The words of a text in any script, as METEOR, ROUGE, BLEU, distinct-n and repetition count them.
 
-NLTK and rouge_score know English words. They leave a Chinese sentence whole, or drop all letters but a to z. Where the
-human replies have other letters, the text is first cut at the word boundaries of Unicode (UAX #29, by the library
-`regex`). Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no blanks between words, then count character by
-character (a run of katakana is one word). Languages with blanks keep their words.
-
-A text whose letters and digits are all ASCII has the same words under both tokenizers.
+NLTK and rouge_score know English words. They leave a Chinese sentence whole, or drop all letters but a to z. If the
+human replies have other letters, the text is first cut at Unicode's word boundaries (UAX #29, by the library `regex`).
+Chinese, Japanese, Thai, Lao, Khmer and Burmese have no blanks between words: there each character counts as a word (a
+run of katakana too). A text whose letters and digits are all ASCII has the same words under both tokenizers.
 """
 
 from __future__ import annotations
@@ -21,22 +19,22 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 WordTokenizer = Literal["english", "unicode"]
 
-# A letter, a mark on one or a digit; marks that choose how an emoji is drawn are none
+# A letter, a mark on one, or a digit; but no mark that chooses how an emoji is drawn
 BEYOND_ASCII = regex.compile(r"[[\p{L}\p{M}\p{Nd}]--[\p{ASCII}\uFE00-\uFE0F\u20E3]]", regex.V1)
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)  # UAX #29
 ROUGE_WORD = regex.compile(r"[\p{L}\p{Nd}][\p{L}\p{Nd}\p{M}\u200c\u200d]*")  # with marks and joiners within it
 
 
 def word_tokenizer_for(references: Iterable[str]) -> WordTokenizer:
-    """Choose the tokenizer of a corpus by its human replies: "english" where all their letters and digits are ASCII.
+    """Choose the tokenizer of a corpus by its human replies: "english" if all their letters and digits are ASCII.
 
-    Replies of a model do not count: one stray character cannot change how a whole table is made.
+    Replies of a model do not count: one stray character must not change a whole table.
     """
     return "unicode" if any(not r.isascii() and BEYOND_ASCII.search(r) for r in references) else "english"
 
 
 def describe(word_tokenizer: WordTokenizer) -> str:
-    """Name the tokenizer for the settings of an output, with the library's version where the words depend on it."""
+    """Name the tokenizer for the settings of an output, with the library's version if the words depend on it."""
     return "english" if word_tokenizer == "english" else f"unicode (UAX #29, regex {regex.__version__})"
 
 
