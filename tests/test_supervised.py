@@ -1,5 +1,6 @@
 """Supervised training: the loss is the model's own, and each half of the data makes its own judge."""
 
+import itertools
 import json
 
 import pytest
@@ -80,11 +81,7 @@ def test_whole_dialogues_teach_what_windows_teach(tiny_lm, tmp_path):
 def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
     seen = {}
 
-    def fit(task, *rest):
-        return seen.setdefault(len(seen), task.items) and []
-
-    monkeypatch.setattr(intent_classifier, "fit", fit)
-
+    monkeypatch.setattr(intent_classifier, "fit", lambda task, *_: seen.update({len(seen): task.items}) or [])
     for half in ("even", "odd", "all"):
         config = IntentConfig(model_path=str(builtin_model("judge")), half=half, output_dir=str(tmp_path / half))
         train_intent(config)
@@ -98,11 +95,10 @@ def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
 def test_a_run_that_was_stopped_goes_on_to_the_same_model(tiny_lm, tmp_path, monkeypatch):
     settings = dict(model_path=tiny_lm, epochs=0.005, batch_size=4, eval_every=5, eval_samples=20, warmup_steps=2)
     whole = train_sft(SFTConfig(output_dir=str(tmp_path / "whole"), **settings))
-    looks = []
+    calls = itertools.count(1)
 
     def stopped(*args):
-        looks.append(args)
-        if len(looks) == 4:  # at the third look after the first: two of them were kept
+        if next(calls) == 4:  # at the third evaluation after the first: two of them were saved
             raise KeyboardInterrupt
         return reply_log_likelihoods(*args)
 
@@ -118,10 +114,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_model(tiny_lm, tmp_path, mon
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
     def curve(folder):
-        return [
-            {k: v for k, v in row.items() if k != "minutes"}
-            for row in json.loads((folder / "sft.json").read_text())["history"]
-        ]
+        history = json.loads((folder / "sft.json").read_text())["history"]
+        return [{k: v for k, v in row.items() if k != "minutes"} for row in history]
 
     assert curve(cut)[1:] == curve(whole)[1:] and len(curve(cut)) > 4
     assert not unfinished.exists()

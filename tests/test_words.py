@@ -14,18 +14,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from eval_metrics import (
-    Answers,
-    DistinctN,
-    EvalConfig,
-    Meteor,
-    NGrams,
-    Rouge,
-    SacreBleu,
-    compare,
-    run_evaluation,
-    score_answers,
-)
+import eval_metrics
+from eval_metrics import Answers, DistinctN, Meteor, NGrams, Rouge, SacreBleu, compare, score_answers
 from ppo_dialog import PPOConfig, train
 from reproduce.results import habits
 from rewards import CrossPromptOverlap, MBRConsensus, make_reward
@@ -119,10 +109,8 @@ def test_a_models_stray_letters_change_nothing_of_an_english_table():
     for i, (reply, reference) in enumerate(zip(replies, references)):
         for name, score in RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]).score(reference, reply).items():
             assert result.scores[name][i] == score.fmeasure
-        reference = nltk.word_tokenize(reference, preserve_line=True)
-        assert result.scores["meteor"][i] == single_meteor_score(
-            reference, tokens[i], wordnet=meteor_module._NoWordNet()
-        )
+        texts = nltk.word_tokenize(reference, preserve_line=True), tokens[i]
+        assert result.scores["meteor"][i] == single_meteor_score(*texts, wordnet=meteor_module._NoWordNet())
     assert result.scores["rouge1"][1] == pytest.approx(2 * 2 / 11) and result.scores["meteor"][1] > 0.1
     expected = sacrebleu.corpus_bleu(replies, [references], tokenize="intl").score / 100
     assert result.metrics()["sacrebleu"] == pytest.approx(expected)
@@ -171,10 +159,6 @@ def test_repetition_in_chinese(tmp_path):
     assert habits(file) == {"at_limit": 0, "repeating": 0.5}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs on Chinese dialogues
-
-
 CHARACTERS = "我你他很好不是的在吃喝看去来大小"
 
 
@@ -208,11 +192,11 @@ def test_an_evaluation_of_chinese_replies_says_which_words_it_counted(chinese, t
     data, model = chinese
     kept, output = tmp_path / "model.jsonl", tmp_path / "metrics.json"
     settings = dict(data_path=data, output=str(output), bootstrap=20)
-    run_evaluation(EvalConfig(model_path=model, replies=str(kept), **settings))
+    eval_metrics.run_evaluation(eval_metrics.EvalConfig(model_path=model, replies=str(kept), **settings))
     head, *rows = [json.loads(line) for line in kept.read_text().splitlines()]
     human = tmp_path / "human.jsonl"
     human.write_text("\n".join(json.dumps(row) for row in [head, *(row | {"text": row["reply"]} for row in rows)]))
-    run_evaluation(EvalConfig(model_path=str(human), baseline_path=str(kept), **settings))
+    eval_metrics.run_evaluation(eval_metrics.EvalConfig(model_path=str(human), baseline_path=str(kept), **settings))
     result = json.loads(output.read_text())
     assert result["settings"]["word_tokenizer"] == describe("unicode")
     for name in ("rouge1", "rouge2", "rougeL", "sacrebleu"):
