@@ -3,7 +3,7 @@
     python intent_classifier.py --model-path FOLDER_OR_NAME --data-path daily_dialog --output-dir models/intent
 
 Trains any Hugging Face encoder (BERT, RoBERTa, MiniLM, ...) on (previous utterance, utterance) pairs and reports
-accuracy and macro-F1 on the validation split. `IntentJudge` is how rewards.py and eval_metrics.py ask it.
+accuracy and macro-F1 on the validation split. rewards.py and eval_metrics.py read it through `IntentJudge`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class IntentConfig(IntentOptions, FitConfig):
     batch_size: PositiveInt = 32
 
     def check(self) -> None:
-        """UserError for paths that do not exist, and for an output folder that holds files."""
+        """UserError for paths that do not exist, and for an output folder with files."""
         check_new_folder("output_dir", self.output_dir)
         check_models(model=self.model_path)
         check_data(self.data_path)
@@ -70,7 +70,7 @@ from support.supervised import Task, fit, load_train_and_validation, write_model
 
 
 def labelled_pairs(dialogues: Sequence[Dialogue]) -> list[tuple[str, str, int]]:
-    """(previous utterance, utterance, act) of every labelled utterance; before the first stands an empty one."""
+    """(previous utterance, utterance, act) of every labelled utterance; the first of a dialogue has '' before it."""
     return [
         (previous, utterance, act)
         for d in dialogues

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning on dialogues: the start that PPO improves, and the baseline it is measured against.
+"""Supervised fine-tuning on dialogues: it makes the model that PPO starts from and is compared with.
 
     python sft_dialog.py --model-path gpt2 --data-path daily_dialog --output-dir models/sft
     accelerate launch sft_dialog.py --model-path FOLDER --data-path FOLDER --max-minutes 60 --mixed-precision bf16
 
 Each sample is a window of dialogue: the prompt that PPO will see and the human reply, tokenised apart as in PPO. The
-loss counts the tokens of the prompt as well (other people's replies, seen with shorter contexts) unless
-`--loss-on reply`. Windows overlap, so that an epoch of them shows an utterance up to six times; `--loss-on dialogue`
-takes whole dialogues instead, written as a chain of windows, and an epoch shows each utterance once.
+loss also counts the tokens of the prompt (replies with shorter contexts) unless `--loss-on reply`. Windows overlap, so
+an epoch shows an utterance up to six times. `--loss-on dialogue` takes whole dialogues instead, written as a chain of
+windows; then an epoch shows each utterance once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SFTConfig(SFTOptions, FitConfig, FormatOptions):
     """Supervised fine-tuning of a causal language model on dialogues."""
 
     def check(self) -> None:
-        """UserError for paths that do not exist, and for an output folder that holds files."""
+        """UserError for paths that do not exist, and for an output folder with files."""
         check_new_folder("output_dir", self.output_dir)
         check_models(model=self.model_path, tokenizer=self.tokenizer_path)
         check_data(self.data_path)
@@ -147,7 +147,7 @@ def make_windows(samples: list[Sample], codec: DialogueCodec, positions: int | N
     fmt = codec.format
     prompts = codec.prompt_ids([s.prompt for s in samples])
     targets = codec.text.encode([fmt.target(s.reply) for s in samples])
-    # One rare monologue must not set the memory of a step; PPO never sees past max_new_tokens anyway.
+    # One rare monologue must not set the memory of a step; PPO never reads past max_new_tokens.
     most = max(64, fmt.max_new_tokens)
     room = (positions or fmt.max_prompt_tokens + most) - fmt.max_prompt_tokens
     return [(p, t[: min(most, room)]) for p, t in zip(prompts, targets)]

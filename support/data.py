@@ -102,16 +102,11 @@ def _why_no_dialogue(checked: list[Checked]) -> str:
     """Why a split of a single file has no dialogue, and what to do."""
     different = len({_same_dialogue(row) for row in checked if isinstance(row[1], Dialogue)})
     faults = Dialogues(checked).skipped
-    also = f" {len(faults)} rows are malformed ({faults[0]})." if faults else ""
+    malformed = f" {len(faults)} rows are malformed ({faults[0]})." if faults else ""
     return (
         f": of {len(checked)} rows, {different} are different dialogues. A single file is cut 90/5/5, with all copies "
         "of a dialogue in one split, so give at least 20 different dialogues, or a folder with a file for each split."
-        + also
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows to dialogues
+    ) + malformed
 
 
 def _check_rows(rows: Iterator[Row], skip_bad_rows: bool, markers: Sequence[str]) -> list[Checked]:
@@ -267,9 +262,6 @@ def _same_dialogue(row: Checked) -> str:
     return normalized_text(dialogue.utterances) if isinstance(dialogue, Dialogue) else f"\0\0{where}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources to rows
-
 _corpus = functools.cache(generate_corpus)  # once for all its splits
 
 
@@ -324,12 +316,10 @@ def _dataset_rows(stored: Any, name: str) -> Iterator[Row]:
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
     if texts := _release_texts(folder, split):
         return (yield from _release_rows(texts))
-    for candidate, mark in ((folder / split, "state.json"), (folder, "dataset_dict.json")):  # of save_to_disk
-        if (candidate / mark).is_file():
-            stored = _stored(candidate)
-            if isinstance(stored, dict):  # a DatasetDict
-                stored = _pick_split(stored, split, str(folder))
-            return (yield from _dataset_rows(stored, str(candidate)))
+    if (folder / split / "state.json").is_file():  # save_to_disk of a Dataset
+        return (yield from _dataset_rows(_stored(folder / split), str(folder / split)))
+    if (folder / "dataset_dict.json").is_file():  # save_to_disk of a DatasetDict
+        return (yield from _dataset_rows(_pick_split(_stored(folder), split, str(folder)), str(folder)))
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and p.is_file())
     matching = [p for p in files if _split_of(p, folder) == split]
     if not matching:
@@ -385,10 +375,6 @@ def _release_rows(texts: dict[str, tuple[str, bytes]]) -> Iterator[Row]:
         yield f"{texts['dialog'][0]}, line {number}", row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files to rows
-
-
 def _file_rows(file: Path) -> Iterator[Row]:
     reader = READERS.get(file.suffix.lower())
     if reader is None:
@@ -403,10 +389,9 @@ def _beginning(file: Path) -> bytes:
 
 
 def _text(file: Path) -> str:
-    # Bytes that are not UTF-8 become U+FFFD, which the row check names with its line; a BOM (Excel) is dropped.
     content = file.read_bytes()
     check_content(file, content)
-    return content.decode("utf-8-sig", errors="replace")
+    return content.decode("utf-8-sig", errors="replace")  # without Excel's BOM; see UNDECODABLE
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:

@@ -18,9 +18,6 @@ from typing import Any
 
 from support.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Content of another kind
-
 UNPACK = "Unpack it and give the file that comes out"
 ARROW = "Give the folder that save_to_disk wrote, or write it as parquet"
 RECODE = "Write it anew as UTF-8, such as with 'iconv -f {} -t UTF-8 OLD > NEW'"
@@ -105,8 +102,7 @@ def line_hint(line: str) -> str:
 
 def _container(value: dict[str, Any]) -> str:
     """What a file that is one object holds, and what to do, if the dialogues are within that object."""
-    rows = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)}
-    inside = {k: v[0] for k, v in rows.items() if "dialog" in v[0] or not v[0].keys() & TEXT}
+    inside = {k: v[0] for k, v in _lists_of(dict, value).items() if "dialog" in v[0] or not v[0].keys() & TEXT}
     dialog, values = value.get("dialog"), list(value.values())
     by_column = "one object of columns. Write a row for each dialogue: {}"
     if isinstance(dialog, dict) or {"columns", "data"} <= set(value):
@@ -123,13 +119,10 @@ def _container(value: dict[str, Any]) -> str:
         return f"{found}. {form}" if form else found
     if values and all(isinstance(v, dict) and ("dialog" in v or describe_form(v)) for v in values):
         return "one object with a dialogue under each name. Write its values: list(json.load(open(OLD)).values())"
-    if len(values) > 1 and all(v and _are(v, str) for v in values):
+    if len(values) > 1 and len(_lists_of(str, value)) == len(values):
         return 'one object with a dialogue under each name. Write {"dialog": [...]} for each of its values'
     return ""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows of another form
 
 TEXT = ("content", "value", "text", "utterance", "message", "body")  # what a message's words are called
 SPEAKER = ("role", "from", "speaker", "sender", "author", "user", "name")
@@ -150,18 +143,17 @@ def _use(what: str, expression: str) -> str:
     return f"This looks like {what}: write `{expression}` as 'dialog' (see docs/data.md)"
 
 
-def _are(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+def _lists_of(kind: type, row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {k: v for k, v in row.items() if isinstance(v, list) and v and all(isinstance(x, kind) for x in v)}
 
 
 def _header_form(row: Mapping[str, Any]) -> str:
     """A CSV with another separator, or without a header."""
     columns = [column for column in row if isinstance(column, str)]
-    if separator := next(filter(None, (re.search(r"[;\t|]", column) for column in columns)), None):
-        return (
-            f"The columns are separated by {'tabs' if separator[0] == chr(9) else repr(separator[0])}, not by commas: "
-            f"write the file anew, as pandas.read_csv(OLD, sep={separator[0]!r}).to_csv(NEW, index=False) does"
-        )
+    if found := re.search(r"[;\t|]", ",".join(columns)):
+        name = "tabs" if found[0] == "\t" else repr(found[0])
+        anew = f"write the file anew, as pandas.read_csv(OLD, sep={found[0]!r}).to_csv(NEW, index=False) does"
+        return f"The columns are separated by {name}, not by commas: {anew}"
     if any(column.lstrip().startswith("[") for column in columns):
         return "The file has no header: add a first line with the names of the columns, such as dialog,act"
     return ""
@@ -169,13 +161,12 @@ def _header_form(row: Mapping[str, Any]) -> str:
 
 def _messages_form(row: Mapping[str, Any]) -> str:
     """A list of messages, such as chat messages, ShareGPT's and Persona-Chat's."""
-    messages = {k: v for k, v in row.items() if v and _are(v, dict)}
+    messages = _lists_of(dict, row)
     for column, value in messages.items():
         if {"history", "candidates"} <= value[-1].keys():
             last = f'row["{column}"][-1]'
             return _use("Persona-Chat", f'{last}["history"] + {last}["candidates"][-1:]')
-        key = next((k for k in TEXT if all(isinstance(m.get(k), str) for m in value)), None)
-        if key:
+        if key := next((k for k in TEXT if all(isinstance(m.get(k), str) for m in value)), None):
             second = next((f' + row["{k}"]' for k in SECOND if k in messages and column in FIRST), "")
             speaker = next((k for k in SPEAKER if k in value[0]), None)
             only = f' if m["{speaker}"] != "system"' if speaker in ("role", "from") else ""
@@ -186,7 +177,7 @@ def _messages_form(row: Mapping[str, Any]) -> str:
 
 def _pair_form(row: Mapping[str, Any]) -> str:
     """A prompt (or a history) and a reply, or a list of texts under another name."""
-    texts = [k for k, v in row.items() if v and _are(v, str)]
+    texts = _lists_of(str, row)
     first, second = (next((k for k in names if isinstance(row.get(k), (str, list))), None) for names in (FIRST, SECOND))
     first = first or next((k for k in texts if k not in SECOND), None)
     if first and second and isinstance(row[second], str):
@@ -225,9 +216,6 @@ def _text_form(row: Mapping[str, Any]) -> str:
         return _use("a text with a line for each utterance", utterances.format(column, "splitlines()"))
     return f"The column '{column}' holds one text: 'dialog' must be a list of utterances, [\"Hi.\", \"Hello!\"]"
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Copies across splits
 
 COMMON = 20  # a pair of utterances in more than so many held-out dialogues does not tell which of them is meant
 NO_WORD = {i: None for i in range(1, 128) if not chr(i).isalnum()}  # all of ASCII that tells no words apart

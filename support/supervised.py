@@ -50,20 +50,13 @@ class Task:
     label: str
     model: torch.nn.Module
     items: Sequence[Any]
-    lengths: Sequence[int]
-    """Tokens of each item. Batches are made of items of similar length, so that little is padded."""
-    collate: Callable[[list[Any]], Any]
-    """Makes a batch, a dict of tensors, of items."""
-    loss_of: Loss
-    """The mean loss of a batch."""
-    count_of: Callable[[Any], int]
-    """The number of terms in that mean."""
-    evaluate: Callable[[torch.nn.Module], dict[str, float]]
-    """Figures on the validation split. The weights with the lowest `loss` are the best."""
-    saves: Sequence[Callable[[Path], Any]]
-    """Write what belongs beside the model: tokenizer, format."""
-    record: str
-    """Name of the JSON file with settings and figures."""
+    lengths: Sequence[int]  # tokens of each item; a batch has items of similar length, so that little is padded
+    collate: Callable[[list[Any]], Any]  # makes a batch, a dict of tensors, of items
+    loss_of: Loss  # the mean loss of a batch
+    count_of: Callable[[Any], int]  # the number of terms in that mean
+    evaluate: Callable[[torch.nn.Module], dict[str, float]]  # figures of validation; the lowest `loss` is the best
+    saves: Sequence[Callable[[Path], Any]]  # write what belongs beside the model: tokenizer, format
+    record: str  # name of the JSON file with settings and figures
 
 
 @own_engine()
