@@ -595,18 +595,14 @@ def test_a_lone_file_in_a_folder_can_be_given_itself(tmp_path):
 # DailyDialog itself
 
 
-def test_daily_dialogs_validation_has_copies_of_its_train(shared):
-    folder = str(shared / "data" / "dailydialog")
-    note = overlap_note(folder, load_splits(folder, ["train", "validation"], skip_bad_rows=True))
-    assert note.startswith("of 1,000 validation dialogues 89 are also in train and 92 are near-copies")
-
-
-def test_daily_dialog_train_has_one_bad_row(shared):
+def test_daily_dialog_train_has_one_bad_row_and_validation_copies_of_it(shared):
     folder = str(shared / "data" / "dailydialog")
     with pytest.raises(UserError, match=r"dialogues_train\.txt, line 7852: 12 utterances but 11 values in 'act'"):
         load_dialogues(folder, "train")
-    train = load_dialogues(folder, "train", skip_bad_rows=True)
-    assert len(train) == 11_117 and len(train.skipped) == 1
+    splits = load_splits(folder, ["train", "validation"], skip_bad_rows=True)
+    assert len(splits["train"]) == 11_117 and len(splits["train"].skipped) == 1
+    note = overlap_note(folder, splits)
+    assert note.startswith("of 1,000 validation dialogues 89 are also in train and 92 are near-copies")
     with pytest.raises(UserError, match="no test split"):
         load_dialogues(folder, "test")
 
@@ -654,11 +650,11 @@ def test_format_is_kept_beside_a_model_and_overridden_by_options(tmp_path):
         DialogueFormat.load(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"context_utterances": 0}, {"max_prompt_tokens": 0}, {"max_new_tokens": -1}])
-def test_formats_that_cannot_be(wrong):
-    for field in (wrong, {"eou_marker": " "}, {"eou_marker": ""}):
-        with pytest.raises(UserError, match=next(iter(field))):
-            DialogueFormat(**field)
+@pytest.mark.parametrize("field", ["context_utterances", "eou_marker", "max_prompt_tokens", "max_new_tokens"])
+def test_formats_that_cannot_be(field):
+    for value in ("", " ") if field == "eou_marker" else (0, -1):
+        with pytest.raises(UserError, match=field):
+            DialogueFormat(**{field: value})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -673,6 +669,10 @@ def codec(request):
 
 def tokens(codec, text):
     return codec.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def ends_at_last(codec, ids):
+    return [codec.ended(ids[:n]) for n in range(len(ids) + 1)] == [False] * len(ids) + [True]
 
 
 def test_the_marker_is_one_token_or_several():
@@ -746,7 +746,7 @@ def test_text_that_spells_a_special_token_stays_text(special_marker):
     assert not {codec.eos_token_id, codec.tokenizer.pad_token_id} & set(ids)
     assert codec.tokenizer.decode(ids) == prompt and ids.count(codec.marker_token_id) == 5 * special_marker
     target = codec.encode_target("No <EOS> here")
-    assert [codec.ended(target[:n]) for n in range(len(target) + 1)] == [False] * len(target) + [True]
+    assert ends_at_last(codec, target)
     assert codec.decode_response(target) == "No <EOS> here"
     # the judge's own separators are there, and no others
     pair = encode_pairs(make_tokenizer(True), ["a <EOU> b"], ["<EOS>"]).input_ids[0].tolist()
@@ -773,7 +773,7 @@ def test_load_tokenizer_pads_and_cuts_on_the_left(tiny_lm, tiny_tokenizer):
 def test_a_response_ends_with_its_marker_and_no_sooner(codec, reply):
     ids = codec.encode_target(reply)
     assert codec.tokenizer.decode(ids) == reply + "<EOU>"
-    assert [codec.ended(ids[:n]) for n in range(len(ids) + 1)] == [False] * len(ids) + [True]
+    assert ends_at_last(codec, ids)
     assert codec.ended(torch.tensor(ids)) and codec.ended(np.array(ids))
     assert codec.decode_response(ids) == reply
 
@@ -795,23 +795,19 @@ def test_decoding_drops_marker_padding_and_what_follows(codec):
     assert codec.decode_response(tokens(codec, " See you ")) == "See you"  # not complete
 
 
-@pytest.mark.parametrize(
-    "torn, whole", [("Sure . <E", "Sure ."), ("Sure.<EOU", "Sure."), ("<", ""), ("1 < 2", "1 < 2")]
-)
-def test_a_marker_that_the_limit_cuts_is_no_part_of_the_reply(torn, whole):
-    assert drop_torn_marker(torn, "<EOU>").strip() == whole
+TORN = [("Sure . <E", "Sure . "), ("Sure.<EOU", "Sure."), ("<", ""), ("1 < 2", "1 < 2")]
+TORN_END = [("Sure . EN", "Sure . "), ("Open the door . FINE", "Open the door . FINE")]  # letters: as a word of its own
 
 
-def test_a_marker_of_letters_is_torn_off_where_it_stands_alone():
-    assert drop_torn_marker("Sure . EN", "END") == "Sure . "
-    assert drop_torn_marker("Open the door . FINE", "END") == "Open the door . FINE"
+@pytest.mark.parametrize("marker, torn, whole", [*(("<EOU>", *t) for t in TORN), *(("END", *t) for t in TORN_END)])
+def test_a_marker_that_the_limit_cuts_is_no_part_of_the_reply(marker, torn, whole):
+    assert drop_torn_marker(torn, marker) == whole
 
 
 def test_a_marker_of_ones_own():
     codec = DialogueCodec(make_tokenizer(True), DialogueFormat(eou_marker=" ###\n"))
     ids = codec.encode_target("Sure .")
-    ended = [codec.ended(ids[:n]) for n in range(len(ids))]
-    assert ended == [False] * (len(ids) - 1) + [True]  # it does not wait for the blanks
+    assert ends_at_last(codec, ids[:-1])  # it does not wait for the blanks
     assert codec.decode_response(ids) == codec.decode_response(ids[:-1]) == "Sure ."
 
 
