@@ -1,4 +1,4 @@
-"""The two small models of the built-in corpus, the default of every command. They are trained at first use and kept.
+"""The two small models of the built-in corpus, the default of every command. They are trained at first use.
 
     python -m support.builtin          # train both now, side by side
 
@@ -112,7 +112,7 @@ def resolve_model(name: str, kind: str = "policy") -> str:
 
 
 def _folder(kind: str) -> Path:
-    """Where a model is kept. The name depends on corpus and settings: a change of either trains the model anew."""
+    """A model's folder. Its name depends on corpus and settings: a change of either trains the model anew."""
     settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
     return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 

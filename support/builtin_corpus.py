@@ -2,7 +2,7 @@
 
     python support/builtin_corpus.py --split test --limit 3      # read a few dialogues
 
-builtin_corpus.txt holds all that is said, and tells how to add a situation. The dialogues are drawn from it here.
+Its text is in builtin_corpus.txt, which explains how to add a situation. The code here draws dialogues from it.
 """
 
 from __future__ import annotations

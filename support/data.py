@@ -141,14 +141,14 @@ def _advice(fault: str, row: dict[str, Any], bad: int, rows: int) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """A cell that holds a list as that list, for a message about its row."""
+    """The list in a cell, or the cell itself if it is no list; for a message about its row."""
     try:
         return _as_list(value, "dialog")
     except ValueError:
         return value
 
 
-# U+FFFD is what undecodable bytes become when a file is read; JSON can hold half of a surrogate pair
+# U+FFFD replaces undecodable bytes when a file is read; JSON can contain half of a surrogate pair
 UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 MISSING = {"", "[]", "null", "none", "nan", "na", "n/a", "<na>"}  # text for "no label", in any case
 
@@ -433,7 +433,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _csv_rows(file: Path) -> Iterator[Row]:
-    """CSV with a header; the list columns hold a JSON or Python list, labels may also be written `1 2 1`."""
+    """CSV with a header; lists are written in JSON or Python, labels also as `1 2 1`."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(_text(file), newline=""))
     try:

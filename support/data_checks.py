@@ -44,10 +44,7 @@ KINDS = (  # how the content begins, what it is, what to do
 
 
 def check_content(file: Path, content: bytes, text: bool = True) -> None:
-    """UserError if a file's content is of another kind than the file's name says.
-
-    `text` says whether the name promises text (JSON, CSV); else it promises parquet.
-    """
+    """UserError if a file's content is not what its name promises: text (JSON, CSV), or parquet."""
     found = next((kind for begin, *kind in KINDS if re.match(begin, content, re.DOTALL)), None) or _wide_text(content)
     if found and (text or not content.startswith(b"PAR1")):
         raise UserError(f"'{file}' is {found[0]}; expected {'UTF-8 text' if text else 'parquet'}. {found[1]}.")
@@ -101,7 +98,7 @@ def line_hint(line: str) -> str:
 
 
 def _container(value: dict[str, Any]) -> str:
-    """What a file that is one object holds, and what to do, if the dialogues are within that object."""
+    """What is in a file that is one object, and what to do, if the dialogues are within that object."""
     inside = {k: v[0] for k, v in _lists_of(dict, value).items() if "dialog" in v[0] or not v[0].keys() & TEXT}
     dialog, values = value.get("dialog"), list(value.values())
     by_column = "one object of columns. Write a row for each dialogue: {}"
@@ -134,7 +131,7 @@ MESSAGE_ID = re.compile(r"(conv\w*|dialog\w*|chat|thread|session|ticket)[ _-]?(i
 def describe_form(row: Mapping[str, Any]) -> str:
     """What a row without a usable column `dialog` looks like, and how to convert it; "" for an unknown form.
 
-    Text cells that hold a list must have been parsed.
+    Lists that were text in a cell must have been parsed.
     """
     return _header_form(row) or _messages_form(row) or _pair_form(row) or _text_form(row)
 
@@ -217,8 +214,8 @@ def _text_form(row: Mapping[str, Any]) -> str:
     return f"The column '{column}' holds one text: 'dialog' must be a list of utterances, [\"Hi.\", \"Hello!\"]"
 
 
-COMMON = 20  # a pair of utterances in more than so many held-out dialogues does not tell which of them is meant
-NO_WORD = {i: None for i in range(1, 128) if not chr(i).isalnum()}  # all of ASCII that tells no words apart
+COMMON = 20  # a pair of utterances that is in more held-out dialogues than this is no sign of a copy
+NO_WORD = {i: None for i in range(1, 128) if not chr(i).isalnum()}  # ASCII characters that are not part of words
 
 
 def normalized_text(utterances: Sequence[str]) -> str:

@@ -57,14 +57,11 @@ class DialogueFormat:
     def load(cls, folder: str | Path, **overrides: Any) -> DialogueFormat:
         """The format saved beside a model (else the defaults), with the given fields replaced."""
         file = Path(folder) / FORMAT_FILE
-        kept = {}
-        if file.is_file():
-            try:
-                kept = json.loads(file.read_text())
-                cls(**kept)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"'{file}' is not a dialogue format that can be read: {error}") from error
-        return cls(**kept | overrides)
+        try:
+            saved = dataclasses.asdict(cls(**json.loads(file.read_text()) if file.is_file() else {}))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"'{file}' is not a dialogue format that can be read: {error}") from error
+        return cls(**saved | overrides)
 
 
 @dataclass
