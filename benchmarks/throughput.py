@@ -81,7 +81,7 @@ MEASURES = {
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
     # with --samples-per-prompt
     "shared_prompts": (packing, "first_equal_rows", lambda ids, mask: torch.arange(len(ids), device=ids.device)),
-    "spelled_out": (packing, "SPELLED_OUT", ()),  # with --mixed-precision bf16 on a CPU
+    "spelled_out": (packing, "MATMUL_DTYPES", ()),  # with --mixed-precision bf16 on a CPU
 }
 Measure = Literal[tuple(MEASURES)]
 

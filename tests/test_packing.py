@@ -1,4 +1,4 @@
-"""Batches without padding: the same numbers as with it, in every family, and a way back where a model cannot."""
+"""Batches without padding: they give the numbers of padded ones in every family; other models stay padded."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ FAMILIES = {
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Texts padded on either side, with filler that must not matter, and positions to keep; one text keeps none."""
+    """Texts padded on both sides with random filler, and positions to keep; none in one text."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V, (4, 8), generator=generator)
     spans = [(3, 8), (0, 8), (1, 6), (7, 8)]
@@ -50,7 +50,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def of_each_alone(model, ids, mask, keep) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits at the kept positions, and gradients of the sum of their squares, from a pass over each text by itself."""
+    """Logits at the kept positions, and gradients of the sum of their squares, from a separate pass over each text."""
     expected = []
     for row in range(len(ids)):
         real = mask[row].bool()
@@ -62,64 +62,54 @@ def of_each_alone(model, ids, mask, keep) -> tuple[torch.Tensor, dict[str, torch
     return expected.detach(), gradients
 
 
-@pytest.fixture(params=["text by text", "one call", "spelled out"])
+@pytest.fixture(params=["text by text", "one call", "matmul"])
 def way(request, monkeypatch):
-    """How attention of packed texts is computed: as on a CPU, as on other devices, as in bf16 on a CPU."""
+    """Compute attention of packed texts as on a CPU, as on other devices, or as in bf16 on a CPU."""
     if request.param == "one call":
         monkeypatch.setattr(packing, "TEXT_BY_TEXT", ())
-    elif request.param == "spelled out":
-        monkeypatch.setattr(packing, "SPELLED_OUT", (torch.float32,))
-    return request.param
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, way):
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    ids, mask, keep = batch()
-    expected, gradients = of_each_alone(model, ids, mask, keep)
-
-    assert choose_fast_paths(model) and is_packed(model)
-    logits = logits_at(model, ids, mask, keep)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    logits.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+    elif request.param == "matmul":
+        monkeypatch.setattr(packing, "MATMUL_DTYPES", (torch.float32,))
 
 
 def replies_to_prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts on the left, replies on the right: three to one prompt, one to another, two to a third; what to keep."""
+    """Three replies to one prompt, one to another, two to a third: ids, mask, and positions to keep."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, V, (3, 5), generator=generator)[torch.tensor([0, 0, 0, 1, 2, 2])]
-    prompts[1, 0] = prompts[0, 0] + 1  # filler, which makes no other prompt of it
+    prompts[1, 0] = prompts[0, 0] + 1  # padding; the prompt stays the same
     ids = torch.cat([prompts, torch.randint(0, V, (6, 4), generator=generator)], -1)
     begins, ends = torch.tensor([1, 1, 1, 0, 3, 3])[:, None], torch.tensor([9, 6, 7, 8, 6, 9])[:, None]
     column = torch.arange(9)
-    keep = (column >= 4) & (column < ends)  # the prompt's last token and all of the reply but its own
+    keep = (column >= 4) & (column < ends)  # the prompt's last token, and the reply without its last
     return ids, ((column >= begins) & (column < ends)).long(), keep
 
 
+@pytest.mark.parametrize("texts", [batch, replies_to_prompts])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replies_that_share_a_prompt_give_what_each_gives_alone(family, way):
+@pytest.mark.usefixtures("way")
+def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, texts):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
-    ids, mask, keep = replies_to_prompts()
-    expected, gradients = of_each_alone(model, ids, mask, keep)
-
-    assert choose_fast_paths(model)
-    logits = logits_at(model, ids, mask, keep)
+    expected, gradients = of_each_alone(model, *texts())
+    assert choose_fast_paths(model) and is_packed(model)
+    logits = logits_at(model, *texts())
     assert torch.allclose(logits, expected, atol=1e-5)
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
+
+
+def test_a_prompt_of_several_replies_is_read_once():
+    model = FAMILIES["gpt2"]()
+    assert choose_fast_paths(model)
+    ids, mask, keep = replies_to_prompts()
     inputs, _ = pack(model, ids, mask, keep)
     alone = mask.sum() - mask[1, :5].sum() - mask[2, :5].sum() - mask[5, :5].sum()
-    assert inputs["input_ids"].shape == (1, int(alone))  # each prompt is read once
+    assert inputs["input_ids"].shape == (1, int(alone))
     assert torch.equal(packed_lengths(mask[:3], 5, 3), mask[0, :5].sum()[None] + mask[:3, 5:].sum())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkeypatch):
+def test_bf16_on_a_cpu_uses_the_fused_kernel_only_for_long_texts(family, monkeypatch):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     calls = []
@@ -137,7 +127,7 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
         for longest, name in ((512, "matmul_attention"), (4, "sdpa_attention_forward")):
             monkeypatch.setattr(packing, "SCORES_KEPT", longest)
             calls.clear()
-            with torch.autocast("cpu", torch.bfloat16):  # rotary positions leave keys in fp32, values are bf16
+            with torch.autocast("cpu", torch.bfloat16):  # rotary positions return fp32 keys; values are bf16
                 logits = logits_at(model, *texts).float()
             assert set(calls) == {name}
             assert torch.allclose(logits, expected, atol=0.02)
@@ -148,7 +138,7 @@ def test_bf16_on_a_cpu_leaves_the_fused_kernel_but_for_long_texts(family, monkey
             model.zero_grad()
 
 
-def test_attention_spelled_out_drops_weights_where_the_model_asks_for_it():
+def test_matmul_attention_applies_dropout():
     torch.manual_seed(0)
     query, key, value = torch.rand(1, 4, 6, 8), torch.rand(1, 2, 6, 8), torch.ones(1, 2, 6, 8)
     mask = torch.full((6, 6), float("-inf")).triu(1)
@@ -196,7 +186,7 @@ def test_prompts_fill_the_cache_without_their_padding(family):
         logits, past, last = cached_pass(model, ids, mask, None)
         assert seen == [12] and last(torch.zeros(1, 3, 5)).shape == (3, 5)  # 6 positions of padding were not computed
         hook.remove()
-        for step in range(3):  # what follows sees each row's own prompt, and rows may leave
+        for step in range(3):  # later tokens attend to their row's prompt; a row leaves
             if step == 2:
                 past.batch_select_indices(torch.tensor([0, 2]))
                 ids, mask, logits = ids[[0, 2]], mask[[0, 2]], logits[[0, 2]]
@@ -229,14 +219,14 @@ def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 30))
 @settings(deadline=None, max_examples=200)
-def test_cut_keeps_every_row_once_in_parts_of_like_size(lengths, parts):
+def test_split_keeps_every_row_once_in_parts_of_similar_size(lengths, parts):
     parts = min(parts, len(lengths))
     rows = torch.arange(len(lengths)) + 100
     pieces = split_by_tokens(rows, torch.tensor(lengths), parts)
     assert len(pieces) == parts and all(len(piece) for piece in pieces)
     assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
-    together = [lengths[int(i) - 100] for i in torch.cat(pieces)]
-    assert together == sorted(together)
+    in_order = [lengths[int(i) - 100] for i in torch.cat(pieces)]
+    assert in_order == sorted(in_order)
     sums = [sum(lengths[int(i) - 100] for i in piece) for piece in pieces]
     assert max(sums) <= sum(lengths) / parts + 2 * max(lengths)
 
