@@ -297,7 +297,7 @@ class RolloutSettings:
     sampling: Sampling
     micro_batch: int  # tokens of finished replies that are read at a time
     device: torch.device
-    together: Callable[[int], int] = no_lockstep  # as for sample_responses
+    max_over_processes: Callable[[int], int] = no_lockstep  # as for sample_responses
 
 
 @torch.no_grad()
@@ -343,7 +343,7 @@ def collect_round(
 
     # 2. responses, with the log-probability and the value of each token as it is sampled
     prompts = prompt_ids, prompt_mask
-    how = settings.sampling, uniforms.to(device), settings.together
+    how = settings.sampling, uniforms.to(device), settings.max_over_processes
     out = sample_responses(model.decode, env.codec, *prompts, *how)
     input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
     attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
@@ -393,7 +393,7 @@ def read_texts(
     if getattr(model, "critic", None) is not None:
         values = torch.zeros_like(responses.values)
     lengths = packed_lengths(attention_mask, input_ids.shape[1] - responses.ids.shape[1], group)
-    passes = min(settings.together(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
+    passes = min(settings.max_over_processes(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
     groups = torch.arange(len(input_ids), device=input_ids.device).view(len(lengths), -1)
     for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
         mask = responses.mask[rows]
@@ -803,8 +803,8 @@ class Parts:
         return generate_replies(self.policy, [sample], ReplySettings(self.codec, seed=seed))[0][0]
 
     def rollout_settings(self, sampling: Sampling) -> RolloutSettings:
-        together = partial(max_over_processes, accelerator=self.accelerator) if self.lockstep else no_lockstep
-        return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, together)
+        largest = partial(max_over_processes, accelerator=self.accelerator) if self.lockstep else no_lockstep
+        return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, largest)
 
     def inference(self) -> contextlib.AbstractContextManager[None]:
         """Prepare all networks for passes without gradients."""

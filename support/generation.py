@@ -1,7 +1,7 @@
-"""Sampling whole replies with a key/value cache: the one decoding loop of rollouts and evaluation.
+"""Sample whole replies with a key/value cache, for rollouts and evaluation, and compute log-probabilities of replies.
 
-What was sampled is kept with the log-probability it was sampled with, so that PPO needs no second pass, and with the
-set of tokens it was sampled from, so that the update scores a response under the same distribution.
+Sampling stores each token's log-probability, so that PPO needs no second pass. It also stores the candidates that
+top-k and top-p left, so that the update computes log-probabilities under the same distribution.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
 from support.text import DialogueCodec, Sample
 
-# (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position
+# (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position,
+# and the new past
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
 
 
 def choose_candidates(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
-    """The token ids (B, K), int32, that top-k and top-p leave to sample from; -1 fills rows with fewer. None: all.
+    """Return the token ids (B, K), int32, that top-k and top-p leave; -1 fills shorter rows. None: all tokens.
 
-    Nucleus sampling keeps the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al.,
-    2020), after top-k where both are set.
+    Top-p (nucleus sampling, Holtzman et al., 2020) keeps the smallest set of most likely tokens whose probability
+    reaches top_p. It applies after top-k.
     """
     if not sampling.top_k and sampling.top_p >= 1:
         return None
@@ -36,7 +37,7 @@ def choose_candidates(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor 
     top, ids = logits.topk(k, dim=-1)
     if sampling.top_p < 1:
         probs = (top / sampling.temperature).softmax(-1)
-        outside = probs.cumsum(-1) - probs >= sampling.top_p  # (B, K): the nucleus was full before this token
+        outside = probs.cumsum(-1) - probs >= sampling.top_p  # (B, K): earlier tokens reach top_p already
         ids = ids.masked_fill(outside, -1)[:, : int((~outside).sum(-1).max())]
     return ids.to(torch.int32)
 
@@ -44,9 +45,9 @@ def choose_candidates(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor 
 def token_log_probs(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, candidates: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Log-probabilities (...) of `tokens` (...) under softmax(logits / temperature), logits (..., V).
+    """Return log-probabilities (...) of `tokens` (...) under softmax(logits / temperature), logits (..., V).
 
-    With `candidates` (..., K) the softmax is over those ids alone (-1 is filler).
+    With `candidates` (..., K) the softmax is over those ids only (-1 is filler).
     """
     logits = logits.float()
     if temperature != 1.0:
@@ -60,8 +61,8 @@ def token_log_probs(
 class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities (...) of tokens (...) under softmax(logits (..., V)).
 
-    As `F.cross_entropy`, with less memory: beside the logits one buffer of the vocabulary's size, which becomes their
-    gradient, in whatever layout the logits have.
+    It computes what `F.cross_entropy` computes, with less memory: one buffer (..., V) beside the logits, in the
+    logits' own layout. The buffer becomes the gradient.
     """
 
     @staticmethod
@@ -80,7 +81,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def keep_candidates(logits: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
-    """The logits (..., K) of the ids in `candidates`, minus infinity for filler; all of them where there is none."""
+    """Return the logits (..., K) of the `candidates`, minus infinity for filler; all logits if `candidates` is None."""
     if candidates is None:
         return logits
     return logits.gather(-1, candidates.long().clamp(min=0)).masked_fill(candidates < 0, float("-inf"))
@@ -89,10 +90,10 @@ def keep_candidates(logits: torch.Tensor, candidates: torch.Tensor | None) -> to
 def sample_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, candidates: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B,) by inverting the cumulative distribution at `uniforms` (B,) in [0, 1), and their log-probabilities.
+    """Sample tokens (B,) with `uniforms` (B,) in [0, 1); also return their log-probabilities (B,).
 
-    One number for each row decides its token, so a row's text does not depend on which rows share its batch, on
-    padding, or on how many processes there are.
+    Each uniform number is inverted through its row's cumulative distribution. So a row's text depends neither on the
+    other rows of the batch, nor on padding, nor on the number of processes.
     """
     if sampling.greedy:
         token = logits.argmax(-1)
@@ -101,7 +102,7 @@ def sample_tokens(
     probs = (logits if sampling.temperature == 1.0 else logits / sampling.temperature).softmax(-1)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not pick what follows the last likely token
+    below = torch.nextafter(total, torch.zeros_like(total))  # else rounding can pick a token of probability 0
     index = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
     token = index if candidates is None else candidates.long().gather(-1, index)
     return token.squeeze(-1), probs.gather(-1, index).log().squeeze(-1)
@@ -109,24 +110,18 @@ def sample_tokens(
 
 @dataclass
 class Responses:
-    """Sampled responses, padded on the right. T is the longest of the batch.
+    """B sampled responses, padded on the right to the longest, T. Numbers are 0 outside the mask."""
 
-    ids (B, T) int64, filler is the pad token; mask (B, T) bool, True up to and including the token that ended it;
-    logprobs (B, T) of the distribution sampled from, full_logprobs (B, T) without top-k and top-p (the same
-    tensor where neither is set), values (B, T) of the state before each token, all 0 where masked;
-    candidates (B, T, K) int32 or None, see `choose_candidates`.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    logprobs: torch.Tensor
-    full_logprobs: torch.Tensor
-    values: torch.Tensor
-    candidates: torch.Tensor | None
+    ids: torch.Tensor  # (B, T) int64, filled with the pad token
+    mask: torch.Tensor  # (B, T) bool: True up to and including the token that ended the response
+    logprobs: torch.Tensor  # (B, T) under the distribution sampled from
+    full_logprobs: torch.Tensor  # (B, T) without top-k and top-p; the same tensor if neither is set
+    values: torch.Tensor  # (B, T) of the state before each token
+    candidates: torch.Tensor | None  # (B, T, K) int32, see choose_candidates
 
 
 def no_lockstep(number: int) -> int:
-    """Identity: used when processes need not generate in lockstep."""
+    """Return the number: for processes that need not generate in lockstep."""
     return number
 
 
@@ -138,22 +133,21 @@ def sample_responses(
     prompt_mask: torch.Tensor,
     sampling: Sampling,
     uniforms: torch.Tensor,
-    together: Callable[[int], int] = no_lockstep,
+    max_over_processes: Callable[[int], int] = no_lockstep,
 ) -> Responses:
     """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
 
-    Rows that have ended leave the batch, so the cost of a step is that of the dialogues still being written. `together`
-    gives the largest of a number over processes that have to make as many steps as each other.
+    Responses that have ended leave the batch, so a step computes unfinished ones only. `max_over_processes` returns the
+    largest of the processes' numbers; it keeps processes in lockstep if each step needs all of them.
     """
-    batch, device = prompt_ids.shape[0], prompt_ids.device
-    max_new, pad = codec.format.max_new_tokens, codec.tokenizer.pad_token_id
-    ids = torch.full((batch, max_new), pad, dtype=torch.long, device=device)
+    batch, device, max_new = len(prompt_ids), prompt_ids.device, codec.format.max_new_tokens
+    ids = torch.full((batch, max_new), codec.tokenizer.pad_token_id, dtype=torch.long, device=device)
     mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
     logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
     candidate_sets: list[torch.Tensor] = []
     forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
 
-    alive, length = torch.arange(batch, device=device), 0
+    alive = torch.arange(batch, device=device)  # rows that are unfinished
     # a prompt that several rows answer is read once
     first = packing.first_equal_rows(prompt_ids, prompt_mask)
     leaders, copies = first.unique(return_inverse=True)
@@ -164,11 +158,6 @@ def sample_responses(
             logits, value = logits[copies], None if value is None else value[copies]
             past.reorder_cache(copies)
             attention = prompt_mask
-        if length:  # ours have ended, and this process only keeps the others company
-            attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
-            if not together(0):
-                break
-            continue
         if t < sampling.min_new_tokens:
             logits = logits.clone()
             logits[:, forbidden] = float("-inf")
@@ -184,27 +173,35 @@ def sample_responses(
 
         going = find_unfinished(codec, ids[alive, : t + 1])
         if not going.any():
-            length = t + 1
-            if not together(0):
-                break
-            tokens, attention = token[:1, None], torch.cat([attention[:1], attention.new_ones((1, 1))], dim=-1)
-            past.reorder_cache(torch.zeros(1, dtype=torch.long, device=device))
-            continue
-        together(1)
+            idle_steps(step, token[:1, None], attention[:1], past, max_new - t - 1, max_over_processes)
+            break
+        max_over_processes(1)
         tokens = token[going].unsqueeze(-1)
         attention = torch.cat([attention[going], attention.new_ones((len(tokens), 1))], dim=-1)
         if not going.all():
             alive = alive[going]
             past.reorder_cache(going.nonzero().squeeze(-1))
-    upto = slice(length or max_new)
     candidates = stack_candidates(candidate_sets)
     full_logprobs = logprobs if candidates is None else full_logprobs
-    kept = (x[:, upto] for x in (ids, mask, logprobs, full_logprobs, values))
-    return Responses(*kept, candidates)
+    return Responses(*(x[:, : t + 1] for x in (ids, mask, logprobs, full_logprobs, values)), candidates)
+
+
+def idle_steps(
+    step: DecodeStep, tokens: torch.Tensor, attention: torch.Tensor, past: Any, most: int, max_over_processes: Callable
+) -> None:
+    """Make at most `most` steps with the batch's first row while other processes still generate.
+
+    tokens (1, 1), attention (1, S): the last token of the row, and the mask up to the token before it.
+    """
+    while max_over_processes(0) and most:
+        past.reorder_cache(torch.zeros(1, dtype=torch.long, device=tokens.device))
+        attention = torch.cat([attention, attention.new_ones((1, 1))], dim=-1)
+        past = step(tokens, attention, past)[2]
+        most -= 1
 
 
 def find_unfinished(codec: DialogueCodec, ids: torch.Tensor) -> torch.Tensor:
-    """Which replies (b,) go on after their last token; ids (b, t) are the tokens so far."""
+    """Return which replies (b,) continue after their last token; ids (b, t) are the tokens so far."""
     maybe_ended = [i for i, last in enumerate(ids[:, -1].tolist()) if codec.can_end(last)]
     texts = ids[maybe_ended].tolist() if maybe_ended else []
     going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -213,7 +210,7 @@ def find_unfinished(codec: DialogueCodec, ids: torch.Tensor) -> torch.Tensor:
 
 
 def stack_candidates(sets: list[torch.Tensor]) -> torch.Tensor | None:
-    """The candidates of T steps, (B, K) each, as (B, T, K) with the largest K; None where there are none."""
+    """Stack the candidates of T steps, (B, K) each, to (B, T, K) with the largest K; None if `sets` is empty."""
     if not sets:
         return None
     width = max(s.shape[1] for s in sets)
@@ -223,11 +220,11 @@ def stack_candidates(sets: list[torch.Tensor]) -> torch.Tensor | None:
 def cached_pass(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: Any
 ) -> tuple[torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor]]:
-    """One pass of a causal LM over input_ids (b, s), which follow what is in `past`; attention_mask (b, past + s).
+    """Run a causal LM on input_ids (b, s), which follow the tokens in `past`; attention_mask (b, past + s).
 
-    Logits (b, V) of the last position, the key/value cache, and what takes the last position's part (b, ...) from the
-    input of the model's head. Prompts are read without their padding where the model packs; no two that are neighbours
-    may be equal then. A model without a usable cache reads the whole text again, see `Tokens`.
+    Return the last position's logits (b, V), the new cache, and a function that selects the last position (b, ...) from
+    the input of the model's head. A packed model reads prompts without padding; neighbouring prompts must then differ.
+    A model without a usable cache reads the whole text again, see `Tokens`.
     """
     conventions = get_conventions(model)
     packed = past is None and packing.is_packed(model)
@@ -242,7 +239,7 @@ def cached_pass(
         new = input_ids.shape[1]
         inputs, last = dict(input_ids=input_ids, logits_to_keep=1), lambda x: x[:, -1]
         inputs["position_ids"] = position_ids(attention_mask, conventions.first_position)[:, -new:]
-        # a model that keeps a state (Mamba) asks for the mask of the new tokens alone
+        # a model with a state (Mamba) expects the mask of the new tokens only
         state = conventions.cache == "cache_params"
         inputs["attention_mask"] = attention_mask[:, -new:] if state else attention_mask
         inputs[conventions.cache] = past
@@ -255,18 +252,18 @@ def cached_pass(
 
 
 class Tokens:
-    """Stands in for a cache where the model has none that works: the tokens so far, ids (b, s)."""
+    """Replacement for the cache of a model that has no usable one: the tokens so far, ids (b, s)."""
 
     def __init__(self, ids: torch.Tensor):
         self.ids = ids
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (k,) alone. One may be there several times."""
+        """Keep these rows (k,) only. A row may be named several times."""
         self.ids = self.ids[rows]
 
 
 def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
-    """The decode step of a plain Hugging Face causal LM (no values)."""
+    """Return the decode step of a plain Hugging Face causal LM (no values)."""
 
     def step(input_ids, attention_mask, past):
         logits, past, _ = cached_pass(model, input_ids, attention_mask, past)
@@ -279,10 +276,10 @@ def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
 def reply_log_likelihoods(
     model: torch.nn.Module, codec: DialogueCodec, samples: Sequence[Sample], batch_size: int = 32, share: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-likelihood of each human reply with its marker, and its number of tokens: (N,), (N,).
+    """Return the log-likelihood (N,) of each human reply with its end marker, and its number of tokens (N,).
 
-    Replies are scored whole, not cut at max_new_tokens; only tokens beyond the model's positions are left out. With
-    `share` each process scores a part of the samples, and returns all.
+    max_new_tokens does not apply; only tokens beyond the model's positions are omitted. With `share` each process
+    computes a part of the samples, and all return the whole.
     """
     device = next(model.parameters()).device
     positions = positions_of(getattr(model, "config", None)) or 2**20
@@ -311,17 +308,17 @@ def reply_log_likelihoods(
 def shifted_inputs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a network reads to score responses: input_ids, attention_mask and the positions to keep, (B, S - 1) each.
+    """Return a network's inputs to score responses: input_ids, attention_mask, positions to keep, (B, S - 1) each.
 
-    input_ids, attention_mask (B, S), of which the last T columns are the response's, response_mask (B, T). The state
-    before a token is the position before it, so the last token of a text is no input.
+    input_ids, attention_mask (B, S), whose last T columns are the response; response_mask (B, T). The output at one
+    position predicts the next token, so the last token of a text is no input.
     """
     keep = torch.zeros_like(attention_mask[:, 1:], dtype=torch.bool)
     keep[:, -response_mask.shape[1] :] = response_mask
     return input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep
 
 
-Report = Callable[[int, int], None]  # called with how many replies are written, and of how many
+Report = Callable[[int, int], None]  # called with the number of replies generated so far, and of all
 
 
 @dataclass(frozen=True)
@@ -332,15 +329,15 @@ class ReplySettings:
     sampling: Sampling = EVAL_SAMPLING
     seed: int = 0
     batch_size: int = 32
-    share: bool = False  # each process generates a part of the replies, and returns all
+    share: bool = False  # each process generates a part of the replies, and all return the whole
 
 
 def generate_replies(
     model: torch.nn.Module, samples: Sequence[Sample], settings: ReplySettings, report: Report | None = None
 ) -> tuple[list[str], list[int]]:
-    """Generate a reply to the prompt of each sample: N texts, and N lengths in tokens with the one that ended it.
+    """Generate a reply to each of N prompts; return N texts and N lengths in tokens, each with its end token.
 
-    Reply i depends on the model, the seed, i and prompt i alone, not on its batch. Call model.eval() first.
+    Reply i depends only on the model, the seed, i and prompt i, not on its batch. Call model.eval() first.
     """
     codec, device = settings.codec, next(model.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)

@@ -63,7 +63,6 @@ runpy.run_path("{name}.py", run_name="__main__")
 
 
 LONG = {  # functions of more than 60 lines, and why
-    "sample_responses": "the decoding loop, whose steps share the batch",
     "update": "the loops over passes, mini-batches and micro-batches",
 }
 
