@@ -1,4 +1,4 @@
-"""Controllers of the rewards: the coefficient of the KL penalty, and a penalty on length."""
+"""Controllers of the reward: the KL penalty's coefficient, and a penalty on length."""
 
 from __future__ import annotations
 
@@ -12,55 +12,57 @@ if TYPE_CHECKING:
 
 
 class AdaptiveKL:
-    """The coefficient (alpha) of the KL penalty, steered towards a target (OpenRL; after Ziegler et al., 2019).
+    """The KL penalty's coefficient (alpha), adapted to reach a target KL (OpenRL; after Ziegler et al., 2019).
 
-    After each rollout it is multiplied by 1 + rate * clip((kl - target) / target, -clip, clip); a rate of 0 keeps it.
+    After each rollout it is multiplied by 1 + rate * clip((kl - target) / target, -clip, clip). A rate of 0 fixes it.
     """
 
     def __init__(self, coef: float = 0.2, target: float = 0.05, rate: float = 0.1, clip: float = 0.2):
         self.coef, self.target, self.rate, self.clip = coef, target, rate, clip
 
     def update(self, kl: float) -> None:
-        """`kl`: mean KL of a token to the reference model over the last rollout, in nats."""
+        """Adapt the coefficient to `kl`: the last rollout's mean KL of a token to the reference model, in nats."""
         self.coef *= 1 + self.rate * float(np.clip((kl - self.target) / self.target, -self.clip, self.clip))
 
 
 class LengthController:
     """A penalty on tokens that keeps the mean length of replies at `ratio` times its value before training.
 
-    METEOR weighs recall nine times as much as precision, so longer replies score higher, and a policy drifts to the
-    limit of tokens. A KL penalty on each token pushes the other way. The penalty on a token has two terms. The first is
-    the slope of the score less the KL penalty over length, within replies to one prompt: with it, length itself earns
-    nothing. The second is rate / target * (mean length / target - 1), smoothed over rollouts; it is negative where
-    replies are too short. It is proportional to the error. An integral term would oscillate, because the penalty
-    changes how fast the length moves.
+    METEOR weights recall nine times as much as precision. So longer replies score higher, and a policy drifts to the
+    token limit. A KL penalty on each token has the opposite effect. The penalty on a token has two terms:
+
+    - the slope, over length, of the score minus the KL penalty, within replies to one prompt. It removes the reward of
+      length itself.
+    - rate / target * (mean length / target - 1), smoothed over rollouts: `price` / target. It is negative if replies
+      are too short. An integral term would oscillate, because the penalty changes how fast the length moves.
     """
 
-    SMOOTHING = 0.4  # share of the newest rollout, whose prompts ask for longer or shorter replies by chance
+    SMOOTHING = 0.4  # weight of the newest rollout; its prompts may need longer or shorter replies by chance
 
     def __init__(self, rate: float, ratio: float = 1.0, start: float = 0.0):
         self.rate, self.ratio, self.start, self.price = rate, ratio, start, 0.0
 
     @property
     def target(self) -> float:
-        """Mean tokens of a reply: `ratio` times the mean before training."""
+        """The target for the mean tokens of a reply."""
         return self.ratio * self.start
 
     def of(
         self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
     ) -> torch.Tensor:
-        """The penalty (N,), in units of the score, on replies of so many tokens (N,), `group` to a prompt.
+        """Return the penalty (N,), in units of the score, on replies with `lengths` (N,) tokens, `group` to a prompt.
 
-        `scores` (N,) are their scores less the KL penalty. The penalty on a reply of the target length is 0. `reduce`
-        sums over processes.
+        `scores` (N,) are the replies' scores minus the KL penalty. A reply of the target length has a penalty of 0.
+        `reduce` sums over processes.
         """
         lengths = lengths.float()
         shape = (-1, group) if group > 1 else (1, -1)
-        apart = [x.view(shape) - x.view(shape).mean(-1, keepdim=True) for x in (lengths, scores)]
-        sums = lengths.new_tensor([(apart[0] * apart[1]).sum(), (apart[0] ** 2).sum()])
-        together, alone = reduce(sums).tolist()
-        slope = together / alone if alone > 0 else 0.0
+        dx, dy = (x.view(shape) - x.view(shape).mean(-1, keepdim=True) for x in (lengths, scores))
+        sums = lengths.new_tensor([(dx * dy).sum(), (dx**2).sum()])
+        covariance, variance = reduce(sums).tolist()
+        slope = covariance / variance if variance > 0 else 0.0
         return (slope + self.price / self.target) * (lengths - self.target)
 
     def update(self, mean_length: float) -> None:
+        """Adapt the second term to the last rollout's mean length."""
         self.price += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.price)

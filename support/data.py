@@ -79,10 +79,9 @@ def load_splits(
     data_path: str, splits: Sequence[str], skip_bad_rows: bool = False, markers: Sequence[str] = ()
 ) -> dict[str, Dialogues]:
     """Load several splits as load_dialogues does; a file that is cut into splits is read once."""
-    for split in (s for s in splits if s not in SPLITS):
-        raise UserError(
-            f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
-        )
+    if unknown := [split for split in splits if split not in SPLITS]:
+        hint = did_you_mean(unknown[0], SPLITS)
+        raise UserError(f"split '{unknown[0]}' is unknown; expected one of {', '.join(SPLITS)}.{hint}")
     name, path = str(data_path), Path(data_path).expanduser()
     parts = checked = None
     if name != "builtin" and (path.is_file() or (path / "state.json").is_file()):  # it has no splits of its own

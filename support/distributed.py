@@ -1,18 +1,18 @@
-"""Engines of a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was told.
+"""Engines of a run: one device, data parallelism, DeepSpeed ZeRO or FSDP2, as Accelerate's launcher was configured.
 
-A run needs three things of it: `make_accelerator`; `gathered_parameters`, so that a sharded network is gathered once
-instead of in each pass; and `full_state_dict`, all weights of a network to save.
-Frozen models are placed independently of the engine: `place` and `on_device`.
+- Set up: `make_accelerator`, then `prepare` for the network that is trained, and `place` for each frozen one.
+- Compute without gradients: `inference`. It gathers sharded networks once, instead of in each pass.
+- Share work: `map_batches`; `max_over_processes` for a decision that all processes must make alike.
+- Save: `full_state_dict`, all weights of a sharded network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils.other import get_free_port
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -34,9 +35,9 @@ from support.config import load_deepspeed
 from support.errors import UserError
 from support.options import Placement
 
-# What a process may wait for the others, who wait while one of them scores the held-out samples, say
+# The longest time that a process waits for the others, for example while the main process scores evaluation replies
 PATIENCE = timedelta(hours=2)
-# Beginnings of the environment variables that tell Accelerate, torch and DeepSpeed of engine and processes
+# Prefixes of the environment variables that choose engine and processes for Accelerate, torch and DeepSpeed
 ENGINE_VARIABLES = ("ACCELERATE_", "FSDP_", "DS_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
@@ -46,11 +47,11 @@ ENGINE_VARIABLES = ("ACCELERATE_", "FSDP_", "DS_", "RANK", "WORLD_SIZE", "LOCAL_
 
 @contextlib.contextmanager
 def own_engine() -> Iterator[None]:
-    """Give the block an engine of its own, as in a fresh process, and leave the process as it was.
+    """Give the block, or each call of a decorated function, its own engine, so that a process can train several times.
 
-    Accelerate keeps devices, precision and gradient accumulation as state of the whole process, and refuses another
-    precision after the first. It and `make_accelerator` also set environment variables, which would choose the next
-    engine. What the caller has made before, an Accelerator of his own too, is as it was after the block.
+    Accelerate stores device, precision and gradient accumulation for the whole process, and refuses a second precision.
+    It and `make_accelerator` also set environment variables, which would choose the next engine. The block starts
+    without all that; afterwards the caller's state, such as an Accelerator of its own, is restored.
     """
     states = [state._shared_state for state in (AcceleratorState, GradientState, PartialState)]
     before = [dict(state) for state in states]
@@ -63,7 +64,7 @@ def own_engine() -> Iterator[None]:
         PartialState._prepare_backend = prepare_backend
         groups = sys.modules.get("deepspeed.utils.groups")
         if groups and not torch.distributed.is_initialized():
-            groups._WORLD_GROUP = None  # DeepSpeed's copy of the process group that has ended
+            groups._WORLD_GROUP = None  # DeepSpeed's copy of a process group that no longer exists
         for state, content in zip(states, before):
             state.clear()
             state.update(content)
@@ -84,7 +85,7 @@ class EngineConfig(Protocol):
 
 
 def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
-    """Device, mixed precision, processes, engine and trackers, as the configuration and the launcher say."""
+    """Make the Accelerator that configuration and launcher describe: device, precision, processes, engine, trackers."""
     cuda = torch.cuda.is_available()
     mixed_precision = config.mixed_precision
     if mixed_precision == "auto":
@@ -94,15 +95,13 @@ def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
     plugin = None
     if config.deepspeed_config:
         plugin = deepspeed_plugin(config, mixed_precision)
-        # one process, started without DeepSpeed's launcher: what that launcher would have set
-        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        # what DeepSpeed's launcher sets, for one process that was started without it
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=get_free_port())
         for name, value in (alone | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
             os.environ.setdefault(name, str(value))
-
-    def told(name):
-        return os.environ.get(name, "false").lower() == "true"
-
-    deepspeed, fsdp = told("ACCELERATE_USE_DEEPSPEED"), told("ACCELERATE_USE_FSDP")
+    deepspeed, fsdp = (
+        os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" for engine in ("DEEPSPEED", "FSDP")
+    )
     groups = InitProcessGroupKwargs(timeout=PATIENCE)
     if not torch.accelerator.is_available():
         groups.backend = "gloo" if deepspeed or fsdp else None
@@ -131,49 +130,43 @@ _process_groups: list[Any] = []
 
 
 def keep_process_group() -> None:
-    """Keep the process group until the process ends.
+    """Keep the process group until the process ends, to avoid a deadlock of torch 2.13.
 
-    The destructor of a gloo group waits for its threads and holds the GIL. If a network is the last to hold the group,
-    it is freed with the network, just after the last barrier. Then a thread may still need the GIL to free that
-    barrier, and neither ends (torch 2.13).
+    Without this, the group is freed with the last network that refers to it, just after the last barrier. The
+    destructor of a gloo group keeps the GIL while it waits for its threads. One of them may still need the GIL to free
+    the barrier, and then neither ends.
     """
     if torch.distributed.is_initialized():
         _process_groups.append(torch.distributed.group.WORLD)
 
 
 def several_on_cpus() -> bool:
-    """Whether this is one of several processes without a GPU.
+    """Return whether this is one of several processes without a GPU.
 
-    Accelerate has to be told of it, or each process believes that it is alone.
+    Accelerate needs cpu=True then; otherwise each process runs as if it were the only one.
     """
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
 def join_processes() -> PartialState:
-    """Let the processes that a launcher started know of each other, on CPUs too."""
+    """Connect the processes that a launcher started, on CPUs too."""
     return PartialState(cpu=several_on_cpus())
 
 
 def let_fsdp_run_on_cpus() -> None:
-    """torch shards over gloo as over NCCL; Accelerate 1.15 offers FSDP to GPUs alone, so let it take these for some."""
+    """Make Accelerate 1.15 treat CPUs as GPUs: torch can shard over gloo, but Accelerate offers FSDP on GPUs only."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepSpeedPlugin:
-    """Return the DeepSpeed of `deepspeed_config`. A precision that was given comes before that of the file."""
+    """Return the plugin for the file `deepspeed_config`. `mixed_precision`, if given, overrides that of the file."""
     try:
         import deepspeed  # noqa: F401
     except ImportError:
         raise UserError("deepspeed_config needs the package deepspeed (Linux): pip install deepspeed.") from None
     settings = load_deepspeed(config.deepspeed_config)
-    # optimizer and schedule are ours, and batch sizes follow from ours, see complete_deepspeed_config
+    # this project has its own optimizer and schedule; for batch sizes see complete_deepspeed_config
     for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):
         settings.pop(name, None)
     settings.setdefault("zero_optimization", {})
@@ -186,21 +179,21 @@ def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepS
 
 
 def complete_deepspeed_config(accelerator: Accelerator, config: EngineConfig) -> None:
-    """What DeepSpeed wants to know and only this project can tell it, whoever set it up."""
+    """Set what DeepSpeed must know of this project's training, whether option or launcher chose DeepSpeed."""
     plugin = accelerator.deepspeed_plugin
     settings = plugin.deepspeed_config
     settings.pop("train_batch_size", None)  # the product of the others
-    # a micro-batch: it computes nothing with it but that product
+    # of a micro-batch: DeepSpeed uses it for that product only
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_accumulation_steps"] = 1  # `update` splits a mini-batch itself
     settings["gradient_clipping"] = config.max_grad_norm
     zero = settings["zero_optimization"]
     if zero.get("stage") == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True  # policy/ is a whole model
-    # torch's own AdamW steps on a CPU as well, and needs no compiler
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # policy/ contains all weights
+    # torch's own AdamW works on a CPU too, and needs no compiler
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
-    # a model is loaded whole and cut by the engine: transformers' way of loading it in pieces would cut the frozen
-    # models too, which have no engine
+    # load whole models, which the engine then shards: if transformers sharded them, it would shard the frozen models
+    # too, which have no engine
     plugin.zero3_init_flag = False
     plugin.dschf = None
     from transformers.integrations import unset_hf_deepspeed_config
@@ -209,7 +202,7 @@ def complete_deepspeed_config(accelerator: Accelerator, config: EngineConfig) ->
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """DeepSpeed's ZeRO stage; 0 where another engine, or none, carries the run."""
+    """Return DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
@@ -220,23 +213,23 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, methods: tuple[str, ...]):
-    """Model and optimizer in the hands of the engine; `methods` of the model are called beside its forward."""
+    """Wrap model and optimizer for the engine. `methods` of the model, like its forward, may be called later."""
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         plugin.cpu_ram_efficient_loading = False  # see complete_deepspeed_config
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type == "cpu":
-            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device to pin it for
-        if plugin.mixed_precision_policy is not None:  # gradients are added in fp32, and values stay so
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # no device reads pinned memory
+        if plugin.mixed_precision_policy is not None:  # reduce gradients in fp32, and keep values in fp32
             half = plugin.mixed_precision_policy.param_dtype
             plugin.mixed_precision_policy = MixedPrecisionPolicy(half, torch.float32)
         if len({p.dtype for p in model.parameters()}) > 1 and hasattr(getattr(model, "policy", None), "peft_config"):
             raise UserError(
-                "FSDP2 cuts weights of one type together, and an adapter is in fp32; use --weights fp32 (with "
+                "FSDP2 shards weights of one type only, and an adapter is in fp32; use --weights fp32 (with "
                 "--mixed-precision bf16 it computes in bf16), or another engine."
             )
         model._no_split_modules = sorted({type(layer).__name__ for layer in layers_of(model)})
-        model.to(next(model.parameters()).dtype)  # parameters of one kind are cut together, a value head's too
-    # torch renames its collectives, which its own FSDP and DeepSpeed still call by the old names
+        model.to(next(model.parameters()).dtype)  # FSDP2 needs one type, in the value head too
+    # torch's own FSDP and DeepSpeed call collectives by names that torch has deprecated
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     # nothing here changes logits in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -250,10 +243,10 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
 
 @contextlib.contextmanager
 def gathered_parameters(accelerator: Accelerator, model: nn.Module, once: bool = True) -> Iterator[None]:
-    """Gather all parameters of a network on each process for the block, so that no pass waits for another process.
+    """Gather a network's parameters on each process for the block, so that no pass waits for another process.
 
-    `model` is what `prepare` returned. No-op without sharded parameters, or with once=False (each pass then gathers
-    layer by layer, and all processes make the same passes).
+    `model` is what `prepare` returned. It does nothing without sharded parameters. With once=False each pass gathers
+    layer by layer, and all processes must make the same passes; only FSDP2's parameters outside layers are gathered.
     """
     if once and zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import unwrap_model_for_generation
@@ -271,11 +264,11 @@ def gathered_parameters(accelerator: Accelerator, model: nn.Module, once: bool =
 def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> Iterator[None]:
     """Gather an FSDP2 module's parameters for the block; with layers=False only those outside its layers.
 
-    `reshard` says whether its layers release theirs after a pass outside the block.
+    `reshard`: whether the layers release their parameters after each pass outside the block.
     """
     root, *parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parts = parts if layers else []
-    root._get_fsdp_state()._lazy_init()  # else torch takes whatever is called first for the root
+    root._get_fsdp_state()._lazy_init()  # else torch makes the first module that is called the root
     for part in (root, *parts):
         part.unshard()
     for part in parts:
@@ -290,27 +283,44 @@ def unsharded(model: nn.Module, reshard: bool = True, layers: bool = True) -> It
 
 
 def max_over_processes(number: int, accelerator: Accelerator) -> int:
-    """The largest of the numbers that the processes have."""
+    """Return the largest of the processes' numbers."""
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-def share_of(indices: Sequence[int], share: bool) -> list[int]:
-    """Return this process's part of `indices`, or all of them without `share`."""
+Report = Callable[[int, int], None]  # called with the number of items that this process has done, and of all its items
+
+
+def map_batches(
+    compute: Callable[[list[int]], Iterable], order: list[int], size: int, share: bool, report: Report | None = None
+) -> list[Any]:
+    """Call `compute` with batches of `size` indices, in this order of 0 to N - 1; return N results, sorted by index.
+
+    With `share` each process computes a part, and all return the whole.
+    """
     state = PartialState()
-    return list(indices)[state.process_index :: state.num_processes] if share else list(indices)
+    mine = order[state.process_index :: state.num_processes] if share else order
+    found: dict[int, Any] = {}
+    for start in range(0, len(mine), size):
+        batch = mine[start : start + size]
+        found |= zip(batch, compute(batch))
+        if report:
+            report(len(found), len(mine))
+    if share and state.num_processes > 1:
+        found = {i: result for part in gather_object([found]) for i, result in part.items()}
+    return [found[i] for i in range(len(order))]
 
 
-def gather_shares(found: dict[int, Any], share: bool) -> dict[int, Any]:
-    """Return what all processes found for their parts, on each process."""
-    if not share or PartialState().num_processes == 1:
-        return found
-    return {i: value for part in gather_object([found]) for i, value in part.items()}
+def is_peer_failure(error: Exception) -> bool:
+    """Return whether a collective operation failed because another process of the run has ended."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
+    )
 
 
 def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Return all weights of a sharded network on the main process; all processes call it. None if it is not sharded."""
+    """Return all weights of a sharded network on the main process; None if it is not sharded. All processes call it."""
     if zero_stage(accelerator) == 3 or accelerator.is_fsdp2:
         return accelerator.get_state_dict(model)
     return None
@@ -321,7 +331,7 @@ def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, tor
 
 
 def place(model: nn.Module, placement: Placement, accelerator: Accelerator) -> nn.Module:
-    """Keep a frozen model on each device, in CPU memory between its uses, or cut over the processes."""
+    """Place a frozen model: on each device (replicated), in CPU memory between uses, or sharded over processes."""
     if placement not in get_args(Placement):
         raise UserError(f"placement '{placement}' is unknown; expected {', '.join(get_args(Placement))}.")
     if placement == "sharded" and accelerator.num_processes > 1:
@@ -340,14 +350,14 @@ def place(model: nn.Module, placement: Placement, accelerator: Accelerator) -> n
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers of a model of transformers."""
+    """Return the layers of a model of transformers."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @contextlib.contextmanager
 def on_device(*models: Any, once: bool = True) -> Iterator[None]:
-    """Frozen models on the device for the block, and whole, where they are gathered `once`; every process enters it."""
+    """Move frozen models to the device for the block, and gather sharded ones if `once`. Every process enters it."""
     with contextlib.ExitStack() as stack:
         for model in models:
             if isinstance(model, FSDPModule):
@@ -360,9 +370,9 @@ def on_device(*models: Any, once: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inference(accelerator: Accelerator, model: nn.Module, frozen: list[Any], once: bool = True) -> Iterator[None]:
-    """Gather the trained network and the frozen ones for passes without gradients (see `gathered_parameters`).
+    """Prepare the trained network and the frozen ones for passes without gradients (see `gathered_parameters`).
 
-    All of them compute in one precision, or rounding would look like KL.
+    All compute in one precision; otherwise rounding would count as KL.
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)

@@ -1,4 +1,4 @@
-"""Errors for people, and how a script ends: a sentence and a status instead of a traceback."""
+"""Errors for users: a script ends with a sentence and an exit status instead of a traceback."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import Any
 
 from support.launcher import launcher
 
-EXIT_USER_ERROR = 2  # what argparse and tyro also use for a command line they cannot take
+EXIT_USER_ERROR = 2  # as argparse and tyro exit for a wrong command line
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message is one or two sentences for them, shown without traceback."""
+    """The user gave something that cannot be used. The message, one or two sentences, is shown without traceback."""
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest of `valid`, or an empty string where nothing comes close."""
+    """Return `" Did you mean 'x'?"` for the closest of `valid`, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: a UserError becomes its sentence and status 2, Ctrl-C becomes 130, a bug a traceback.
+    """Run a script's `main`. For a UserError, or a disk that is full or read-only, print a sentence and exit with 2.
 
-    So does a disk that is full or read-only become a sentence. Under `accelerate launch` see support/launcher.py.
+    Ctrl-C exits with 130; other errors print their traceback. For `accelerate launch` see support/launcher.py.
     """
     found = launcher()
     with found.attended() if found else contextlib.nullcontext(), answered_errors():
@@ -42,7 +42,7 @@ def run_script(main: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def answered_errors() -> Iterator[None]:
-    """Answer errors of the block in a sentence, and exit with their status; see `run_script`."""
+    """Print errors of the block as a sentence, and exit with their status; see `run_script`."""
     try:
         yield
     except UserError as error:
@@ -59,9 +59,9 @@ def answered_errors() -> Iterator[None]:
 
 
 def import_path(path: str, what: str) -> Any:
-    """The object that `module:name` or `file.py:name` points to, looked for in the working directory first.
+    """Import the object `module:name` or `file.py:name`; the working directory is searched first.
 
-    Raises UserError naming `what` where the form, the module or the name is wrong.
+    Raises a UserError that names `what` if the form, the module or the name is wrong.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -72,10 +72,10 @@ def import_path(path: str, what: str) -> Any:
         file = Path(module_name)
         if not file.is_file():
             raise UserError(f"{what} is '{path}', but there is no file '{file}'.")
-        name = f"user_file_{file.stem}"  # a name of its own: the file may be called as one of ours is
+        name = f"user_file_{file.stem}"  # the file may have the name of a module of this project
         folder = str(file.resolve().parent)
         if folder not in sys.path:
-            sys.path.append(folder)  # what the file imports may stand beside it
+            sys.path.append(folder)  # the file may import its neighbours
         spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
@@ -93,7 +93,7 @@ def import_path(path: str, what: str) -> Any:
             if error.name in MOVED:
                 raise UserError(f"{what} is '{path}', but {error}.{_new_place(error)}") from error
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the user's module was found and one of its own imports is missing: that traceback helps
+                raise  # the user's module lacks one of its own imports: the traceback shows which
             raise UserError(
                 f"{what} is '{path}', but no module '{module_name}' can be imported from '{os.getcwd()}'."
             ) from error
@@ -105,7 +105,7 @@ def import_path(path: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
-# Modules that stood at the top level until 2026-11-28, and those that gave names away
+# Top-level modules until 2026-11-28, and modules whose names have moved: where their names are now
 MOVED = {
     "builtin_models": "support.builtin",
     "checkpoint": "support.checkpoint",
@@ -127,14 +127,14 @@ MOVED = {
 
 
 def _new_place(error: Exception) -> str:
-    """A sentence about an import of the user's file that fails because this project has moved what it asks for."""
+    """Return a sentence that says where a name has moved, if the user's import failed because of that."""
     if isinstance(error, ImportError) and error.name in MOVED:
         return f" What '{error.name}' held is in {MOVED[error.name]} now."
     return ""
 
 
 def describe_exception(error: Exception) -> str:
-    """An exception of the user's code in a few words: its kind, what it says, and where it was raised."""
+    """Describe an exception of the user's code in a few words: its class, message, file and line."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -142,7 +142,7 @@ def describe_exception(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, and the next one where that line ends in a colon."""
+    """Return the first line of an exception's message, and the next one after a line that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
     return " ".join(lines[: end + 1])

@@ -1,9 +1,9 @@
-"""Which fast ways of reading a model allows, found out by trying them when it is loaded.
+"""Find out which fast ways of computing a model supports, by trying them when it is loaded.
 
-The reference is the plain pass: one text, without padding, positions and cache. Against it are tried packed rows,
-prompts that several replies share, padding, and the key/value cache of a batch whose replies end at different lengths.
-What does not give the reference's numbers is not used. A causal model can always be read slowly: padded on the right,
-and without a cache. A model for which even that is wrong is refused.
+The reference is a plain pass over one text, without padding, positions and cache. Trials compare it with packed
+rows, with prompts that several replies share, with padding, and with the key/value cache of a batch whose replies end
+at different lengths. A way whose numbers differ is not used. Every causal model supports the slow way: padded on the
+right and without a cache. A model whose numbers differ even then is refused.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from support.generation import cached_pass
 from support.packing import PACKED_SDPA, Conventions, is_packed, pack
 from support.pretrained import positions_of
 
-LONGEST = 192  # tokens of a text where nothing else is said: 128 of the prompt and 64 of the reply
-REPLY = 3  # tokens of a reply that is tried
-# Packed attention knows no window, so such a model is never packed
+LONGEST = 192  # default for the tokens of the longest text: 128 of the prompt and 64 of the reply
+REPLY = 3  # tokens of a reply in the trials
+# Names of settings for attention in windows. Packed attention has none, so such a model is never packed
 WINDOW = re.compile("(sliding|attention)_window(_size)?|window_size|(attention_|local_attn_)?chunk_(size|length)")
-# Numbers of tokens from which on a layer may compute something else
+# Names of settings for a number of tokens above which a layer may compute something else
 LIMIT = re.compile("window(?!_layers)|chunk|conv|kernel|block_size|bucket|topk|local_attention")
 # Root mean square of the difference, in standard deviations of the reference. Rounding of SmolLM2: 3e-6, in bf16 0.07
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 TOLERANCE_HALF = 0.2
 
-_known: dict[tuple, tuple[bool, Conventions]] = {}  # what was found out for models of the same configuration
+_known: dict[tuple, tuple[bool, Conventions]] = {}  # results, by class and configuration
 
 
 @torch.no_grad()
 def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
-    """Set `model` (a causal LM or its trunk) to the fastest ways of reading that are right. True: rows are packed.
+    """Set `model` (a causal LM or its trunk) to the fastest correct ways of computing; return whether rows are packed.
 
-    `longest` is the number of tokens that a text may have: windows of attention beyond it do not matter. The result is
-    kept in `model.conventions` and in the model's attention implementation. Call it before an engine wraps the model.
-    Raises UserError for a model that is not causal.
+    `longest` is the most tokens of a text: larger windows of attention do not matter. The result is stored in
+    `model.conventions` and in the model's attention implementation. Call this before an engine wraps the model. Raises
+    UserError for a model that is not causal.
     """
     config, parameter = model.config, next(model.parameters())
     key = type(model), longest, parameter.dtype, parameter.device.type, config.to_json_string(use_diff=False)
@@ -53,8 +53,8 @@ def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
         name = config.name_or_path or type(model).__name__
         if model.get_output_embeddings() is not None and not _known[key][1].cache:
             PartialState().print(
-                f"note: model '{name}' writes replies without a cache, which is slower: its own cache does not hold "
-                "for a batch of prompts",
+                f"note: model '{name}' writes replies without a cache, which is slower: its own cache gives wrong "
+                "results for a batch of prompts",
                 flush=True,
             )
     packed, conventions = _known[key]
@@ -65,18 +65,17 @@ def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
 
 
 def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
-    """Whether the model packs, and its conventions."""
+    """Return whether the model supports packed rows, and its conventions."""
     config = model.config
     head = model.get_output_embeddings() is not None
     name = config.name_or_path or type(model).__name__
     ids, mask = probe_texts(config, model.get_input_embeddings().num_embeddings, longest)
     ids, mask = (x.to(next(model.parameters()).device) for x in (ids, mask))
-    prompts = ids.shape[1] - REPLY
     keep = torch.zeros_like(mask, dtype=torch.bool)
-    keep[:, prompts - 1 :] = True  # from the position before the reply on
+    keep[:, -REPLY - 1 :] = True  # the reply, and the position before it
     try:
         alone = [model(input_ids=row[real.bool()][None])[0][0, -REPLY - 1 :] for row, real in zip(ids, mask)]
-    except Exception as error:  # whatever a model of transformers raises
+    except Exception as error:  # models raise errors of many classes
         raise UserError(f"model '{name}' cannot read a text of {ids.shape[1]} tokens: {first_line(error)}") from error
     reference = torch.stack(alone).float()  # (3, REPLY + 1, V or d)
 
@@ -89,10 +88,10 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
                 if packed != is_packed(model):
                     model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
                 inputs, select = pack(model, ids, mask, keep, head)
-                right = packed == is_packed(model)  # some models keep their own attention (Falcon)
+                right = packed == is_packed(model)  # Falcon ignores the setting and keeps its own attention
                 right = right and _close(select(model(**inputs, use_cache=False)[0]).view_as(reference), reference)
-                right = right and (not head or _written_right(model, ids, mask, reference))
-            except Exception:  # whatever a model of transformers raises at input that it does not know
+                right = right and (not head or _generates_right(model, ids, mask, reference))
+            except Exception:  # models raise errors of many classes for input that they do not support
                 right = False
             if right:
                 return packed, conventions
@@ -103,7 +102,7 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
 
 
 def _candidates(model: nn.Module, head: bool) -> Iterator[Conventions]:
-    """Conventions to try, the fastest first."""
+    """Return the conventions to try, the fastest first."""
     pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     state = "cache_params" in inspect.signature(model.forward).parameters
     for cache in ("cache_params" if state else "past_key_values", "") if head else ("past_key_values",):
@@ -112,9 +111,9 @@ def _candidates(model: nn.Module, head: bool) -> Iterator[Conventions]:
 
 
 def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (3, S) of three texts, padded on the left: the last two share a prompt, the first has a short one.
+    """Return ids and mask (3, S) of three texts, padded on the left. The first prompt is short; the others are equal.
 
-    The long prompt goes beyond every window, chunk and kernel that the configuration names, up to `longest` tokens.
+    The long prompt exceeds every window, chunk and kernel size in the configuration, but not `longest` tokens.
     """
     limits = [number for name, number in _numbers(config) if LIMIT.search(name) and number < longest]
     width = min(max([3, *limits]) * 2, longest) + 2 + REPLY
@@ -129,7 +128,7 @@ def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tupl
 
 
 def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """Name and value of every whole number in the text part of a configuration, also where a list holds it."""
+    """Yield name and value of every integer in the text part of a configuration, those in lists included."""
     pending = list(config.to_dict().items())
     while pending:
         name, value = pending.pop()
@@ -141,10 +140,10 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
             yield str(name), value
 
 
-def _written_right(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether replies written token by token have the reference's logits (3, REPLY + 1, V).
+def _generates_right(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Return whether replies read token by token give the reference's logits (3, REPLY + 1, V).
 
-    As in sample_responses: a shared prompt is read once, and a row leaves the batch in between.
+    As in sample_responses, a shared prompt is read once, and a row leaves the batch before the others.
     """
     prompts, rows = ids.shape[1] - REPLY, torch.tensor([0, 1, 2], device=ids.device)
     logits, past, _ = cached_pass(model, ids[:2, :prompts], mask[:2, :prompts], None)
@@ -163,5 +162,6 @@ def _written_right(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, refe
 
 
 def _close(found: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Return whether `found` equals the reference, up to rounding of its type."""
     tolerance = TOLERANCE.get(found.dtype, TOLERANCE_HALF)
     return bool((found.float() - reference).square().mean().sqrt() <= tolerance * reference.std())

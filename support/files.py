@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Write files and folders atomically: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """Where trained built-in models are kept between runs: $PPO_DIALOG_CACHE or ~/.cache/ppo_dialog."""
+    """Return the folder of trained built-in models: $PPO_DIALOG_CACHE or ~/.cache/ppo_dialog."""
     return Path(os.environ.get("PPO_DIALOG_CACHE", "~/.cache/ppo_dialog")).expanduser()
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path):
-    """Write a folder aside and rename it to `target` when the block ends well, so that a torn one is never seen."""
+    """Write a temporary folder, and rename it to `target` if the block succeeds: `target` is never incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
         part = Path(aside) / "part"
@@ -30,15 +30,20 @@ def atomic_folder(target: Path):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with NaN and infinities as null (a strict reader takes it), written aside and renamed."""
+    """Write JSON with NaN and infinities as null, as strict readers need it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(nan_to_none(value), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(nan_to_none(value), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a temporary file beside `path` and rename it."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 def nan_to_none(value: Any) -> Any:
-    """`value` with every float that JSON has no word for replaced by None, recursively."""
+    """Return `value` with NaN and infinities, which JSON lacks, replaced by None in all lists and dicts."""
     if isinstance(value, dict):
         return {k: nan_to_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -6,7 +6,7 @@ top-k and top-p left, so that the update computes log-probabilities under the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from support import packing
-from support.distributed import gather_shares, share_of
+from support.distributed import Report, map_batches
 from support.options import EVAL_SAMPLING, Sampling
 from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
@@ -283,9 +283,8 @@ def reply_log_likelihoods(
     """
     device = next(model.parameters()).device
     positions = positions_of(getattr(model, "config", None)) or 2**20
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
-    found: dict[int, tuple[float, int]] = {}
-    for chunk in batched(share_of(order, share), batch_size):
+
+    def compute(chunk: list[int]) -> Iterable[tuple[float, int]]:
         prompts = codec.encode_prompts([samples[i].prompt for i in chunk])
         prompt_ids, prompt_mask = map(torch.from_numpy, prompts)
         room = positions - prompt_ids.shape[1]
@@ -298,10 +297,10 @@ def reply_log_likelihoods(
         logits = logits_at(model, *(x.to(device) for x in inputs))
         flat = token_log_probs(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
         lengths = reply_mask.sum(-1).tolist()
-        sums = torch.stack([logprobs.sum() for logprobs in flat.split(lengths)])
-        found |= dict(zip(chunk, zip(sums.tolist(), lengths)))
-    found = gather_shares(found, share)
-    sums, counts = torch.tensor([found[i] for i in range(len(samples))]).view(-1, 2).unbind(-1)
+        return zip(torch.stack([logprobs.sum() for logprobs in flat.split(lengths)]).tolist(), lengths)
+
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
+    sums, counts = torch.tensor(map_batches(compute, order, batch_size, share)).view(-1, 2).unbind(-1)
     return sums, counts
 
 
@@ -316,9 +315,6 @@ def shifted_inputs(
     keep = torch.zeros_like(attention_mask[:, 1:], dtype=torch.bool)
     keep[:, -response_mask.shape[1] :] = response_mask
     return input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep
-
-
-Report = Callable[[int, int], None]  # called with the number of replies generated so far, and of all
 
 
 @dataclass(frozen=True)
@@ -342,22 +338,14 @@ def generate_replies(
     codec, device = settings.codec, next(model.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
-    found: dict[int, tuple[str, int]] = {}
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
-    mine = share_of(order, settings.share)
-    for chunk in batched(mine, settings.batch_size):
+
+    def generate(chunk: list[int]) -> Iterable[tuple[str, int]]:
         ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt for i in chunk]))
-        prompts = ids.to(device), mask.to(device)
-        step, of_chunk = causal_lm_step(model), uniforms[chunk].to(device)
-        responses = sample_responses(step, codec, *prompts, settings.sampling, of_chunk)
-        for i, row, length in zip(chunk, responses.ids.tolist(), responses.mask.sum(-1).tolist()):
-            found[i] = codec.decode_response(row[:length]), length
-        if report:
-            report(len(found), len(mine))
-    found = gather_shares(found, settings.share)
-    return [found[i][0] for i in range(len(samples))], [found[i][1] for i in range(len(samples))]
+        prompts, step = (ids.to(device), mask.to(device)), causal_lm_step(model)
+        responses = sample_responses(step, codec, *prompts, settings.sampling, uniforms[chunk].to(device))
+        lengths = responses.mask.sum(-1).tolist()
+        return ((codec.decode_response(row[:n]), n) for row, n in zip(responses.ids.tolist(), lengths))
 
-
-def batched(indices: list[int], size: int) -> list[list[int]]:
-    """Cut a list into lists of `size`; the last may be shorter."""
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))  # little padding
+    found = map_batches(generate, order, settings.batch_size, settings.share, report)
+    return [text for text, _ in found], [length for _, length in found]

@@ -80,7 +80,7 @@ def live_drawing(renderable: Callable[[], RenderableType], transient: bool = Fal
     """Draw what `renderable` returns below all other prints. stderr is left alone unless it is a terminal.
 
     SIGTERM becomes SystemExit, so that the terminal gets its cursor back, unless it has a handler already, such as
-    checkpoint.StopSignals.
+    signals.StopSignals.
     """
 
     def stop(number: int, frame: Any) -> None:

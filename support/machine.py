@@ -1,4 +1,4 @@
-"""Threads and memory of this process."""
+"""Set and measure this process's threads and memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def use_all_cores(num_processes: int = 1) -> None:
 
 
 def tune_malloc() -> None:
-    """Let the C library keep what torch frees on the CPU, where it is glibc's.
+    """Let glibc keep memory that torch frees on the CPU. With another C library, do nothing.
 
-    It hands large blocks back to the system at once, and every activation and gradient then pays for fresh pages:
-    a tenth of an update of GPT-2 small (docs/notebook/performance.md).
+    By default glibc returns large blocks to the system immediately, and the system clears fresh pages for each
+    activation and gradient. That takes a tenth of an update of GPT-2 small (docs/notebook/performance.md).
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -37,7 +37,7 @@ def tune_malloc() -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB since the process started: of the GPU's allocator on CUDA, else resident memory (RSS)."""
+    """Return the peak memory in MiB since the process started: of CUDA's allocator, else resident memory (RSS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

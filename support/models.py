@@ -1,6 +1,6 @@
-"""What a run's networks are made from: causal LMs by name, LoRA adapters on them, no dropout, a tokenizer that fits.
+"""Load causal LMs for a run and prepare them: LoRA adapters, no dropout, checks of the tokenizer.
 
-The network that PPO trains, policy with value, is `ActorCritic` in ppo_dialog.py.
+`ActorCritic` in ppo_dialog.py is the network that PPO trains, policy with value.
 """
 
 from __future__ import annotations
@@ -23,45 +23,49 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_causal_lm(name: str, weights: str = "fp32", longest: int = LONGEST) -> nn.Module:
-    """A causal LM by hub name or folder, for texts of up to `longest` tokens.
+    """Load a causal LM by hub name or folder, for texts of up to `longest` tokens.
 
-    In fp32 unless told otherwise: the small steps of fine-tuning vanish in bf16 weights, and mixed precision keeps the
-    speed. Frozen models, and those that only carry an adapter, lose nothing in bf16 but digits.
+    Train fp32 weights: bf16 rounds away the small steps of fine-tuning, and mixed precision is as fast. bf16 is good
+    enough for a frozen model, and for one with only its adapter trained.
     """
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=DTYPES[weights])
-    choose_fast_paths(model, longest)
-    return model
+    return _load(AutoModelForCausalLM, name, weights, longest)
 
 
 def load_trunk(name: str, weights: str = "fp32", longest: int = LONGEST) -> nn.Module:
-    """The same model without its vocabulary: what a value network of its own stands on."""
-    model = load_pretrained(AutoModel, name, "model", dtype=DTYPES[weights])
+    """Load the same model without its language-model head, for a separate value network."""
+    return _load(AutoModel, name, weights, longest)
+
+
+def _load(auto_class: Any, name: str, weights: str, longest: int) -> nn.Module:
+    model = load_pretrained(auto_class, name, "model", dtype=DTYPES[weights])
     choose_fast_paths(model, longest)
     return model
 
 
 def longest_text(fmt: DialogueFormat) -> int:
-    """Tokens of the longest text that a model of this format reads. SFT learns from up to 64 tokens of a reply."""
+    """Return the tokens of the longest text in this format. SFT trains on up to 64 tokens of a reply."""
     return fmt.max_prompt_tokens + max(64, fmt.max_new_tokens)
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Gradient checkpointing: the update computes a layer's activations again rather than keep them."""
-    # the name that it has in transformers 6, and in those before 5.23
+    """Let the backward pass compute a layer's activations again, so that they need no memory."""
+    # the method's name since transformers 5.23, and before
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and router noise of `model` to 0: with it, the update would score replies differently from
-    how they were sampled. `model.config`, which is saved with the weights, keeps its values."""
-    silent: dict[int, Any] = {}  # a copy of each configuration, by the id of the original
+    """Set every dropout and router noise of `model` to 0, so that update and sampling give equal log-probabilities.
+
+    `model.config`, which is saved with the weights, keeps its values.
+    """
+    silent: dict[int, Any] = {}  # id of a configuration -> its copy without noise
     for module in model.modules():
         for name, value in vars(module).items():
             if is_noise(name, value) or (name == "p" and isinstance(module, _DropoutNd)):
                 setattr(module, name, 0.0)
         config = getattr(module, "config", None)
-        # layers read some values from the configuration in each pass (Falcon); no saved file comes from theirs
+        # layers of Falcon read the configuration in each pass; the layers' copy is not saved
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
             if id(config) not in silent:
                 silent[id(config)] = copy.deepcopy(config)
@@ -72,18 +76,18 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def is_noise(name: str, value: Any) -> bool:
-    """Whether an attribute of a module or a configuration is the strength of dropout or of a router's noise.
+    """Return whether an attribute of a module or a configuration is the strength of dropout or of a router's noise.
 
-    Not router_jitter_noise: PhiMoE needs it in evaluation too, and draws its experts at random in training mode.
+    router_jitter_noise is neither: PhiMoE needs it in evaluation too, and samples its experts in training mode.
     """
     return ("drop" in name or "jitter" in name) and name != "router_jitter_noise" and isinstance(value, float)
 
 
 @torch.no_grad()
 def training_noise(model: nn.Module) -> float:
-    """Largest difference between log-probabilities of an ActorCritic in training mode, twice, and in evaluation mode.
+    """Return how much log-probabilities of an ActorCritic differ at most: training mode, the same again, evaluation.
 
-    0, up to rounding, where `disable_dropout` has found all that is random.
+    It is 0, up to rounding, if `disable_dropout` found all noise.
     """
     was_training, found = model.training, []
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
@@ -97,21 +101,17 @@ def training_noise(model: nn.Module) -> float:
 
 
 def check_model(model: nn.Module, codec: DialogueCodec, name: str) -> None:
-    """UserError where tokenizer, sequence length and model do not fit together."""
+    """Raise UserError if the model has too few embedding rows or positions for the tokenizer and the format."""
     policy = getattr(model, "policy", model)
-    if not hasattr(policy, "config"):  # a network of the user's own
+    if not hasattr(policy, "config"):  # the user's own network
         return
     if hasattr(policy, "get_input_embeddings"):
         check_vocabulary(codec.tokenizer, policy, name)
     check_positions(policy.config, codec.format, name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA (Hu et al., 2021)
-
-
 def add_lora(policy: nn.Module, name: str, rank: int, alpha: int) -> nn.Module:
-    """The policy with a LoRA adapter on every linear layer but the vocabulary's; all else is frozen."""
+    """Add a LoRA adapter (Hu et al., 2021) to every linear layer except the head; freeze all other weights."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -120,17 +120,17 @@ def add_lora(policy: nn.Module, name: str, rank: int, alpha: int) -> nn.Module:
         lora_alpha=alpha or 2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in policy.modules()),  # GPT-2 turns its weights
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in policy.modules()),  # GPT-2 stores them transposed
     )
     adapted = get_peft_model(policy, settings)
-    # where chat.py and the rest find the model that the adapter belongs on
+    # chat.py and other scripts load the base model from here
     folder = Path(name)
     adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else name
     return adapted
 
 
 class ReferenceWithoutAdapter:
-    """A policy with an adapter as it was before: the frozen reference, without a second copy of the weights."""
+    """The policy with its adapter disabled: the frozen reference without a second copy of the weights."""
 
     def __init__(self, policy: nn.Module):
         self.policy = policy

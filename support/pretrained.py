@@ -1,8 +1,9 @@
-"""Pretrained models and tokenizers by hub name or folder; what cannot be used is refused in a sentence."""
+"""Load pretrained models and tokenizers by hub name or folder, with a UserError for whatever cannot be used."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import sys
 import warnings
@@ -20,17 +21,18 @@ WEIGHTS = [f"{file}{index}" for file in ("model.safetensors", "pytorch_model.bin
 
 
 def _holds_adapter(name: str, local_files_only: bool = False) -> bool:
-    """`is_adapter`, for hub names too."""
+    """Return whether a folder or a hub name is that of an adapter."""
     from transformers.utils import find_adapter_config_file
 
     if Path(name).is_dir():
         return is_adapter(name)
-    with contextlib.suppress(OSError):  # no name that a hub could have
+    with contextlib.suppress(OSError):  # not a valid hub name
         return find_adapter_config_file(name, local_files_only=local_files_only) is not None
     return False
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    """Return the UserError that explains why transformers, peft or torch could not load a model or tokenizer."""
     if "trust_remote_code" in str(error):
         return UserError(
             f"{what} '{name}' needs Python code of its own (auto_map in its configuration), which is never run here; "
@@ -55,11 +57,11 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
 
 
 def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name)` for a hub name or a folder; raises UserError for all that cannot be loaded.
+    """Call `auto_class.from_pretrained(name)` for a hub name or a folder; raise UserError if that fails.
 
-    Python code in the folder is never run. `pytorch_model.bin` is read with torch's `weights_only` reader. An
-    adapter's folder gives its base model with the adapter merged into the weights. With ignore_mismatched_sizes=True
-    the model may get a new head; otherwise every weight must be there.
+    Python code in the folder is never run, and `pytorch_model.bin` is read with torch's `weights_only` reader. The name
+    of an adapter gives its base model with the adapter merged into the weights. With ignore_mismatched_sizes=True the
+    model may get a new head; otherwise no weight may be missing.
     """
     model = _load(auto_class, name, what, kwargs)
     if isinstance(model, torch.nn.Module):
@@ -69,20 +71,20 @@ def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any
 
 
 def _load(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], supplied: Iterable[str] = ()) -> Any:
-    """`load_pretrained` before its changes of modules. An adapter will bring the weights named in `supplied`."""
+    """Load as `load_pretrained` does, but leave the modules unchanged. An adapter supplies the weights `supplied`."""
     check_name(what, name)
     try:
         if _holds_adapter(name):
-            return _merged(auto_class, name, what, kwargs)
-        return _whole(auto_class, name, what, kwargs, supplied)
+            return _load_merged(auto_class, name, what, kwargs)
+        return _load_whole(auto_class, name, what, kwargs, supplied)
     except UserError:
         raise
-    except Exception as error:  # transformers, peft and torch have no common class for what they cannot read
+    except Exception as error:  # transformers, peft and torch share no class of errors
         raise _cannot_load(what, name, error) from error
 
 
-def _whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], supplied: Iterable[str]) -> Any:
-    """A model that is no adapter, or its configuration."""
+def _load_whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], supplied: Iterable[str]) -> Any:
+    """Load a model that is not an adapter, or its configuration."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -99,24 +101,24 @@ def _whole(auto_class: Any, name: str, what: str, kwargs: dict[str, Any], suppli
     new_head = kwargs.get("ignore_mismatched_sizes", False)
     kwargs = kwargs | dict(ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     model, info = auto_class.from_pretrained(name, weights_only=True, **kwargs)
-    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - {*supplied}
-    of_trunk = {k for k in lacking if k.startswith(f"{model.base_model_prefix}.") and "pooler" not in k}
-    if lacking and not of_trunk and auto_class.__name__ == "AutoModelForSequenceClassification" and not new_head:
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - {*supplied}
+    of_trunk = {k for k in missing if k.startswith(f"{model.base_model_prefix}.") and "pooler" not in k}
+    if missing and not of_trunk and auto_class.__name__ == "AutoModelForSequenceClassification" and not new_head:
         raise UserError(
-            f"{what} '{name}' is no trained classifier: its weights lack {min(lacking)}. Train one from it with "
+            f"{what} '{name}' is no trained classifier: its weights lack {min(missing)}. Train one from it with "
             "intent_classifier.py."
         )
-    if of_trunk or (lacking and not new_head):
+    if of_trunk or (missing and not new_head):
         raise UserError(
-            f"{what} '{name}' has weights that do not fit its config.json: {len(lacking)} of {len(model.state_dict())} "
-            f"are missing or of another shape, such as {min(of_trunk or lacking)}. Save the whole model again with "
+            f"{what} '{name}' has weights that do not fit its config.json: {len(missing)} of {len(model.state_dict())} "
+            f"are missing or of another shape, such as {min(of_trunk or missing)}. Save the whole model again with "
             "save_pretrained."
         )
     return model
 
 
 def check_plain(what: str, name: str, config: PreTrainedConfig) -> None:
-    """UserError for the configuration of a quantised model (bitsandbytes, GPTQ, AWQ, HQQ, FP8, MLX, ...)."""
+    """Raise UserError for the configuration of a quantised model (bitsandbytes, GPTQ, AWQ, HQQ, FP8, MLX, ...)."""
     for key in ("quantization_config", "compression_config", "quantization"):
         found = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
         if found:
@@ -127,8 +129,8 @@ def check_plain(what: str, name: str, config: PreTrainedConfig) -> None:
             )
 
 
-def _merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> Any:
-    """The base model of an adapter with the adapter in its weights, or the configuration of that base model."""
+def _load_merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> Any:
+    """Load an adapter's base model with the adapter merged into the weights, or the base model's configuration."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel
     from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -145,16 +147,10 @@ def _merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> An
         return _load(AutoConfig, base, of_base, kwargs)
 
     classifier, new_head = auto_class is AutoModelForSequenceClassification, kwargs.get("ignore_mismatched_sizes")
-    if (
-        not new_head
-        and adapter.task_type in ("SEQ_CLS", "CAUSAL_LM")
-        and classifier != (adapter.task_type == "SEQ_CLS")
-    ):
+    if not new_head and adapter.task_type == ("CAUSAL_LM" if classifier else "SEQ_CLS"):
         expected = "a classifier" if classifier else "a causal language model"
         raise UserError(f"{what} '{name}' is an adapter of another kind ({adapter.task_type}); expected {expected}.")
-    if Path(name).is_dir() and not any(
-        (Path(name) / f"adapter_model.{end}").exists() for end in ("safetensors", "bin")
-    ):
+    if Path(name).is_dir() and not {"adapter_model.safetensors", "adapter_model.bin"} & {*os.listdir(name)}:
         raise UserError(
             f"{what} '{name}' is an adapter without weights; expected adapter_model.safetensors or adapter_model.bin."
         )
@@ -174,29 +170,29 @@ def _merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> An
         except NotImplementedError:
             raise cannot_merge from None
     model.requires_grad_(True)  # peft froze it
-    # an adapter that changed the embedding alone leaves a head of its own: save both
+    # if the adapter changed only the embedding, it and the head are no longer tied: save both
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
     return model if classifier or auto_class is AutoModelForCausalLM else model.base_model
 
 
 def adapter_base(name: str) -> str:
-    """Hub name or folder of an adapter's base model. Raises UserError where there is none."""
+    """Return the hub name or folder of an adapter's base model; raise UserError without one."""
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    try:
-        check_name(f"base model of the adapter '{name}',", base or "/")
-    except UserError as error:
+    if not base:
         raise UserError(
-            f"{error} Correct base_model_name_or_path in the adapter's adapter_config.json."
-            if base
-            else f"the adapter '{name}' names no base model; add base_model_name_or_path to its adapter_config.json."
-        ) from None
+            f"the adapter '{name}' names no base model; add base_model_name_or_path to its adapter_config.json."
+        )
+    try:
+        check_name(f"base model of the adapter '{name}',", base)
+    except UserError as error:
+        raise UserError(f"{error} Correct base_model_name_or_path in the adapter's adapter_config.json.") from None
     return base
 
 
 def fit_embeddings(model: torch.nn.Module, adapter: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Give a base model as many embedding rows as its adapter has; untie embedding and head if the adapter does so.
+    """Resize a base model's embedding to the rows of its adapter; untie embedding and head if the adapter unties them.
 
     `adapter` is a PeftConfig, `weights` its tensors by name.
     """
@@ -220,24 +216,21 @@ def fit_embeddings(model: torch.nn.Module, adapter: Any, weights: dict[str, torc
             rows.append(max(embedding.weight.shape[0], max(trained) + 1))
     if rows and rows[0] != embedding.weight.shape[0]:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
-    # merging must change each of two tied matrices by its own LoRA alone
+    # merging adds to each of the two tied matrices its own LoRA only
     if untie and model.config.tie_word_embeddings:
         head = model.get_output_embeddings()
-        if shared is not None:  # saved for one of the two only
+        if shared is not None:  # the adapter saves it for one of the two only
             head.weight.data.copy_(shared)
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = getattr(adapter, "ensure_weight_tying", False)
 
 
 def check_causal(what: str, name: str, config: PreTrainedConfig) -> None:
-    """UserError for a configuration that is no causal language model's.
+    """Raise UserError unless the configuration is that of a causal language model.
 
-    transformers would load an encoder as one, with a head that it never had.
+    transformers would load an encoder as a causal model, with a head that was never trained.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -248,7 +241,7 @@ def check_causal(what: str, name: str, config: PreTrainedConfig) -> None:
 
 
 def fuse_gelu(model: torch.nn.Module) -> None:
-    """GPT-2's GELU is spelled out in eight operations over memory; torch has the same function as one."""
+    """Replace GPT-2's GELU, which makes eight passes over memory, by torch's own, which makes one."""
     from transformers.activations import NewGELUActivation
 
     for module in list(model.modules()):
@@ -258,8 +251,10 @@ def fuse_gelu(model: torch.nn.Module) -> None:
 
 
 def transpose_lm_head(model: torch.nn.Module) -> None:
-    """Let the language-model head of a model on the CPU multiply its weight with the tokens, not the tokens with its
-    weight: with few tokens and a large vocabulary the matrix library is half as fast the other way round."""
+    """Compute the language-model head as weight times tokens, not tokens times weight, on a CPU.
+
+    With few tokens and a large vocabulary the matrix library is twice as fast this way.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and head.bias is None:
         plain = head.forward
@@ -273,25 +268,23 @@ def transpose_lm_head(model: torch.nn.Module) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a hub name or folder, padding and truncating on the left, with a pad token.
+    """Load the tokenizer of a hub name or folder. It pads and truncates on the left.
 
-    A tokenizer without a pad token (GPT-2, Llama) pads with its EOS token: padding is masked, its id never matters.
+    A tokenizer without a pad token (GPT-2, Llama) gets its EOS token: padding is masked, so its id does not matter.
     """
     from transformers import AutoTokenizer
 
     check_name("tokenizer", name)
-    trouble = None
+    sides, trouble = dict(padding_side="left", truncation_side="left"), None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, padding_side="left", truncation_side="left", trust_remote_code=False
-        )
-    except Exception as error:  # transformers and tokenizers have no common class for what they cannot read
+        tokenizer = AutoTokenizer.from_pretrained(name, **sides, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers share no class of errors
         trouble = error
-    # without a vocabulary transformers raises this, or makes a tokenizer of special tokens alone
+    # without a vocabulary transformers raises this, or makes a tokenizer of special tokens only
     absent = "Couldn't instantiate the backend tokenizer" in str(trouble)
     if trouble is None and not (Path(name) / "tokenizer.json").exists():
         absent = len(tokenizer) <= len(tokenizer.get_added_vocab())
-    offline = "couldn't connect" in str(trouble)  # then a second question to the hub would wait as long again
+    offline = "couldn't connect" in str(trouble)  # then do not wait for the hub a second time
     if (absent or isinstance(trouble, OSError)) and _holds_adapter(name, local_files_only=offline):
         return load_tokenizer(adapter_base(name))
     if absent:
@@ -313,7 +306,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
-    """UserError where the tokenizer has ids that the model's embedding has no row for."""
+    """Raise UserError if the tokenizer has more tokens than the model's embedding has rows."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -323,7 +316,7 @@ def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
 
 
 def first_position(config: PreTrainedConfig) -> int:
-    """Position of a text's first token: 0, but padding_idx + 1 for RoBERTa and the models made like it."""
+    """Return the position of a text's first token: 0, but padding_idx + 1 for RoBERTa and models like it."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     if type(config) not in MODEL_MAPPING:
@@ -334,8 +327,8 @@ def first_position(config: PreTrainedConfig) -> int:
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """The most tokens of a text that a model of this configuration has positions for. None: no limit (ALiBi, Mamba)."""
-    if not hasattr(config, "get_text_config"):  # of a network of the user's own
+    """Return the most tokens that a text may have for this model; None without a limit (ALiBi, Mamba)."""
+    if not hasattr(config, "get_text_config"):  # the configuration of a user's own network
         return getattr(config, "max_position_embeddings", None)
     config = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -344,7 +337,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def check_positions(config: PreTrainedConfig, fmt: Any, name: str, advice: str = "lower one of them") -> None:
-    """UserError where prompts and replies of a dialogue format (text.DialogueFormat) are too long for the model."""
+    """Raise UserError if prompts and replies of a dialogue format (text.DialogueFormat) are too long for the model."""
     positions, needed = positions_of(config), fmt.max_prompt_tokens + fmt.max_new_tokens
     if positions is not None and positions < needed:
         raise UserError(
@@ -354,5 +347,5 @@ def check_positions(config: PreTrainedConfig, fmt: Any, name: str, advice: str =
 
 
 def count_parameters(model: torch.nn.Module, trained: bool = False) -> int:
-    """All parameters, or those that are trained."""
+    """Count all parameters, or only those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)

@@ -1,14 +1,13 @@
-"""What surrounds the training loop: the run's folder, display, trackers, checkpoints and signals.
-
-`Run` calls no part of the algorithm.
-"""
+"""A run's folder, display, trackers, checkpoints and signals. `Run` calls no part of the algorithm."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import inspect
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,11 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from support.checkpoint import (
-    FolderLock,
-    StopSignals,
     check_disk_space,
     fail_together,
-    is_peer_failure,
     load_checkpoint,
     resume_point,
     save_checkpoint,
@@ -32,7 +28,7 @@ from support.checkpoint import (
 )
 from support.config import save_yaml
 from support.diagnostics import warn_of_judge
-from support.distributed import full_state_dict, max_over_processes
+from support.distributed import full_state_dict, is_peer_failure, max_over_processes
 from support.errors import UserError, describe_exception, import_path
 from support.files import nan_to_none
 from support.judge import WEAK_JUDGE
@@ -40,12 +36,13 @@ from support.launcher import launcher
 from support.live_display import Monitor, Shown
 from support.machine import peak_memory_mb, use_all_cores
 from support.pretrained import count_parameters
+from support.signals import StopSignals
 from support.text import DialogueCodec
 from support.trackers import Log, start_trackers, tracker_ids
 
 
 class RunConfig(Shown, Protocol):
-    """The settings that a run's surroundings read."""
+    """The settings that `Run` reads."""
 
     keep_checkpoints: int
     resume: bool
@@ -58,8 +55,7 @@ class RunConfig(Shown, Protocol):
 class Run:
     """The folder, display, trackers, checkpoints and signals of a run of ppo_dialog.py.
 
-    Use as a context manager around all of it. `begin` comes before the loop, `finish` after it, `close` at the end.
-    `state` is the run's TrainState: its counters, and state_dict and load_state_dict for checkpoints.
+    Use it as a context manager around the whole run. Call `begin` before the loop, `finish` after it, and `close` last.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, notes: Sequence[str] = ()):
@@ -68,16 +64,16 @@ class Run:
         self.main = accelerator.is_main_process
         self.monitor = Monitor(config)
         self.stop = StopSignals()
-        self.requested = 0  # the exit status that a signal asked for
+        self.requested = 0  # exit status after a request to stop
         self.saved = 0  # the last update that is saved
         self.at_end = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         if self.main and self.folder.is_dir():
-            FolderLock(self.folder).release()  # a folder in use is refused before anything is loaded
+            FolderLock(self.folder).release()  # raises if it is in use, before models are loaded
         use_all_cores(self.accelerator.num_processes)
         for redirect in (contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr)):
-            self.at_end.enter_context(redirect)  # restores them: StopSignals replaces them
+            self.at_end.enter_context(redirect)  # restores what StopSignals replaces
         self.at_end.enter_context(self.monitor)
         for note in self.notes:
             self.say(f"note: {note}")
@@ -88,22 +84,20 @@ class Run:
         self.at_end.__exit__(kind, error, traceback)
         if isinstance(error, Exception) and is_peer_failure(error):
             raise UserError(
-                "another process of this run has ended, and none can go on alone; what it said is above or in its "
-                "own log. Go on from the last checkpoint with --resume."
+                "another process of this run has ended, and the others cannot continue without it; its message is "
+                "above or in its own log. Continue from the last checkpoint with --resume."
             ) from error
-
-    # What a person sees
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         self.accelerator.print(text, flush=True)
 
     def stage(self, text: str) -> None:
-        """Show what is being done from here on."""
+        """Show what the run does from here on."""
         self.monitor.stage(text)
 
     def describe(self, actor_critic: nn.Module, replies: int, mini_batches: int) -> None:
-        """Say what is trained. Call it while the weights are whole on each process."""
+        """Print what is trained. Call this before the weights are sharded."""
         parameters, trained = count_parameters(actor_critic), count_parameters(actor_critic, trained=True)
         self.checkpoint_bytes = 8 * (parameters + trained)
         accelerator = self.accelerator
@@ -113,14 +107,13 @@ class Run:
             f"{replies * accelerator.num_processes} replies in a rollout, {mini_batches} mini-batches"
         )
 
-    # Beginning and end
-
     def begin(
         self, state: Any, actor_critic: nn.Module, model: nn.Module, codec: DialogueCodec, judged: dict[str, float]
     ) -> None:
         """Open the folder and the trackers. With --resume, restore weights, optimizer, random states and `state`.
 
-        `model` is what the engine made of `actor_critic`; `judged` is what measure_judge found.
+        `state` is a TrainState. `model` is the engine's wrapper of `actor_critic`; `judged` is the result of
+        measure_judge.
         """
         config, accelerator = self.config, self.accelerator
         self.state, self.actor_critic, self.model, self.codec = state, actor_critic, model, codec
@@ -131,7 +124,7 @@ class Run:
             except KeyError as error:
                 raise UserError(
                     f"checkpoint {point} was written by an earlier version, without {error}; expected one of this "
-                    "version. Train again, or start a new run from the policy/ in the run's folder."
+                    "version. Train again, or start a new run from policy/ in the run's folder."
                 ) from None
             self.say(f"resumed after update {state.updates}, {state.env_steps:,} environment steps, from {point}")
         if self.main:
@@ -151,17 +144,17 @@ class Run:
         self.monitor.begin(self.folder, state.updates, codec.format.max_new_tokens, weak)
 
     def heed_signals(self) -> None:
-        """From here to `finish`, Ctrl-C and SIGTERM stop the run after the current update."""
+        """Let Ctrl-C and SIGTERM stop the run after the current update, until `finish`."""
         self.signals = self.at_end.enter_context(contextlib.ExitStack())
         self.signals.enter_context(self.stop)
 
     def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM asked any process to stop: all leave the loop after the same update."""
+        """Return whether any process got a request to stop, so that all leave the loop after the same update."""
         self.requested = max_over_processes(self.stop.asked, self.accelerator)
         return bool(self.requested)
 
     def finish(self) -> None:
-        """Save what is not saved yet, and end the display. Exit here if a signal asked for it."""
+        """Save the last update if it is not saved, and end the display. Exit if a signal requested it."""
         if self.state.updates > self.saved:
             self.checkpoint()
         self.signals.close()
@@ -175,7 +168,7 @@ class Run:
             sys.exit(self.requested)
 
     def close(self) -> None:
-        """Close the trackers, and say where the results are."""
+        """Close the trackers, and print speed, memory and the folder of the results."""
         self.accelerator.wait_for_everyone()
         self.trackers.close()
         steps, seconds = self.state.env_steps, self.state.training_seconds
@@ -203,39 +196,39 @@ class Run:
         return self.monitor.dialogue_due(self.state.updates)
 
     def dialogue(self, row: dict[str, Any]) -> None:
-        """Show a sample dialogue (a line of samples.jsonl) and keep it."""
+        """Show a sample dialogue and write it to samples.jsonl."""
         self.monitor.dialogue(row)
         self.trackers.dialogues(self.monitor.dialogues, self.state.updates)
 
     def log_comparison(self) -> None:
-        """Hand eval.json to the trackers."""
+        """Send eval.json to the trackers."""
         if self.main:
             self.trackers.summary(self.folder / "eval.json", self.state.updates)
 
     def checkpoint_due(self) -> bool:
-        """Whether this update is saved: every save_interval-th, and the last."""
+        """Return whether to save this update: every save_interval-th, and the last."""
         last = self.state.env_steps >= self.config.total_time_steps
         return last or self.state.updates % self.config.save_interval == 0
 
     def checkpoint(self, best: bool = False) -> None:
-        """Save all that the run is; the policy by itself, for chat and evaluation; and best/, if it is the best."""
+        """Save policy/ for chat and evaluation, best/ if this is the best so far, and the checkpoint to resume from."""
         weights = full_state_dict(self.accelerator, self.model)
         try:
             with fail_together(self.accelerator):
                 for folder in (self.folder, self.folder / "best")[: 1 + best] if self.main else ():
                     save_policy(self.actor_critic, self.codec, self.state.values, folder, weights)
-            # last, as it holds which reward was the best: a run killed in between makes this update, and best/, again
+            # last: it has the best reward, so a run that was killed before repeats this update and writes best/ again
             state = self.state.state_dict()
             save_checkpoint(self.accelerator, self.folder, self.state.updates, state, self.config.keep_checkpoints)
             self.saved = self.state.updates
         except OSError as error:
-            self.say(f"WARNING: update {self.state.updates} could not be saved ({error}); what was saved before stands")
+            self.say(f"WARNING: update {self.state.updates} could not be saved ({error}); earlier checkpoints are kept")
 
     @contextlib.contextmanager
     def checkpoint_on_error(self) -> Iterator[None]:
-        """Save the updates that are not saved yet if the block fails, in a run of one process.
+        """Save the last update if the block fails, in a run of one process.
 
-        For blocks that leave weights and state as they were after the last update.
+        The block must not change weights and state.
         """
         try:
             yield
@@ -245,18 +238,41 @@ class Run:
             raise
 
 
-def open_run(run: Path, keep: bool) -> FolderLock:
-    """The run's folder, locked: as it is (`keep`), or a fresh one.
+class FolderLock:
+    """The lock of a run's folder. The system releases it when the process ends, in any way."""
 
-    What an earlier run of the same name left there is kept under the next free name.
+    def __init__(self, run: Path):
+        self.file = open(run / ".lock", "a+", encoding="utf-8")  # open while the run lasts
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            raise UserError(
+                f"the run's folder '{run}' is in use by a run that is still going ({owner}); wait for it, stop it, "
+                "or give this run another --experiment-name."
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()}")
+        self.file.flush()
+
+    def release(self) -> None:
+        self.file.close()
+
+
+def open_run(run: Path, keep: bool) -> FolderLock:
+    """Create and lock the run's folder. With `keep` the files of an earlier run stay in it.
+
+    Else an earlier run's folder is renamed to the next free name.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(run)
         if not keep and any(f.name != ".lock" for f in run.iterdir()):
-            kept = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
-            run.rename(kept)
-            print(f"{run} held an earlier run: kept as {kept}", flush=True)
+            renamed = next(p for i in itertools.count(1) if not (p := run.with_name(f"{run.name}-{i}")).exists())
+            run.rename(renamed)
+            print(f"the earlier run in {run} is kept as {renamed}", flush=True)
             run.mkdir()
             old, lock = lock, FolderLock(run)
             old.release()
@@ -265,27 +281,23 @@ def open_run(run: Path, keep: bool) -> FolderLock:
         raise UserError(f"the run's folder '{run}' cannot be written: {error.strerror}.") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The user's own statistics
-
-
 def load_stats(path: str) -> Callable[[Any, dict[str, float]], dict[str, float]] | None:
-    """The user's own statistics: a function of (rollout, metrics) -> {name: number}, or a class made once."""
+    """Import the user's statistics: a function (rollout, metrics) -> {name: number}, or a class of such objects."""
     if not path:
         return None
     stats = import_path(path, "stats")
     stats = stats() if inspect.isclass(stats) else stats
     try:
         inspect.signature(stats).bind(None, None)
-    except TypeError as error:  # not callable, or with other arguments
+    except TypeError as error:  # not callable, or it takes other arguments
         raise UserError(f"stats '{path}' cannot be called with (rollout, metrics): {error}.") from error
-    except ValueError:  # a built-in function, which has no signature
+    except ValueError:  # a built-in function without a signature
         pass
     return stats
 
 
 def compute_stats(make: Callable[..., Any] | None, rollout: Any, metrics: dict[str, float]) -> dict[str, float]:
-    """What the user's statistics give, as numbers under names that are still free; UserError otherwise."""
+    """Compute the user's statistics; raise UserError unless they are numbers with new names."""
     if make is None:
         return {}
     try:
@@ -302,4 +314,4 @@ def compute_stats(make: Callable[..., Any] | None, rollout: Any, metrics: dict[s
     try:
         return {name: float(value) for name, value in stats.items()}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"stats gave something that is no number: {error}.") from error
+        raise UserError(f"stats returned a value that is not a number: {error}.") from error

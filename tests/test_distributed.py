@@ -1,4 +1,4 @@
-"""Runs of two processes on the CPU, started as a user starts them: `accelerate launch`, with gloo between them."""
+"""Runs of two processes on the CPU, which `accelerate launch` starts and gloo connects."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from support.checkpoint import checkpoints
 
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-PLAIN = {name: value for name, value in os.environ.items() if name != "NLTK_DATA"}  # WordNet takes 5 s to be read
+PLAIN = {name: value for name, value in os.environ.items() if name != "NLTK_DATA"}  # loading WordNet takes 5 s
 RUN = SHORT | dict(total_time_steps=1200, save_interval=2, validation_limit=20, eval_limit=-1)
 
 
 def launched(*arguments: str, launch: list[str] = LAUNCH, program: str = "ppo_dialog.py") -> subprocess.Popen:
-    builtin_model("policy")  # both models are trained at first use: no time limit of a test is for that
+    builtin_model("policy")  # trained at its first use, before the time limit of the test begins
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [*launch, program, *arguments],
@@ -35,7 +35,7 @@ def launched(*arguments: str, launch: list[str] = LAUNCH, program: str = "ppo_di
 
 
 def ended(process: subprocess.Popen, seconds: float = 900) -> str:
-    """What a launched run printed, once it is over."""
+    """Wait for a launched run; return its output."""
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -54,12 +54,12 @@ def workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run of two processes that nobody stopped."""
+    """A run of two processes that was not stopped."""
     runs = tmp_path_factory.mktemp("whole")
     process = launched(*flags(run_dir=runs, **RUN))
     printed = ended(process)
     assert process.returncode == 0, printed[-3000:]
-    assert "2 process(es)" in printed and printed.count("update   1 ") == 1  # one of them speaks
+    assert "2 process(es)" in printed and printed.count("update   1 ") == 1  # only one prints
     return runs / "ppo_dialog"
 
 
@@ -82,7 +82,7 @@ def test_one_of_two_processes_dies_the_other_says_so_and_the_run_resumes_to_the_
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_and_its_processes_saves_and_ends_all(number, tmp_path):
-    """Ctrl-C in a terminal reaches every process, and those of a launcher once more through it."""
+    """Ctrl-C in a terminal reaches every process, and the launcher sends it to its processes again."""
     process = launched(*flags(run_dir=tmp_path, **RUN | dict(total_time_steps=10**6, save_interval=10**6)))
     cut = tmp_path / "ppo_dialog"
     wait_for(process, cut, updates=2)
@@ -102,6 +102,6 @@ def test_a_launcher_that_is_terminated_takes_its_only_process_along_which_saves(
     wait_for(process, cut, updates=1)
     (worker,) = psutil.Process(process.pid).children()
     process.terminate()
-    assert "stopped after update" in ended(process)  # the pipe closes with the last who holds it
+    assert "stopped after update" in ended(process)  # the pipe closes when the last process ends
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert len(checkpoints(cut)) > 0

@@ -1,4 +1,4 @@
-"""Model families, adapters and memory savers: each trained for a few updates from a small random configuration."""
+"""Model families, adapters and options that save memory: each is trained for a few updates with random weights."""
 
 import sys
 from pathlib import Path
@@ -9,14 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_programs import ROOT, lines, trained
 from test_reliability import resumed
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from support.builtin import builtin_model
 from support.data import load_dialogues
@@ -36,16 +29,16 @@ FAMILIES = {
     "qwen2": lambda **ids: Qwen2Config(tie_word_embeddings=True, **GROUPED, **ids),
     "qwen3": lambda **ids: Qwen3Config(tie_word_embeddings=True, head_dim=16, **GROUPED, **ids),
 }
-# One optimizer step a rollout: the policy that learns is the policy that sampled, to rounding
+# One optimizer step for each rollout, so the policy that learns equals the one that sampled, up to rounding
 RUN = dict(total_time_steps=700, env_num=16, num_mini_batch=1, ppo_epoch=1, intent_coef=0.0, eval_limit=-1)
 RUN |= dict(validation_limit=0, save_interval=2, lr=1e-3)
 
 
 def family(name: str, folder: Path) -> str:
-    """A model of random weights with the built-in tokenizer."""
+    """Save a model of random weights with the built-in tokenizer."""
     tokenizer = load_tokenizer(str(builtin_model("policy")))
     torch.manual_seed(0)
-    # one more: saved beside a Qwen2, a tokenizer is read as Qwen2's, which adds a token
+    # one row more: with a Qwen2 model the tokenizer is loaded as Qwen2's, which adds a token
     ids = dict(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
     ids |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     AutoModelForCausalLM.from_config(FAMILIES[name](**ids)).save_pretrained(folder)
@@ -61,15 +54,15 @@ def replies(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_prices_what_it_sampled_and_learns(name, tmp_path):
+def test_each_family_learns_and_gives_sampled_tokens_the_same_log_probabilities_again(name, tmp_path):
     folder = family(name, tmp_path / name)
     run = trained(**RUN | dict(model_path=folder, run_dir=str(tmp_path)))
     rows = lines(run)
     assert len(rows) >= 2
-    for row in rows:  # rollouts read prompts padded on the left, with a cache; updates read packed rows without
+    for row in rows:  # rollouts read left-padded prompts with a cache; updates read packed rows
         assert row["approx_kl"] < 1e-6 and row["clipfrac"] == 0
         assert 0 < row["grad_norm"] < 100 and row["skipped_steps"] == 0
-    assert abs(rows[0]["kl_div"]) < 1e-5  # the reference is the policy, as yet
+    assert abs(rows[0]["kl_div"]) < 1e-5  # the policy still equals the reference
     before, after = (load_file(Path(f) / "model.safetensors") for f in (folder, run / "policy"))
     assert before.keys() == after.keys() and any(not torch.equal(before[n], after[n]) for n in before)
     model = load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model")
@@ -99,13 +92,8 @@ def test_an_adapters_run_resumes_to_the_digit_and_chats(tmp_path):
     again = resumed(tmp_path / "cut", total_time_steps=700)
     adapter = "policy/adapter_model.safetensors"
     assert (whole / adapter).read_bytes() == (again / adapter).read_bytes()
-    said = forked.run(
-        [sys.executable, "chat.py", str(whole), "--prompt", "How can I help you?"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = [sys.executable, "chat.py", str(whole), "--prompt", "How can I help you?"]
+    said = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert said.returncode == 0 and said.stdout.strip(), said.stderr
 
 
@@ -127,7 +115,7 @@ def test_what_saves_memory_changes_nothing_that_is_learned(saver, share, tmp_pat
     assert len(found) == len(expected)
     for key in ("score", "policy_loss", "value_loss", "grad_norm", "kl_div"):
         assert found[0][key] == pytest.approx(expected[0][key], rel=1e-4, abs=1e-6), key
-    assert found[1]["score"] == pytest.approx(expected[1]["score"], abs=0.02)  # a rounding may turn a token
+    assert found[1]["score"] == pytest.approx(expected[1]["score"], abs=0.02)  # rounding may change a token
 
 
 def test_weights_in_bf16_train_and_are_saved_so(tmp_path):

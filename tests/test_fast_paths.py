@@ -62,7 +62,7 @@ FAMILIES = {
 
 
 def family(kind: str, settings: dict | None) -> torch.nn.Module:
-    """A model of random weights, large enough for a wrong path to show."""
+    """A model of random weights, which are large enough to make a wrong path visible."""
     torch.manual_seed(0)
     if settings is None:  # its text model has its own configuration
         config = Gemma3Config(text_config=SLIDING, vision_config=VISION | dict(patch_size=8), image_token_index=57)
@@ -77,7 +77,7 @@ def family(kind: str, settings: dict | None) -> torch.nn.Module:
 
 
 class EndsAtMultiples:
-    """Stands in for a DialogueCodec: every fifth token ends a reply."""
+    """A DialogueCodec in small: every fifth token ends a reply."""
 
     format = type("Format", (), {"max_new_tokens": REPLY})
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
@@ -87,7 +87,7 @@ class EndsAtMultiples:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Six texts (6, 38) longer than all windows above; pairs share a prompt of 20, 30 and 2 tokens."""
+    """Six texts (6, 38), longer than all windows above. Pairs share a prompt of 20, 30 and 2 tokens."""
     ids = torch.randint(4, V - 4, (6, PROMPT + REPLY), generator=torch.Generator().manual_seed(0))
     ids[1::2, :PROMPT] = ids[::2, :PROMPT]
     mask = torch.ones_like(ids)
@@ -156,7 +156,7 @@ def test_the_texts_that_are_tried_go_beyond_what_the_configuration_names():
     assert lengths("llama4_text", attention_chunk_size=30).shape[1] > 30
     assert lengths("lfm2", conv_L_cache=9).shape[1] > 9
     assert lengths("gemma3", text_config=SLIDING | dict(sliding_window=40)).shape[1] > 40
-    assert lengths("mistral", sliding_window=4096).shape[1] < 192  # no text of the run is that long
+    assert lengths("mistral", sliding_window=4096).shape[1] < 192  # longer than all texts of the run
     assert lengths("mistral", 5000, sliding_window=4096).shape[1] > 4096
     ids, mask = probe_texts(AutoConfig.for_model("llama", **SIZES), V, 192)
     assert ids[1, :-3].equal(ids[2, :-3]) and mask[0].sum() == 5 and not set(ids.flatten().tolist()) & {0, 1}

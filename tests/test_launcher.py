@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-Z and SIGTERM under `accelerate launch`, on a pseudo-terminal: nothing is lost, no traceback follows."""
+"""Ctrl-C, Ctrl-Z and SIGTERM under `accelerate launch` on a pseudo-terminal: the run is saved, without traceback."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from test_programs import ROOT, flags, lines
 
 from support.checkpoint import checkpoints
 
-# What accelerate's launcher of one process does, with a second to die in, as the real one has after its imports
+# Like Accelerate's launcher of one process, which takes about a second to print its traceback and exit
 LIKE_ACCELERATE = """
     import os, subprocess, sys, time
 
@@ -33,7 +33,7 @@ LIKE_ACCELERATE = """
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, sys.argv[1:])
 """
-# A run in small: an "update" that a signal does not cut short, then the save
+# A run in small: an "update" that a signal does not interrupt, then the save
 LIKE_A_RUN = """
     import signal, sys
     from support.launcher import launcher
@@ -63,28 +63,19 @@ class RealTerminal(Terminal):
     start = subprocess.Popen
 
 
-def small_terminal(*command: str) -> Terminal:
-    return RealTerminal(*command, PYTHONPATH=str(ROOT))
-
-
 def test_ctrl_c_on_a_terminal_waits_for_the_save_and_shows_no_traceback(tmp_path):
-    terminal = small_terminal(*in_small(tmp_path))
+    terminal = RealTerminal(*in_small(tmp_path), PYTHONPATH=str(ROOT))
     terminal.read_until("training")
     terminal.type("\x03")
-    assert terminal.end() == -signal.SIGTERM  # a status other than 0, after the child has ended
+    assert terminal.end() == -signal.SIGTERM  # a status other than 0, which the launcher has after its child
     assert "saved" in terminal.written and "Traceback" not in terminal.written, terminal.written
 
 
 def test_an_interrupted_process_group_without_a_terminal_saves_and_shows_no_traceback(tmp_path):
-    command = in_small(tmp_path)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
+    process = subprocess.Popen(in_small(tmp_path), start_new_session=True, **pipes)
     printed = process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
     printed += process.communicate(timeout=60)[0]
@@ -93,14 +84,14 @@ def test_an_interrupted_process_group_without_a_terminal_saves_and_shows_no_trac
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs a shell with job control")
 def test_a_run_can_be_suspended_continued_and_then_interrupted(tmp_path):
-    terminal = small_terminal("bash", "--norc", "--noprofile", "-i")
+    terminal = RealTerminal("bash", "--norc", "--noprofile", "-i", PYTHONPATH=str(ROOT))
     command = " ".join(in_small(tmp_path))
     terminal.type(f"PS1='' ; {command} && echo went on\n")
     terminal.read_until("training\r\n")
     terminal.type("\x1a")
     terminal.read_until("Stopped")
     terminal.type("jobs ; fg\n")
-    terminal.read_until("accelerate.py", times=4)  # the line typed, what was stopped, the job, what is continued
+    terminal.read_until("accelerate.py", times=4)  # typed, stopped, listed by jobs, continued
     terminal.type("\x03")
     terminal.read_until("saved\r\n")
     terminal.type("echo the shell has the terminal again ; exit 7\n")
@@ -132,7 +123,7 @@ SLOW_LAUNCHER = """
     main()
 """
 TWO = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-# updates that last, so that the signal falls into one
+# long updates, so that the signal comes during one
 LONG = RUN | dict(total_time_steps=10**6, save_interval=10**6, sample_interval=0, env_num=128, intent_coef=0.0)
 
 
@@ -142,7 +133,7 @@ def real(tmp_path: Path, processes: int, **environment: str) -> Terminal:
     launch = [sys.executable, str(slow), "launch", *(TWO.split() if processes > 1 else [])]
     settings = flags(**LONG | dict(run_dir=tmp_path, progress="plain"))
     command = shlex.join([*launch, "ppo_dialog.py", *settings])
-    # a shell leads the session, as on a real terminal: else the launcher's end would take the terminal away
+    # as on a real terminal, a shell leads the session; else the terminal would close with the launcher
     terminal = RealTerminal("bash", "-c", f"{command} && echo went on; exit $?", TORCH_NUM_THREADS="1", **environment)
     terminal.read_until("update   2 ")
     return terminal
@@ -166,10 +157,10 @@ def test_one_request_under_a_slow_launcher_saves_and_shows_no_traceback(how, pro
 def test_the_second_ctrl_c_under_a_launcher_stops_at_once(processes, tmp_path):
     terminal = real(tmp_path, processes)
     terminal.type("\x03")
-    terminal.read_until("once more to stop at once")
+    terminal.read_until("stops at once")
     terminal.type("\x03")
     assert terminal.end() != 0
-    assert "stopping at once; the last checkpoint stands" in terminal.written, terminal.written[-3000:]
+    assert "stopping at once; the last checkpoint is kept" in terminal.written, terminal.written[-3000:]
     assert checkpoints(tmp_path / "ppo_dialog") == []
 
 
@@ -186,11 +177,8 @@ def test_an_update_that_lasts_longer_than_the_launchers_patience_is_saved(tmp_pa
 
 @pytest.mark.slow
 def test_a_mistake_under_the_launcher_is_one_sentence_on_a_terminal():
-    terminal = RealTerminal("accelerate", "launch", "ppo_dialog.py", "--kl-coef", "-1", PATH=search_path())
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    terminal = RealTerminal("accelerate", "launch", "ppo_dialog.py", "--kl-coef", "-1", PATH=path)
     assert terminal.end() != 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.written)
     assert "error: kl_coef is -1.0; expected a number of at least 0." in text and "Traceback" not in text
-
-
-def search_path() -> str:
-    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -27,12 +27,12 @@ from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 
 from ppo_dialog import PPOConfig, load_causal_lm
 from rewards import score_episodes
-from support import checkpoint
+from support import checkpoint, signals
 from support.builtin import builtin_model
 from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
-from support.run import compute_stats, load_stats, open_run
+from support.run import FolderLock, compute_stats, load_stats, open_run
 from support.trackers import Log
 
 REWARD = """
@@ -178,7 +178,7 @@ def test_output_that_nobody_reads_any_more_does_not_end_a_run_that_is_to_stop():
     """With `| tee log`, Ctrl-C ends tee, and the run goes on to its checkpoint."""
     code = """
         import os, signal
-        from support.checkpoint import StopSignals
+        from support.signals import StopSignals
 
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
@@ -395,7 +395,7 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_owner_dies(tmp_path)
     code = f"""
         import sys
         from pathlib import Path
-        from support.checkpoint import FolderLock
+        from support.run import FolderLock
         lock = FolderLock(Path({str(tmp_path)!r}))
         print("held", flush=True)
         sys.stdin.read()
@@ -403,10 +403,10 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_owner_dies(tmp_path)
     owner = subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"in use by a run that is still going \\(process {owner.pid}\\)"):
-        checkpoint.FolderLock(tmp_path)
+        FolderLock(tmp_path)
     owner.kill()
     owner.wait()
-    checkpoint.FolderLock(tmp_path).release()
+    FolderLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("place", ["file/runs", "/proc/runs"])
@@ -440,12 +440,12 @@ def test_the_second_request_stops_at_once_and_a_copy_of_the_first_does_not(twice
     """The signals in `before` together request one stop after the update; then comes `last`."""
     ended: list[int] = []
     found = SimpleNamespace(several=False, interrupted_too=False, follow=lambda: None, end=lambda: ended.append(1))
-    monkeypatch.setattr(checkpoint, "launcher", lambda: found)
-    monkeypatch.setattr(checkpoint, "signals_come_twice", lambda: twice)
+    monkeypatch.setattr(signals, "launcher", lambda: found)
+    monkeypatch.setattr(signals, "signals_come_twice", lambda: twice)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # StopSignals replaces them
     handlers = {number: signal.getsignal(number) for number in (INT, TERM)}
-    with checkpoint.StopSignals() as stop:
+    with StopSignals() as stop:
         for number in before:
             os.kill(os.getpid(), number)
             assert stop.asked == (143 if before[0] in (ENDED, HUP) else status)
@@ -524,7 +524,7 @@ def test_a_reward_is_asked_about_two_replies_before_the_run_and_the_run_is_the_s
     [
         ("one", r"cannot be called with \(rollout, metrics\): too many positional arguments"),
         ("raises", r"stats raised KeyError: 'absent' \(own_stats.py, line 6\)"),
-        ("words", "stats gave something that is no number"),
+        ("words", "stats returned a value that is not a number"),
     ],
 )
 def test_statistics_that_fail_are_said_in_a_sentence(stats, fault, tmp_path):
