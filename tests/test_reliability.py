@@ -33,6 +33,7 @@ from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
 from support.run import FolderLock, compute_stats, load_stats, open_run
+from support.signals import StopSignals
 from support.trackers import Log
 
 REWARD = """
