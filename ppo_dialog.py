@@ -543,7 +543,7 @@ def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: C
     penalty, scores = None, rollout.scores
     if config.length_rate:
         earned = scores - state.kl.coef * rollout.kl.sum(-1)
-        penalty = state.length.of(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
+        penalty = state.length.penalty(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
         scores = scores - penalty
     scores = leave_one_out(scores, config.samples_per_prompt)
     rewards = token_rewards(rollout, state.kl.coef, scores)
@@ -693,8 +693,8 @@ class TrainState:
     """Counters, controllers and the value scale: the part of a checkpoint that is not weights, optimizer or RNG."""
 
     COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
-
     SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers")
+    SAVED_PARTS = dict(kl=["coef"], length=["correction", "start"], values=["weight", "mean_sum", "square_sum"])
 
     def __init__(self, config: PPOConfig):
         vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which give the next dialogues
@@ -707,19 +707,17 @@ class TrainState:
         self.values = RunningMoments(config.normalize_values)
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in self.SAVED}
-        return counters | {
-            "kl_coef": self.kl.coef,
-            "length_price": dict(price=self.length.price, start=self.length.start),
-            "value_scale": dict(vars(self.values)),
-        }
+        """Return all of it as JSON takes it."""
+        parts = {p: {n: getattr(getattr(self, p), n) for n in names} for p, names in self.SAVED_PARTS.items()}
+        return {name: getattr(self, name) for name in self.SAVED} | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict returned. KeyError for the state of an earlier version."""
         for name in self.SAVED:
             setattr(self, name, state[name])
-        self.kl.coef = state["kl_coef"]
-        vars(self.length).update({name: state["length_price"].get(name, 0.0) for name in ("price", "start")})
-        vars(self.values).update(state["value_scale"])
+        for part, names in self.SAVED_PARTS.items():
+            for name in names:
+                setattr(getattr(self, part), name, state[part][name])
 
     def advance(self, metrics: dict[str, float], config: PPOConfig, seconds: float, rounds: int) -> None:
         """Count an update and adapt the coefficients. `metrics` are those of rollout_metrics and update."""

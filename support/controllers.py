@@ -33,21 +33,21 @@ class LengthController:
 
     - the slope, over length, of the score minus the KL penalty, within replies to one prompt. It removes the reward of
       length itself.
-    - rate / target * (mean length / target - 1), smoothed over rollouts: `price` / target. It is negative if replies
-      are too short. An integral term would oscillate, because the penalty changes how fast the length moves.
+    - rate / target * (mean length / target - 1), smoothed over rollouts: `correction` / target. It is negative for
+      short replies. An integral term would oscillate, because the penalty changes how fast the length moves.
     """
 
     SMOOTHING = 0.4  # weight of the newest rollout; its prompts may need longer or shorter replies by chance
 
     def __init__(self, rate: float, ratio: float = 1.0, start: float = 0.0):
-        self.rate, self.ratio, self.start, self.price = rate, ratio, start, 0.0
+        self.rate, self.ratio, self.start, self.correction = rate, ratio, start, 0.0
 
     @property
     def target(self) -> float:
         """The target for the mean tokens of a reply."""
         return self.ratio * self.start
 
-    def of(
+    def penalty(
         self, lengths: torch.Tensor, scores: torch.Tensor, group: int = 1, reduce: Callable = lambda x: x
     ) -> torch.Tensor:
         """Return the penalty (N,), in units of the score, on replies with `lengths` (N,) tokens, `group` to a prompt.
@@ -61,8 +61,8 @@ class LengthController:
         sums = lengths.new_tensor([(dx * dy).sum(), (dx**2).sum()])
         covariance, variance = reduce(sums).tolist()
         slope = covariance / variance if variance > 0 else 0.0
-        return (slope + self.price / self.target) * (lengths - self.target)
+        return (slope + self.correction / self.target) * (lengths - self.target)
 
     def update(self, mean_length: float) -> None:
         """Adapt the second term to the last rollout's mean length."""
-        self.price += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.price)
+        self.correction += self.SMOOTHING * (self.rate * (mean_length / self.target - 1) - self.correction)

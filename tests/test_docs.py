@@ -281,6 +281,8 @@ def parse_command(words: list[str]) -> None:
                     parsed.check()
                 return
             text = (ROOT / script).read_text()
+            if "WorkOptions" in text:  # options that benchmarks share
+                text += (ROOT / "benchmarks" / "interleaved.py").read_text()
             for option in (o for o in options if o.startswith("--")):
                 name = option.removeprefix("--").split("=")[0]
                 assert f'"--{name}"' in text or re.search(rf"\b{name.replace('-', '_')}: ", text), (script, option)

@@ -475,7 +475,7 @@ def test_a_reward_that_hangs_or_raises_is_named():
             raise UserError("in the user's own words")
 
         score_episodes(refuses, *columns)
-    assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=600)[0].tolist() == [0.5]
+    assert score_episodes(lambda *_: ([0.5], {}), *columns, timeout=600).total.tolist() == [0.5]
 
 
 ASKED = """
@@ -515,7 +515,7 @@ def test_a_reward_is_asked_about_two_replies_before_the_run_and_the_run_is_the_s
         first, second, *_ = sys.modules["user_file_asked"].calls
         assert len(first) == 2 and first[0] and first[1] == "" and len(second) == SHORT["env_num"]
     assert timeless(lines(folders[0])) == timeless(lines(folders[1])) and digest(folders[0]) == digest(folders[1])
-    with pytest.raises(UserError, match=r"ZeroDivisionError.*asked about a human reply and an empty one"):
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*tried before training, on a human reply and an empty one"):
         trained(**settings, reward=f"{file}:faulty", experiment_name="faulty")
     assert not (tmp_path / "faulty").exists()
 

@@ -527,45 +527,45 @@ def test_token_kl_is_the_divergence_on_average():
     assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
 
 
-def test_the_price_of_length_takes_away_what_length_as_such_earns():
+def test_the_length_penalty_removes_the_reward_of_length_itself():
     lengths = torch.tensor([3, 5, 10, 8, 12, 10])
     of_prompt = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0, 7.0])  # independent of length
     scores = of_prompt + 0.25 * lengths
-    net = scores - LengthController(1.0, start=8.0).of(lengths, scores, 3)
+    net = scores - LengthController(1.0, start=8.0).penalty(lengths, scores, 3)
     assert net.view(2, 3).std(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
     random = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    net = random - LengthController(1.0, start=8.0).of(lengths, random, 3)
+    net = random - LengthController(1.0, start=8.0).penalty(lengths, random, 3)
     apart = [(x.view(2, 3) - x.view(2, 3).mean(-1, keepdim=True)).flatten() for x in (net, lengths.float())]
     assert apart[0] @ apart[1] == pytest.approx(0, abs=1e-5) and not torch.allclose(net, random)
     same = torch.tensor([4, 4])
-    assert not LengthController(1.0, start=8.0).of(same, torch.tensor([0.0, 1.0])).any()  # lengths do not differ
+    assert not LengthController(1.0, start=8.0).penalty(same, torch.tensor([0.0, 1.0])).any()  # lengths do not differ
     # the sums of two processes give the penalty of one
     halves = []
-    LengthController(1.0, start=8.0).of(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
-    price = LengthController(1.0, start=8.0).of(lengths[3:], random[3:], 3, lambda x: x + halves[0])
-    assert torch.allclose(price, LengthController(1.0, start=8.0).of(lengths, random, 3)[3:])
+    LengthController(1.0, start=8.0).penalty(lengths[:3], random[:3], 3, lambda x: halves.append(x) or x)
+    penalty = LengthController(1.0, start=8.0).penalty(lengths[3:], random[3:], 3, lambda x: x + halves[0])
+    assert torch.allclose(penalty, LengthController(1.0, start=8.0).penalty(lengths, random, 3)[3:])
 
 
-def test_the_price_of_length_holds_the_mean_at_its_target():
-    price = LengthController(rate=2.0, start=12.0)
+def test_the_length_penalty_keeps_the_mean_at_its_target():
+    controller = LengthController(rate=2.0, start=12.0)
 
     def of(length):
-        return price.of(torch.tensor([length]), torch.tensor([1.0])).item()
+        return controller.penalty(torch.tensor([length]), torch.tensor([1.0])).item()
 
-    price.update(12.0)
+    controller.update(12.0)
     assert of(3) == of(20) == 0
     # a policy whose replies grow by themselves, and grow more slowly under a larger penalty
     length, lengths = 12.0, []
     for _ in range(40):
-        length += 0.1 - 2 * price.price
-        price.update(length)
+        length += 0.1 - 2 * controller.correction
+        controller.update(length)
         lengths.append(length)
     assert max(lengths) < 13 and max(lengths[20:]) - min(lengths[20:]) < 0.1  # no oscillation
-    assert of(24) == pytest.approx(price.price) and price.price > 0
+    assert of(24) == pytest.approx(controller.correction) and controller.correction > 0
     for _ in range(40):  # and replies that shrink by themselves: then the penalty is negative
-        length += -0.1 - 2 * price.price
-        price.update(length)
-    assert 11 < length < 12 and price.price < 0
+        length += -0.1 - 2 * controller.correction
+        controller.update(length)
+    assert 11 < length < 12 and controller.correction < 0
     given = LengthController(rate=0.5, ratio=1.25, start=8.0)
     given.update(12.0)
-    assert given.target == 10 and given.price == pytest.approx(0.4 * 0.5 * 0.2)
+    assert given.target == 10 and given.correction == pytest.approx(0.4 * 0.5 * 0.2)
