@@ -28,7 +28,7 @@ from support.errors import UserError, first_line, import_path, run_script
 from support.options import EVAL_SAMPLING, Sampling
 from support.paths import check_name
 
-if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+if __name__ == "__main__":  # answer --help and mistakes before torch is imported
     check_command_line(PPOConfig, __doc__, parse_config)
 
 import numpy as np
@@ -100,7 +100,7 @@ class BatchSizes:
     replies: int  # replies of this process in a rollout
     group: int  # replies to one prompt, which stay together
     num_mini_batch: int
-    blocks: int  # blocks of slots on this process; each mini-batch has as many replies of one block as of another
+    blocks: int  # of this process, see `derive`
     first_block: int  # number of this process's first block
     micro_batch: int  # tokens of a micro-batch
 
@@ -110,17 +110,19 @@ class BatchSizes:
         rounds = max(1, round(config.episode_length / max_new_tokens))
         replies, group = rounds * config.env_num // processes, config.samples_per_prompt
         num_mini_batch = min(config.num_mini_batch, replies // group)
-        # The largest number of blocks: a mini-batch then holds the same replies for any number of processes
+        # Slots are divided into blocks, and each process has some. A mini-batch has as many replies of one block as of
+        # another. With the largest number of blocks it has the same replies for any number of processes.
         prompts = config.env_num // group
-        even = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
-        even = [b for b in even if rounds * prompts // b % num_mini_batch == 0]
-        blocks = max(even, default=processes) // processes
+        divisors = [b for b in range(processes, prompts + 1, processes) if prompts % b == 0]
+        divisors = [b for b in divisors if rounds * prompts // b % num_mini_batch == 0]
+        blocks = max(divisors, default=processes) // processes
         micro_batch = config.micro_batch_tokens or (16_384 if accelerator.device.type == "cuda" else 1024)
         first_block = accelerator.process_index * blocks
         return cls(rounds, replies, group, num_mini_batch, blocks, first_block, micro_batch)
 
     def mini_batches(self, *stream: int) -> list[torch.Tensor]:
         """Draw the mini-batches of a pass: this process's rows of the rollout, (n, group) each, seeded by `stream`."""
+        # (rounds, blocks, prompts, group) -> (blocks, rounds * prompts, group)
         rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
         shuffled = [
             block[torch.randperm(len(block), generator=make_generator(*stream, self.first_block + i))]
@@ -542,17 +544,17 @@ def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: C
     """Compute token rewards, advantages and returns; update the scale of values. `reduce` sums over processes."""
     penalty, scores = None, rollout.scores
     if config.length_rate:
-        earned = scores - state.kl.coef * rollout.kl.sum(-1)
-        penalty = state.length.penalty(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
+        earned = scores - state.kl_controller.coef * rollout.kl.sum(-1)
+        penalty = state.length_controller.penalty(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
         scores = scores - penalty
     scores = leave_one_out(scores, config.samples_per_prompt)
-    rewards = token_rewards(rollout, state.kl.coef, scores)
+    rewards = token_rewards(rollout, state.kl_controller.coef, scores)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-    old_values = state.values.normalize(rollout.values)  # before the scale is updated
-    state.values.update(*masked_moments(returns, rollout.mask, reduce))
+    old_values = state.value_scale.normalize(rollout.values)  # in the scale of the rollout, which is updated below
+    state.value_scale.update(*masked_moments(returns, rollout.mask, reduce))
     if config.normalize_advantages:
         advantages = whiten(advantages, rollout.mask, reduce)
-    return Batch(rollout, advantages, returns, state.values.normalize(returns), old_values, penalty)
+    return Batch(rollout, advantages, returns, state.value_scale.normalize(returns), old_values, penalty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -577,7 +579,7 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """Return half the squared error of each value (n,), the larger of plain and clipped (Schulman et al., 2017)."""
+    """Return half the squared error of each value (n,), the larger of plain and clipped, as OpenAI Baselines does."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -621,8 +623,8 @@ def update(
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
             tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
             tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
-            accelerator.step, accelerator.gradient_accumulation_steps = 0, parts
-            # Accelerate divides by the parts (DeepSpeed does not), data parallelism by the processes
+            accelerator.step, accelerator.gradient_accumulation_steps = 0, parts  # count the parts from 0 again
+            # Accelerate divides the loss by the parts (DeepSpeed does not), and data parallelism by the processes
             divided = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
             scale = divided * accelerator.num_processes / tokens
             for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
@@ -674,37 +676,40 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
         "value_loss": value_loss(
             values, at_tokens(batch.old_values), at_tokens(batch.targets), config.value_clip_range
         ),
-        # without a bonus the entropy is only logged: minus the sampled tokens' log-probability estimates it
+        # without a bonus, log a cheap estimate: minus the log-probabilities at sampling time
         "entropy": token_entropy(logits, config.temperature, candidates) if config.entropy_coef else -old_logprobs,
     }
     return {name: x.sum() for name, x in stats.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
-
+# State
 
 SAMPLING, SHUFFLING = 0, 1  # what random numbers are for: each purpose has a stream of its own
 SHOWN = 8  # validation dialogues that the sample dialogues are taken from
-LENGTH_PROMPTS = 256  # their mean length is within 2% of that of all, if lengths vary by a third
+LENGTH_PROMPTS = 256  # enough to estimate the mean length of replies within 2%
 
 
 class TrainState:
-    """Counters, controllers and the value scale: the part of a checkpoint that is not weights, optimizer or RNG."""
+    """Counters, controllers, value scale, tracker ids and measurements of the start: what progress.json stores."""
 
     COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
     SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers")
-    SAVED_PARTS = dict(kl=["coef"], length=["correction", "start"], values=["weight", "mean_sum", "square_sum"])
+    SAVED_PARTS = {
+        "kl_controller": ["coef"],
+        "length_controller": ["correction", "start"],
+        "value_scale": ["weight", "mean_sum", "square_sum"],
+    }
 
     def __init__(self, config: PPOConfig):
-        vars(self).update(self.COUNTERS)  # rounds: steps of the environment, which give the next dialogues
+        vars(self).update(self.COUNTERS)  # rounds: calls of env.step
         self.start_reward: float | None = None  # on the validation samples, before training
         self.start_replies: list[str] = []  # to the sample dialogues, before training
         self.best_reward: float | None = None  # the largest of the checkpoints so far
         self.trackers: dict[str, str] = {}  # their ids, with which a resumed run continues the same ones
-        self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
-        self.length = LengthController(config.length_rate, config.length_ratio)
-        self.values = RunningMoments(config.normalize_values)
+        self.kl_controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
+        self.length_controller = LengthController(config.length_rate, config.length_ratio)
+        self.value_scale = RunningMoments(config.normalize_values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as JSON takes it."""
@@ -721,9 +726,9 @@ class TrainState:
 
     def advance(self, metrics: dict[str, float], config: PPOConfig, seconds: float, rounds: int) -> None:
         """Count an update and adapt the coefficients. `metrics` are those of rollout_metrics and update."""
-        self.kl.update(metrics["kl_div"])
+        self.kl_controller.update(metrics["kl_div"])
         if config.length_rate:
-            self.length.update(metrics["mean_output_length"])
+            self.length_controller.update(metrics["mean_output_length"])
         self.updates, self.rounds = self.updates + 1, rounds
         self.env_steps += int(metrics["tokens"])
         self.episodes += int(metrics["episodes"])
@@ -735,6 +740,10 @@ class TrainState:
                 f"(max_skipped_steps is {config.max_skipped_steps}); lower lr and critic_lr, or continue from "
                 "the last checkpoint with --resume."
             )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models, dialogues and reward
 
 
 class Parts:
@@ -754,7 +763,7 @@ class Parts:
             )
         self.codec = DialogueCodec(load_tokenizer(config.tokenizer_path or name), fmt)
         run.stage("loading the models")
-        self.actor_critic = load_actor_critic(config, name, self.codec, run)  # refused first if it cannot be trained
+        self.actor_critic = load_actor_critic(config, name, self.codec, run)  # loaded first, because it may be unusable
         run.stage("reading the dialogues")
         self.samples = load_samples(config, fmt, run)
         run.stage("loading the models")
@@ -788,7 +797,7 @@ class Parts:
 
     @property
     def scores_replies(self) -> bool:
-        """Whether this process scores the replies of an evaluation; the main one does."""
+        """Whether this process scores the replies of an evaluation: the main one, or all of them in lockstep."""
         return self.accelerator.is_main_process or self.lockstep
 
     def reply_settings(self, seed: int, sampling: Sampling = EVAL_SAMPLING) -> ReplySettings:
@@ -909,7 +918,7 @@ def load_reward(
         if judge.note:
             run.say(f"note: {judge.note}")
         with on_device(*models, once=config.gather):
-            for split in ("validation", "train"):  # the latter if the former has no acts
+            for split in ("validation", "train"):  # train if validation has no acts
                 if judge_metrics := measure_judge(judge, samples[split], config.judge_samples):
                     run.say(judge_sentence(judge_metrics, split))
                     break
@@ -936,10 +945,12 @@ def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> Inten
     return judge
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and evaluation
+
+
 def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
     """Measure the model before training: validation reward, sample replies, and the length of replies if controlled."""
-    if state.updates:
-        return
     run.stage("measuring the model before training")
     with keep_random_states(), parts.inference():
         state.start_reward = validation_reward(parts, config)
@@ -949,9 +960,9 @@ def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) 
             samples = parts.samples["train"]
             spread = samples[:: -(-len(samples) // LENGTH_PROMPTS)]
             _, lengths = generate_replies(parts.policy, spread, parts.reply_settings(config.seed, config.sampling))
-            state.length.start = sum(lengths) / len(lengths)
-            target = state.length.target
-            run.say(f"replies have {state.length.start:.1f} tokens before training; the target is {target:.1f}")
+            state.length_controller.start = sum(lengths) / len(lengths)
+            start, target = state.length_controller.start, state.length_controller.target
+            run.say(f"replies have {start:.1f} tokens before training; the target is {target:.1f}")
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
@@ -961,7 +972,7 @@ def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, s
         group["lr"] = lr * (fraction_left if config.lr_schedule == "linear" else 1.0)
 
 
-def uniforms_of(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
+def draw_uniforms(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
     """Draw the random numbers (rounds, num_envs, max_new_tokens) of a rollout; each dialogue slot has its own."""
     shape = parts.sizes.rounds, config.env_num, parts.codec.format.max_new_tokens  # of all processes
     return torch.rand(shape, generator=make_generator(config.seed, update, SAMPLING))[:, parts.env.slots]
@@ -1021,67 +1032,6 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
             run.log_comparison()
 
 
-@own_engine()
-def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
-    """Train, then compare with the model that training began from. Return the run's folder."""
-    config.check()
-    accelerator = make_accelerator(config, config.run_folder)
-    with Run(config, accelerator, notes) as run:
-        set_seed(config.seed)
-        parts = Parts(config, accelerator, run)
-        model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
-        state = TrainState(config)
-        run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
-        measure_start(parts, config, state, run)
-        observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
-        run.heed_signals()
-
-        while state.env_steps < config.total_time_steps and not run.stop_requested():
-            started = time.perf_counter()
-            anneal_learning_rates(optimizer, config, state)
-
-            # 1. collect replies, with their scores and their log-probabilities under policy and reference
-            run.stage("collecting replies")
-            settings, uniforms = parts.rollout_settings(config.sampling), uniforms_of(config, parts, state.updates)
-            parts.actor_critic.eval()
-            with run.checkpoint_on_error(), parts.inference():
-                rollout, observations = collect(
-                    parts.actor_critic, parts.ref_model, env, observations, uniforms, state.values, settings
-                )
-
-            # 2. rewards of tokens, advantages and returns
-            batch = make_batch(rollout, state, config, parts.reduce)
-
-            # 3. improve policy and value
-            run.stage("learning from them")
-            sampled, stream = time.perf_counter(), (config.seed, state.updates, SHUFFLING)
-            losses = update(model, optimizer, accelerator, batch, config, sizes, stream)
-            ended = time.perf_counter()
-
-            # 4. adapt coefficients, log, save
-            metrics = rollout_metrics(batch, state.kl.coef, parts.reduce) | losses
-            state.advance(metrics, config, ended - started, env.rounds - 1)
-            metrics = update_metrics(state, metrics, optimizer, ended - started) | rollout.seconds
-            metrics |= {"update_s": ended - sampled, "peak_memory_mb": peak_memory_mb(accelerator.device)}
-            metrics |= compute_stats(parts.stats, rollout, metrics)
-            best = run.checkpoint_due() and validate(parts, config, state, metrics)
-            if run.dialogue_due():
-                show_dialogue(parts, config, state, metrics, run)
-            run.log(metrics, list(rollout.metrics))
-            if run.checkpoint_due():
-                run.checkpoint(best)
-        run.finish()
-
-        # 5. compare with the start on dialogues that were not trained on
-        evaluate_result(parts, config, run)
-        if run.main and config.lora_merge:
-            save_merged(run.folder)
-        if run.main:
-            show_results(run.folder)
-        run.close()
-    return run.folder
-
-
 def update_metrics(
     state: TrainState, metrics: dict[str, float], optimizer: torch.optim.Optimizer, seconds: float
 ) -> dict[str, float]:
@@ -1128,7 +1078,7 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,
         "mean_output_length": tokens / n,
-        # padding is computed only if the model cannot be packed (support/packing.py); it takes cache memory always
+        # padding costs time only if the model cannot be packed (support/packing.py), but always takes cache memory
         "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
         "tokens": tokens,
@@ -1148,6 +1098,73 @@ def show_results(run: Path) -> None:
             f"`python report.py {run}` tries again",
             flush=True,
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@own_engine()  # so that a process can call it twice
+def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
+    """Train, then compare with the model that training began from. Return the run's folder."""
+    config.check()
+    accelerator = make_accelerator(config, config.run_folder)
+    with Run(config, accelerator, notes) as run:
+        set_seed(config.seed)
+        parts = Parts(config, accelerator, run)
+        model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
+        state = TrainState(config)
+        run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
+        if not state.updates:
+            measure_start(parts, config, state, run)
+        observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
+        run.catch_signals()
+
+        while state.env_steps < config.total_time_steps and not run.stop_requested():
+            started = time.perf_counter()
+            anneal_learning_rates(optimizer, config, state)
+
+            # 1. collect replies, with their scores and their log-probabilities under policy and reference
+            run.stage("collecting replies")
+            settings, uniforms = parts.rollout_settings(config.sampling), draw_uniforms(config, parts, state.updates)
+            parts.actor_critic.eval()
+            with run.checkpoint_on_error(), parts.inference():
+                rollout, observations = collect(
+                    parts.actor_critic, parts.ref_model, env, observations, uniforms, state.value_scale, settings
+                )
+
+            # 2. rewards of tokens, advantages and returns
+            batch = make_batch(rollout, state, config, parts.reduce)
+
+            # 3. improve policy and value
+            run.stage("learning from them")
+            sampled_at, stream = time.perf_counter(), (config.seed, state.updates, SHUFFLING)
+            losses = update(model, optimizer, accelerator, batch, config, sizes, stream)
+            ended = time.perf_counter()
+
+            # 4. adapt coefficients, validate, log, save
+            metrics = rollout_metrics(batch, state.kl_controller.coef, parts.reduce) | losses
+            state.advance(metrics, config, ended - started, env.rounds - 1)
+            metrics = update_metrics(state, metrics, optimizer, ended - started) | rollout.seconds
+            metrics |= {"update_s": ended - sampled_at, "peak_memory_mb": peak_memory_mb(accelerator.device)}
+            metrics |= compute_stats(parts.stats, rollout, metrics)
+            checkpoint_due = run.checkpoint_due()
+            best = checkpoint_due and validate(parts, config, state, metrics)
+            if run.dialogue_due():
+                show_dialogue(parts, config, state, metrics, run)
+            run.log(metrics, list(rollout.metrics))
+            if checkpoint_due:
+                run.checkpoint(best)
+        run.finish()  # exits here after Ctrl-C or SIGTERM
+
+        # 5. compare with the start on dialogues that were not trained on
+        evaluate_result(parts, config, run)
+        if run.main and config.lora_merge:
+            save_merged(run.folder)
+        if run.main:
+            show_results(run.folder)
+        run.close()
+    return run.folder
 
 
 def main() -> None:

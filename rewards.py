@@ -10,9 +10,9 @@ A reward looks at whole replies, a batch at a time:
     def brevity(prompts, responses, references, acts):      # a plain function works too
         return np.array([1 / (1 + len(r.split())) for r in responses])
 
-The default is the tutorial's: intent_coef * intent + meteor_coef * METEOR for each reply. PPO adds to every reward a KL
-penalty for each token (`token_kl`) with an adaptive coefficient (`AdaptiveKL` in support/controllers.py), and with
-length_rate a penalty on length (`LengthController`).
+The default is that of OpenRL's tutorial: intent_coef * intent + meteor_coef * METEOR for each reply. PPO adds a KL
+penalty for each token to every reward (`token_kl`). Its coefficient is adaptive (`AdaptiveKL` in
+support/controllers.py). `length_rate` adds a penalty on length (`LengthController`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Scores:
     total: np.ndarray
     """The scores that PPO maximises: finite numbers."""
     parts: dict[str, np.ndarray] = field(default_factory=dict)
-    """Weighted parts that add up to the total, by name. Their means are logged as reward_NAME and share_NAME."""
+    """Weighted parts, logged as means reward_NAME and share_NAME. They must add up to the total (not checked)."""
     metrics: dict[str, np.ndarray] = field(default_factory=dict)
-    """Other numbers by name, whose means are logged as NAME. NaN for a reply does not count in the mean."""
+    """Other numbers, logged as means NAME. NaN for a reply does not count. A name reward_NAME makes it a part."""
 
     @property
     def statistics(self) -> dict[str, np.ndarray]:
@@ -244,7 +244,7 @@ def check_acts(samples: Sequence[Sample]) -> None:
 def check_reward(score: Callable, sample: Sample, group: int) -> None:
     """Try the reward on a human reply and an empty one, so that its faults appear before the first rollout.
 
-    Both reply to one prompt, in turn, `group` times in all but at least twice. `score` is a checked call of the
+    The two alternate, max(2, group) replies to one prompt in all. `score` is a checked call of the
     reward (score_episodes). Random numbers that the reward draws do not change those of the run.
     """
     replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
@@ -277,9 +277,9 @@ def keep_random_states() -> Iterator[None]:
 
 
 class Intent(Reward):
-    """1 if the judge's dialogue act for the response, given the last utterance, is the act of the human reply.
+    """1 if the judge gives the response the dialogue act of the human reply, else 0.
 
-    For a human reply without an act the score is 0 and the metric `intent` is NaN.
+    The judge also reads the last utterance. For a human reply without an act, the score is 0 and the metric is NaN.
     """
 
     def __init__(self, intent_model: str):
@@ -297,7 +297,7 @@ class Intent(Reward):
 def intent_hits(
     judge: IntentJudge, previous: Sequence[str], responses: Sequence[str], acts: Sequence[int]
 ) -> np.ndarray:
-    """Return (N,): 1.0 if the judge's act for the response, said after `previous`, is the human reply's, else 0.
+    """Return (N,): 1.0 if the judge gives the response, after `previous`, the act of the human reply, else 0.
 
     An empty response has 0. NaN if the human reply has no act.
     """
@@ -320,9 +320,9 @@ class Meteor(Reward):
 class MBRConsensus(Meteor):
     """Mean METEOR of the response against the other replies to its prompt; 0 for a single reply.
 
-    One human reply is a noisy reference, and the policy's own replies are many. A reply close to them has a high METEOR
-    on average over what people may say. This is the criterion of minimum Bayes risk decoding (Eikema & Aziz, 2020). By
-    itself it leads to one reply for all prompts, see `CrossPromptOverlap`. Replies to one prompt are neighbours.
+    One human reply is a noisy reference. The mean over many sampled replies is less noisy. This is the criterion of
+    minimum Bayes risk decoding (Eikema & Aziz, 2020). By itself it leads to one reply for all prompts, see
+    `CrossPromptOverlap`. Replies to one prompt are neighbours.
     """
 
     def __call__(self, prompts, responses, references, acts):
@@ -335,7 +335,7 @@ class MBRConsensus(Meteor):
 
 
 class CrossPromptOverlap(Reward):
-    """Minus the share of a reply's word pairs that replies to other prompts have too; 0 for a single reply.
+    """Minus the share of a reply's word pairs that replies to other prompts have too; 0 if the prompt has one reply.
 
     Pairs are neighbouring words. Such pairs are what lowers distinct-2.
     """
@@ -410,6 +410,6 @@ def last_utterance(prompt: str, eou_marker: str) -> str:
 def token_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return log pi(a|s) - log pi_ref(a|s) of each sampled token (B, T), 0 where masked.
 
-    This is a sample of the KL divergence at each token: its mean under the policy is KL(pi || pi_ref).
+    This is a sample of the KL divergence at each token: without top-k and top-p its mean is KL(pi || pi_ref).
     """
     return (logprobs - ref_logprobs) * mask

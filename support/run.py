@@ -64,16 +64,17 @@ class Run:
         self.main = accelerator.is_main_process
         self.monitor = Monitor(config)
         self.stop = StopSignals()
-        self.requested = 0  # exit status after a request to stop
-        self.saved = 0  # the last update that is saved
+        self.exit_status = 0  # exit status after a request to stop
+        self.last_saved_update = 0  # the last update that is saved
         self.at_end = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         if self.main and self.folder.is_dir():
             FolderLock(self.folder).release()  # raises if it is in use, before models are loaded
         use_all_cores(self.accelerator.num_processes)
+        # StopSignals may replace these streams; restore them at the end
         for redirect in (contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr)):
-            self.at_end.enter_context(redirect)  # restores what StopSignals replaces
+            self.at_end.enter_context(redirect)
         self.at_end.enter_context(self.monitor)
         for note in self.notes:
             self.say(f"note: {note}")
@@ -139,33 +140,33 @@ class Run:
         self.trackers = Log(accelerator)
         if judged and not point:
             self.trackers({f"judge_{name}": judged[name] for name in ("accuracy", "macro_f1", "chance")}, step=0)
-        self.saved = state.updates
+        self.last_saved_update = state.updates
         weak = warn_of_judge(judged["accuracy"], WEAK_JUDGE) if judged else {}
         self.monitor.begin(self.folder, state.updates, codec.format.max_new_tokens, weak)
 
-    def heed_signals(self) -> None:
+    def catch_signals(self) -> None:
         """Let Ctrl-C and SIGTERM stop the run after the current update, until `finish`."""
         self.signals = self.at_end.enter_context(contextlib.ExitStack())
         self.signals.enter_context(self.stop)
 
     def stop_requested(self) -> bool:
-        """Return whether any process got a request to stop, so that all leave the loop after the same update."""
-        self.requested = max_over_processes(self.stop.asked, self.accelerator)
-        return bool(self.requested)
+        """Return whether any process got a request to stop. All processes call this, and leave the loop together."""
+        self.exit_status = max_over_processes(self.stop.asked, self.accelerator)
+        return bool(self.exit_status)
 
     def finish(self) -> None:
         """Save the last update if it is not saved, and end the display. Exit if a signal requested it."""
-        if self.state.updates > self.saved:
+        if self.state.updates > self.last_saved_update:
             self.checkpoint()
         self.signals.close()
         self.monitor.close()
-        if self.requested:
+        if self.exit_status:
             self.accelerator.wait_for_everyone()
             if launcher():
                 launcher().all_saved = True
             self.trackers.close()
             self.say(f"stopped after update {self.state.updates}; go on with --resume")
-            sys.exit(self.requested)
+            sys.exit(self.exit_status)
 
     def close(self) -> None:
         """Close the trackers, and print speed, memory and the folder of the results."""
@@ -216,11 +217,11 @@ class Run:
         try:
             with fail_together(self.accelerator):
                 for folder in (self.folder, self.folder / "best")[: 1 + best] if self.main else ():
-                    save_policy(self.actor_critic, self.codec, self.state.values, folder, weights)
-            # last: it has the best reward, so a run that was killed before repeats this update and writes best/ again
+                    save_policy(self.actor_critic, self.codec, self.state.value_scale, folder, weights)
+            # Save the checkpoint last. If the run is killed before it, the resumed run repeats this update and best/.
             state = self.state.state_dict()
             save_checkpoint(self.accelerator, self.folder, self.state.updates, state, self.config.keep_checkpoints)
-            self.saved = self.state.updates
+            self.last_saved_update = self.state.updates
         except OSError as error:
             self.say(f"WARNING: update {self.state.updates} could not be saved ({error}); earlier checkpoints are kept")
 
@@ -228,18 +229,18 @@ class Run:
     def checkpoint_on_error(self) -> Iterator[None]:
         """Save the last update if the block fails, in a run of one process.
 
-        The block must not change weights and state.
+        The block must not change weights or state.
         """
         try:
             yield
         except Exception:
-            if self.accelerator.num_processes == 1 and self.state.updates > self.saved:
+            if self.accelerator.num_processes == 1 and self.state.updates > self.last_saved_update:
                 self.checkpoint()
             raise
 
 
 class FolderLock:
-    """The lock of a run's folder. The system releases it when the process ends, in any way."""
+    """The lock of a run's folder. The system releases it when the process ends, however it ends."""
 
     def __init__(self, run: Path):
         self.file = open(run / ".lock", "a+", encoding="utf-8")  # open while the run lasts

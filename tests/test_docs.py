@@ -297,8 +297,10 @@ def of_speed(block: Block):
 
 
 @pytest.mark.parametrize("block", [of_speed(b) for b in BLOCKS if b.is_commands])
-def test_commands_run(block, clone):
+def test_commands_run(block, clone, monkeypatch):
     for words in block.commands():
+        while re.fullmatch("[A-Z_]+=.*", words[0]):  # a variable for the command
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
         assert words[0] in PROGRAMS, f"{block}: tests/test_docs.py does not know the program {words[0]}"
         if not_run(words):
             parse_command(words)

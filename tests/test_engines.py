@@ -27,7 +27,7 @@ ENGINES = {
     "fsdp2_offload": {},
 }
 NUMBERS = "score intent meteor reward_intent reward_meteor kl_div episode_reward mean_output_length alpha".split()
-NUMBERS += "validation_reward policy_loss value_loss approx_kl clipfrac grad_norm explained_variance".split()
+NUMBERS += "policy_loss value_loss approx_kl clipfrac grad_norm explained_variance".split()
 
 
 def launch_by(engine: str, processes: int = 2) -> list[str]:

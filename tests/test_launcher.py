@@ -181,4 +181,4 @@ def test_a_mistake_under_the_launcher_is_one_sentence_on_a_terminal():
     terminal = RealTerminal("accelerate", "launch", "ppo_dialog.py", "--kl-coef", "-1", PATH=path)
     assert terminal.end() != 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.written)
-    assert "error: kl_coef is -1.0; expected a number of at least 0." in text and "Traceback" not in text
+    assert "error: kl_coef is -1.0; expected a number greater than or equal to 0." in text and "Traceback" not in text

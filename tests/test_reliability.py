@@ -246,10 +246,10 @@ def test_killed_at_twenty_random_moments_it_still_becomes_the_same_run(tmp_path)
 MOMENTS = {  # module, function, and how many calls of it succeed before the kill
     "between sampling and scoring": ("ppo_dialog", "token_kl", 3),
     "between two micro-batches of an update": ("ppo_dialog", "policy_loss", 14),
-    "with metrics ahead of the checkpoint": ("ppo_dialog", "save_checkpoint", 1),
+    "with metrics ahead of the checkpoint": ("run", "save_checkpoint", 1),
     "before the manifest of a checkpoint": ("checkpoint", "fingerprint", 6),
     "with a whole checkpoint that has no name yet": ("checkpoint", "remove", 1),
-    "between the policy and the best one": ("ppo_dialog", "save", 1),
+    "between the policy and the best one": ("run", "save_policy", 1),
 }
 
 
@@ -265,7 +265,7 @@ def test_killed_at_the_worst_moments_it_becomes_the_same_run(moment, unharmed, t
     code = f"""
         import os, signal, sys
         import ppo_dialog
-        from support import checkpoint
+        from support import checkpoint, run
         from support.errors import run_script
 
         spared, original = {before}, {module}.{name}
