@@ -45,7 +45,7 @@ def run_engine(engine: str, folder: Path, config: EnginesConfig) -> Figures:
         launch += ["--config_file", str(CONFIGS / f"{engine}.yaml"), "--num_processes", str(config.processes)]
         launch += ["--mixed_precision", "no", "--main_process_port", "0"]
     work = ThroughputConfig(size=config.size, updates=config.updates, data_path=config.data_path)
-    settings = ppo_settings(work, folder) | dict(validation_limit=0, experiment_name=engine or "alone")
+    settings = ppo_settings(work, folder) | dict(experiment_name=engine or "alone")
     (folder / "settings.yaml").write_text(json.dumps(settings))
     command = [*launch, str(ROOT / "ppo_dialog.py"), "--config", str(folder / "settings.yaml")]
     run_process(engine or "alone", command, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

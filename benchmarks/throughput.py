@@ -183,6 +183,7 @@ def ppo_settings(config: ThroughputConfig, folder: Path) -> dict[str, Any]:
         judge_samples=64,
         sample_interval=0,
         eval_limit=-1,
+        validation_limit=0,
         run_dir=str(folder / "runs"),
     )
 
