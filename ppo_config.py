@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from support.config import HIDDEN, NamedValues
 from support.errors import UserError
-from support.options import Above0, EngineOptions, Number, RunOptions, Sampling, Share, Weight, check_values
+from support.options import Above0, EngineOptions, Number, Positive, RunOptions, Sampling, Share, Weight, check_values
 from support.paths import check_data, check_models
 from support.text import FormatOptions
 
@@ -65,7 +65,7 @@ class RewardOptions:
     """Seconds that a call of the reward may take before the run ends (0: no limit)."""
     kl_coef: Weight = 0.2
     """Initial coefficient (alpha) of the KL penalty (0: no penalty, KL is only measured)."""
-    kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    kl_target: Positive = 0.05
     """Target of the KL per token, in nats; alpha adapts to it."""
     kl_rate: Annotated[float, Field(ge=0, lt=5)] = 0.1
     """How fast alpha adapts after each rollout (0: it stays)."""
@@ -73,7 +73,7 @@ class RewardOptions:
     """Bound on the relative error of KL by which alpha adapts."""
     length_rate: Weight = 0.0
     """How strongly a penalty on tokens keeps the mean length of replies at its target (0: no penalty)."""
-    length_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    length_ratio: Positive = 1.0
     """Target of the mean length, as a multiple of the mean length before training."""
 
 

@@ -22,6 +22,7 @@ Placement = Literal["replicated", "offloaded", "sharded"]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TEMPLATE_NEW_TOKENS = 200  # limit of a chat model's reply, unless --max-new-tokens gives one
 
@@ -61,7 +62,7 @@ def check_values(options: Any) -> None:
 class Sampling:
     """The distribution that a token is sampled from."""
 
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Positive = 1.0
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_new_tokens: NonNegativeInt = 0
