@@ -8,8 +8,8 @@
     python chat.py FOLDER --prompt "How are you ?"   # one reply, then end
     python chat.py FOLDER < lines.txt > replies.txt  # a reply to each line: no prompts, no banner
 
-A model with a chat template and without our dialogue_format.json is talked to through its template (`--system` gives it
-a role). Any other model sees the last utterances joined as in training (see DialogueFormat in support/text.py).
+A model is talked to through its chat template, as it was trained (`--system-prompt` gives it a role). A model without
+one sees the last utterances joined by a marker (see `joined_template` in support/text.py).
 
 At the terminal `/help` lists the commands; the bare words `reset`, `help`, `quit` and `exit` are commands too. Ctrl-C
 stops a reply. At the prompt, Ctrl-D or two Ctrl-C in a row leave. Lines are kept for the next session in
@@ -37,7 +37,7 @@ from typing import Any
 from support.config import check_command_line, command_line
 from support.errors import UserError, did_you_mean, run_script
 from support.options import AgentConfig
-from support.paths import check_models
+from support.paths import check_models, check_template
 
 
 @dataclass
@@ -70,6 +70,7 @@ class ChatConfig(ConversationOptions, AgentConfig):
             raise UserError("--web and --prompt were both given; expected one of them.")
         for name in (self.path, self.versus):
             check_models(model=name, tokenizer=self.tokenizer_path, intent_model=self.intent_model)
+        check_template(self.template)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -106,16 +107,17 @@ def open_agents(config: ChatConfig) -> list[Agent]:
     settings = {f.name: getattr(config, f.name) for f in fields(AgentConfig)}
     if not config.versus:
         return [Agent(**settings)]
-    apart = settings | dict(system="", spaced=False)
+    apart = settings | dict(system_prompt=None, spaced=False)
     agents = [Agent(**apart)]
     agents.append(agents[0].twin() if config.versus == config.path else Agent(**apart | {"path": config.versus}))
-    for option, template in (("system", True), ("spaced", False)):
+    for option, attribute, template in (("system_prompt", "system", True), ("spaced", "spaced", False)):
         fitting = [agent for agent in agents if agent.uses_template == template]
         if settings[option] and not fitting:
             how = "through a chat template" if template else "in the dialogue format"
+            option = option.replace("_", "-")
             raise UserError(f"--{option} is for a model that is talked to {how}; neither of the two is.")
-        for agent in fitting:
-            setattr(agent, option, settings[option])
+        for agent in fitting if settings[option] else ():
+            setattr(agent, attribute, settings[option])
     return agents
 
 

@@ -1,8 +1,8 @@
 """The environment: it returns the prompts of dialogues and scores the replies (Gymnasium's vector API).
 
     dialogues = load_dialogues("builtin", "train")            # support/data.py: hub names, folders and files as well
-    codec = DialogueCodec(load_tokenizer("gpt2"), DialogueFormat())            # support/text.py
-    env = DialogueVectorEnv(make_samples(dialogues, codec.format), codec, env_num=2, reward=my_reward)
+    codec = load_codec("gpt2")                                # support/models.py: tokenizer and chat template
+    env = DialogueVectorEnv(make_samples(dialogues, codec), codec, env_num=2, reward=my_reward)
     observations, infos = env.reset(seed=0)
     observations, rewards, terminations, truncations, infos = env.step(["Sure, why not.", "At six."])
 
@@ -23,7 +23,8 @@ from gymnasium.vector.utils import batch_space
 
 from rewards import Scores, checked_scores
 from support.errors import UserError
-from support.text import DialogueCodec, Sample, drop_torn_characters
+from support.samples import Sample, Samples, pick
+from support.text import DialogueCodec, drop_torn_characters
 
 
 class DialogueVectorEnv(VectorEnv):
@@ -44,7 +45,7 @@ class DialogueVectorEnv(VectorEnv):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Samples | Sequence[Sample],
         codec: DialogueCodec,
         env_num: int,
         reward: Callable[..., Any] | None = None,
@@ -53,10 +54,8 @@ class DialogueVectorEnv(VectorEnv):
         samples_per_prompt: int = 1,
     ):
         if not samples:
-            n = codec.format.context_utterances
-            raise UserError(
-                f"no dialogue has more than {n} utterances: none gives a sample with context_utterances {n}."
-            )
+            least = 2 if codec.format.template else codec.format.context_utterances + 1
+            raise UserError(f"there is no sample: no dialogue has {least} utterances or more, with a reply to learn.")
         if env_num < 1 or env_num % num_processes:
             raise UserError(f"env_num is {env_num}; expected a positive multiple of the {num_processes} process(es).")
         self.samples_per_prompt = samples_per_prompt
@@ -108,18 +107,21 @@ class DialogueVectorEnv(VectorEnv):
 
     def _next_dialogues(self):
         first = self.rounds * self.env_num + self.slots.start
-        self._current = [self._sample((first + slot) // self.samples_per_prompt) for slot in range(self.num_envs)]
+        self._current = self._take([(first + slot) // self.samples_per_prompt for slot in range(self.num_envs)])
         self.rounds += 1
-        ids, mask = self.codec.encode_prompts([s.prompt for s in self._current], pad_to_max=True)
+        ids, mask = self.codec.encode_prompts([s.prompt_ids for s in self._current], pad_to_max=True)
         self._observations = {"input_ids": ids, "attention_mask": mask}
         return self._observations, _infos(self._current)
 
-    def _sample(self, position: int) -> Sample:
-        epoch, index = divmod(position, len(self.samples))
-        return self.samples[_epoch_order(self.seed, epoch, len(self.samples))[index]]
+    def _take(self, positions: Sequence[int]) -> list[Sample]:
+        """The samples at these places of an endless sequence of epochs."""
+        places = [divmod(position, len(self.samples)) for position in positions]
+        indices = [int(_epoch_order(self.seed, epoch, len(self.samples))[i]) for epoch, i in places]
+        return pick(self.samples, indices)
 
     def _text(self, action: str) -> str:
-        return drop_torn_characters(action).split(self.codec.format.eou_marker.strip())[0].strip()
+        text, stop = drop_torn_characters(action), self.codec.stop
+        return (text.partition(stop)[0] if stop else text).strip()
 
 
 @functools.lru_cache(2)

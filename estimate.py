@@ -4,8 +4,9 @@
     python estimate.py --config my.yaml --engine zero3 --processes 8 --mixed-precision bf16 --device cuda
     python estimate.py --model-path FOLDER --lora-rank 16 --tflops 150   # FOLDER needs no more than config.json
 
-Nothing is loaded but the models' configurations. Weights are counted on the models' own classes without memory behind
-them, and what an update keeps for its backward pass is what autograd would keep, layer by layer.
+No weights are loaded. They are counted on the models' own classes without memory behind them, and what an update keeps
+for its backward pass is what autograd would keep, layer by layer. Memory is that of the longest texts. Operations are
+those of the mean lengths in the data, if the model's tokenizer is there.
 """
 
 from __future__ import annotations
@@ -54,8 +55,17 @@ from transformers import AutoModelForSequenceClassification as AutoJudge
 from support.builtin import resolve_model
 from support.judge import check_judge
 from support.libraries import quiet_libraries
-from support.models import add_lora, disable_dropout, enable_gradient_checkpointing
-from support.pretrained import check_causal, check_positions, count_parameters, fuse_gelu, load_pretrained
+from support.models import add_lora, disable_dropout, enable_gradient_checkpointing, load_codec
+from support.pretrained import (
+    check_causal,
+    check_positions,
+    count_parameters,
+    fuse_gelu,
+    load_pretrained,
+    positions_of,
+)
+from support.samples import LOOKED_AT, load_samples
+from support.text import DialogueFormat
 
 GIB = 2**30
 FAKE = FakeTensorMode()  # tensors without memory, as on "meta"; FAKE knows autocast, "meta" knows adapters
@@ -152,9 +162,18 @@ class Estimate:
     """
 
     def __init__(
-        self, config: EstimateConfig, policy: PreTrainedConfig, judge: PreTrainedConfig | None, max_new_tokens: int
+        self,
+        config: EstimateConfig,
+        policy: PreTrainedConfig,
+        judge: PreTrainedConfig | None,
+        fmt: DialogueFormat,
+        mean_lengths: tuple[float, float] | None = None,
     ):
+        """`mean_lengths` are the tokens of a mean prompt and of a mean reply; left out, all have the longest."""
         config.check()
+        parameters = count_parameters(empty_model(AutoModelForCausalLM, policy, meta=True))
+        text_tokens = fmt.max_prompt_tokens + fmt.max_new_tokens
+        config = config.fitted(parameters, text_tokens, config.processes, config.device == "cuda")
         config.check_processes(config.processes)
         self.config, self.policy, engine = config, policy, config.engine
         self.deepspeed = engine.startswith("zero")
@@ -167,12 +186,13 @@ class Estimate:
         self.autocast = None if half_weights else self.half
 
         # texts: the longest prompts, and replies that do not end early
-        self.new_tokens, self.prompt = max_new_tokens, config.max_prompt_tokens or 128
-        self.length = self.prompt + max_new_tokens
+        self.new_tokens, self.prompt = fmt.max_new_tokens, fmt.max_prompt_tokens
+        self.length = text_tokens
+        self.mean_prompt, self.mean_reply = mean_lengths or (self.prompt, self.new_tokens)
         self.replies = config.env_num // config.processes
-        rounds = max(1, round(config.episode_length / max_new_tokens))
+        rounds = max(1, round(config.episode_length / self.new_tokens))
         self.texts = rounds * config.env_num
-        self.tokens = self.texts * max_new_tokens  # generated in an update, by all processes
+        self.tokens = round(self.texts * self.mean_reply)  # generated in an update, by all processes
         micro_batch = config.micro_batch_tokens or (16_384 if config.device == "cuda" else 1024)
         self.micro_batch = int(min(micro_batch, rounds * self.replies * self.length / config.num_mini_batch))
 
@@ -269,8 +289,9 @@ class Estimate:
     def flops(self) -> float:
         """A forward pass in the rollout, one of the reference, three for each epoch; the head on replies alone."""
         config, policy = self.config, self.policy
-        per_text = 2 * (self.sizes.whole - self.head) * self.length + 2 * self.head * self.new_tokens
-        per_text += 2 * policy.num_hidden_layers * policy.hidden_size * self.length**2
+        length = self.mean_prompt + self.mean_reply
+        per_text = 2 * (self.sizes.whole - self.head) * length + 2 * self.head * self.mean_reply
+        per_text += 2 * policy.num_hidden_layers * policy.hidden_size * length**2
         learning = 3 if not config.lora_rank else 2
         return self.texts * per_text * (2 + learning * config.ppo_epoch * (1 if config.use_share_model else 2))
 
@@ -290,6 +311,10 @@ class Estimate:
         if self.on_cpu:
             lines.append(row("", "in CPU memory", self.on_cpu))
         lines.append(
+            f"texts: prompts of at most {self.prompt:,} tokens ({self.mean_prompt:,.0f} on average), replies of "
+            f"at most {self.new_tokens:,} ({self.mean_reply:,.0f}); env_num {config.env_num}"
+        )
+        lines.append(
             f"an update: {self.tokens:,} tokens, {self.flops / 1e12:,.1f} * 10^12 operations, "
             f"{each / 1e12:,.2f} of each process"
         )
@@ -301,10 +326,32 @@ class Estimate:
                 f"{updates * seconds / 3600:,.2f} h"
             )
         lines.append(
-            "On a CPU, Python and its libraries take 0.6 GiB more; on a GPU, its driver does. Replies that end early "
-            "need less."
+            "On a CPU, Python and its libraries take 0.6 GiB more; on a GPU, its driver does. Memory is that of the "
+            "longest texts, so shorter ones need less."
         )
         return "\n".join(lines)
+
+
+def texts_of(
+    config: EstimateConfig, folder: str, positions: int | None
+) -> tuple[DialogueFormat, tuple[float, float] | None, bool]:
+    """Return the format of a run's texts, the mean tokens of prompts and human replies, and whether there are acts.
+
+    Without a tokenizer in the model's folder, the longest lengths are all that is known.
+    """
+    try:
+        codec = load_codec(folder, config.tokenizer_path or folder, config)
+    except UserError as error:
+        print(f"note: the lengths are those of the settings, not of the data ({error})")
+        given = {n: v for n in ("max_prompt_tokens", "max_new_tokens") if (v := getattr(config, n))}
+        return DialogueFormat.load(folder, **given), None, True
+    codec, samples = load_samples(config, codec, folder, ("train",), print, positions)
+    train = samples["train"]
+    some = train.take(range(0, len(train), max(1, len(train) // LOOKED_AT)))
+    targets = codec.encode_targets([s.messages for s in some], [s.reply for s in some])
+    prompt = sum(len(s.prompt_ids) for s in some) / len(some)
+    reply = sum(min(len(target), codec.format.max_new_tokens) for target in targets) / len(some)
+    return codec.format, (prompt, reply if train.has_references else codec.format.max_new_tokens), any(train.acts)
 
 
 def main() -> None:
@@ -315,14 +362,14 @@ def main() -> None:
     folder = resolve_model(config.model_path)
     architecture = load_pretrained(AutoConfig, folder, "model")
     check_causal("model", folder, architecture)
-    fmt = config.dialogue_format(folder)
+    fmt, mean_lengths, has_acts = texts_of(config, folder, positions_of(architecture))
     check_positions(architecture, fmt, folder)
     judge = None
-    if config.rewards_intent:
+    if config.rewards_intent and has_acts:
         judge_folder = resolve_model(config.intent_model, "judge")
         check_judge(judge_folder)
         judge = load_pretrained(AutoConfig, judge_folder, "intent model")
-    print(Estimate(config, architecture, judge, fmt.max_new_tokens).describe())
+    print(Estimate(config, architecture, judge, fmt, mean_lengths).describe())
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, first_line, run_script
-from support.options import EVAL_SAMPLING, Sampling, check_values
-from support.paths import check_data, check_file_to_write, check_models
+from support.options import EVAL_SAMPLING, SampleOptions, Sampling, TextOptions, check_values
+from support.paths import check_data, check_file_to_write, check_models, check_template
 
 
 @dataclass
-class EvalConfig:
-    """Evaluation of a dialogue model, against a baseline where one is given."""
+class EvalOptions:
+    """Models, data, and how replies are generated."""
 
     model_path: str = tyro.MISSING
     """Model to evaluate: 'builtin', a run folder of ppo_dialog.py, a Hugging Face folder or a hub name; or a file of
@@ -85,6 +85,11 @@ class EvalConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Run the models under autocast to bf16."""
 
+
+@dataclass
+class EvalConfig(TextOptions, SampleOptions, EvalOptions):
+    """Evaluation of a dialogue model, against a baseline where one is given."""
+
     def __post_init__(self):
         check_values(self)
 
@@ -97,6 +102,7 @@ class EvalConfig:
                 check_models(model=name)
         check_models(intent_model=self.intent_model, second_intent_model=self.second_intent_model)
         check_data(self.data_path)
+        check_template(self.template)
 
     @property
     def sampling(self) -> Sampling:
@@ -117,7 +123,7 @@ from transformers import AutoConfig
 
 from rewards import Scores, intent_hits
 from support.builtin import resolve_model
-from support.data import load_dialogues
+from support.data import Dialogue, Dialogues, form_sentence, load_dialogues
 from support.files import nan_to_none, write_json
 from support.generation import ReplySettings, Report, generate_replies, reply_log_likelihoods
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
@@ -126,9 +132,20 @@ from support.live_display import can_draw, show_bar
 from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
 from support.metric_names import LABELS
-from support.models import load_causal_lm, longest_text
-from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer
-from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, Sample, count_of_samples, make_samples
+from support.models import load_causal_lm, load_codec, longest_text
+from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
+from support.samples import (
+    Sample,
+    Samples,
+    check_format,
+    choose_lengths,
+    describe_samples,
+    lengths_to_choose,
+    make_samples,
+    pick,
+    why_no_samples,
+)
+from support.text import FORMAT_FILE, DialogueCodec
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,11 +262,12 @@ class Evaluation:
     references: list[str]  # the human replies
     # (N,) each: ROUGE, meteor, mean_output_length, and intent with a judge; NaN if the human reply has no act
     scores: dict[str, np.ndarray]
-    bleu: np.ndarray  # (N, 10), see bleu_statistics
+    bleu: np.ndarray | None  # (N, 10), see bleu_statistics; None without human replies
     ngrams: dict[str, NGrams]  # distinct1 and distinct2
     reply_log_likelihoods: np.ndarray  # (N,) of each human reply with its marker, in nats
     reply_tokens: np.ndarray  # (N,) tokens of each human reply with its marker
     seconds: float  # wall time of generation and metrics together
+    turns: np.ndarray | None = None  # (N,) which reply of its conversation each is, counted from 1
 
     def metrics(self, weights: np.ndarray | None = None) -> dict[str, float | None]:
         """Return every metric of LABELS, in that order. With `weights` (N,), sample i counts weights[i] times.
@@ -264,7 +282,8 @@ class Evaluation:
         for name, scores in self.scores.items():
             counted = weights * ~np.isnan(scores)
             values[name] = float(counted @ np.nan_to_num(scores) / counted.sum()) if counted.any() else None
-        values["sacrebleu"] = bleu_of(weights @ self.bleu)
+        if self.bleu is not None:
+            values["sacrebleu"] = bleu_of(weights @ self.bleu)
         values |= {name: ngrams.distinct(weights) for name, ngrams in self.ngrams.items()}
         if tokens := weights @ self.reply_tokens:
             loss = -(weights @ self.reply_log_likelihoods) / tokens
@@ -282,40 +301,48 @@ class Answers:
     reply_tokens: list[int]  # of each human reply with its marker
     seconds: float
 
-    def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
-        """Write the format of the prompts and a line of JSON for each sample. The file appears when it is complete."""
+    def save(self, file: Path, samples: Sequence[Sample]) -> None:
+        """Write a line of JSON for each sample. The file appears when it is complete."""
         columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
         names = "text", "length", "reply_log_likelihood", "reply_tokens"
         lines = [
-            json.dumps({"prompt": s.prompt, "reply": s.reply, "act": s.act} | dict(zip(names, row)), ensure_ascii=False)
+            json.dumps(
+                {"dialogue": s.key[0], "utterance": s.key[1], "prompt": s.prompt, "messages": list(s.messages)}
+                | {"reply": s.reply, "act": s.act}
+                | dict(zip(names, row)),
+                ensure_ascii=False,
+            )
             for s, row in zip(samples, zip(*columns))
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(file.name + ".part")
-        head = json.dumps({"seconds": self.seconds, "format": dataclasses.asdict(fmt)})
-        aside.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+        aside.write_text("\n".join([json.dumps({"seconds": self.seconds}), *lines]) + "\n", encoding="utf-8")
         aside.replace(file)
 
     @classmethod
-    def load(
-        cls, file: Path, samples_of: Callable[[DialogueFormat], Sequence[Sample]], fmt: DialogueFormat | None = None
-    ) -> tuple[Answers, DialogueFormat]:
-        """Read the answers in a file, and the format of its prompts.
-
-        UserError unless they answer the samples that `samples_of` makes of that format, or of `fmt` if it is given.
-        """
+    def load(cls, file: Path, dialogues: Sequence[Dialogue]) -> tuple[Answers, list[Sample]]:
+        """Read the answers in a file, and the samples that they answer. UserError unless `dialogues` has these."""
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-            fmt = fmt or DialogueFormat(**first["format"])
-            samples = samples_of(fmt)
-            same = [(r["prompt"], r["reply"], r["act"]) for r in rows] == [(s.prompt, s.reply, s.act) for s in samples]
             columns = [[r[n] for r in rows] for n in ("text", "length", "reply_log_likelihood", "reply_tokens")]
             answers = cls(*columns, first["seconds"])
+            samples = [
+                Sample(tuple(r["messages"]), r["prompt"], r["reply"], r["act"], key=(r["dialogue"], r["utterance"]))
+                for r in rows
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{file}' is not a file of replies written by --replies ({first_line(error)}).") from error
-        if not same:
-            raise UserError(f"the replies in '{file}' answer other samples; use the same data, split and limit.")
-        return answers, fmt
+        for sample in samples:
+            number, at = sample.key
+            known = dialogues[number].utterances if number < len(dialogues) else ()
+            if (known[at] if at < len(known) else "") != sample.reply:
+                raise UserError(f"the replies in '{file}' answer other samples; use the same data, split and limit.")
+        return answers, samples
+
+    def of(self, indices: Sequence[int]) -> Answers:
+        """Return the answers to some of the samples."""
+        columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
+        return Answers(*([column[i] for i in indices] for column in columns), self.seconds)
 
 
 def answer(
@@ -329,11 +356,11 @@ def answer(
 
     Without `perplexity` the scores of the human replies are zeros. The model stays on its device.
     """
-    started, training = time.perf_counter(), model.training
+    started, training, samples = time.perf_counter(), model.training, list(samples)
     model.eval()
     texts, lengths = generate_replies(model, samples, settings, report)
     log_likelihoods = tokens = torch.zeros(len(samples))
-    if perplexity:
+    if perplexity and any(s.reply for s in samples):
         scoring = settings.batch_size, settings.share
         log_likelihoods, tokens = reply_log_likelihoods(model, settings.codec, samples, *scoring)
     model.train(training)
@@ -350,11 +377,13 @@ def score_answers(
     """Compute every metric of these answers.
 
     Intent is computed as in the reward: the share of replies whose act, by the judge, is that of the human reply. An
-    empty reply counts as wrong. Samples without an act do not count, and without a judge there is no intent.
+    empty reply counts as wrong. Samples without an act do not count, and without a judge there is no intent. Without
+    human replies there is no ROUGE, METEOR and SacreBLEU.
     """
     started, texts, references = time.perf_counter(), answers.texts, [s.reply for s in samples]
-    scores = rouge_scores(texts, references)
-    scores["meteor"] = meteor_scores(texts, references)
+    scores, has_references = {}, any(references)
+    if has_references:
+        scores = rouge_scores(texts, references) | {"meteor": meteor_scores(texts, references)}
     scores["mean_output_length"] = np.array(answers.lengths, dtype=float)
     for name, asked in (("intent", judge), ("intent_second_judge", second_judge)):
         if asked is not None and any(s.act for s in samples):
@@ -363,11 +392,12 @@ def score_answers(
         texts,
         references,
         scores,
-        bleu_statistics(texts, references),
+        bleu_statistics(texts, references) if has_references else None,
         {f"distinct{n}": NGrams(texts, n, word_tokenizer_for(references)) for n in (1, 2)},
         np.array(answers.reply_log_likelihoods),
         np.array(answers.reply_tokens, dtype=float),
         answers.seconds + time.perf_counter() - started,
+        np.array([s.turn for s in samples]),
     )
 
 
@@ -446,8 +476,35 @@ def compare(
         "policy": policy.metrics(),
         "baseline": baseline.metrics() if baseline else None,
         "difference": paired_difference(policy, baseline, n_bootstrap) if baseline else None,
+        "by_turn": metrics_by_turn(policy, baseline),
         "settings": (settings or {}) | known,
     }
+
+
+def metrics_by_turn(policy: Evaluation, baseline: Evaluation | None = None, most: int = 10) -> dict[str, Any]:
+    """Return the metrics of the first, second, ... replies of conversations, up to `most`; {} if all are the first."""
+    if policy.turns is None or policy.turns.max() == 1:
+        return {}
+    found = {}
+    for turn in np.unique(policy.turns)[:most].tolist():
+        weights = (policy.turns == turn).astype(float)
+        metrics = {"policy": policy.metrics(weights), "baseline": baseline.metrics(weights) if baseline else None}
+        found[str(turn)] = {"samples": int(weights.sum())} | metrics
+    return found
+
+
+def format_turns(result: dict[str, Any], names: Sequence[str] = ("meteor", "intent", "mean_output_length")) -> str:
+    """Format the metrics by turn as text, a row for each turn; "" if there is one turn only."""
+    by_turn = result.get("by_turn") or {}
+    models = ("baseline", "policy") if result["baseline"] else ("policy",)
+    names = [n for n in names if result["policy"].get(n) is not None]
+    if len(by_turn) < 2 or not names:
+        return ""
+    lines = ["by turn: " + "; ".join(LABELS[n] + (" (baseline, policy)" if len(models) > 1 else "") for n in names)]
+    for turn, row in by_turn.items():
+        cells = [", ".join("-" if (v := row[m].get(n)) is None else f"{v:.4f}" for m in models) for n in names]
+        lines.append(f"  reply {turn} ({row['samples']:,} samples): {'; '.join(cells)}")
+    return "\n".join(lines)
 
 
 def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline", "policy")) -> str:
@@ -559,22 +616,6 @@ def sample_scores(scored: Scored) -> list[dict[str, Any]]:
 # Command
 
 
-def baseline_format(folder: str, fmt: DialogueFormat) -> DialogueFormat:
-    """Return the policy's format `fmt` with the baseline's own marker, so that both have the same samples and limits.
-
-    UserError if the baseline was made for another number of context utterances.
-    """
-    if not (Path(folder) / FORMAT_FILE).is_file():
-        return fmt
-    own = DialogueFormat.load(folder)
-    if own.context_utterances != fmt.context_utterances:
-        raise UserError(
-            f"the baseline '{folder}' reads {own.context_utterances} utterances of context and the model "
-            f"{fmt.context_utterances}: they have no samples in common. Give a baseline of the same format."
-        )
-    return dataclasses.replace(fmt, eou_marker=own.eou_marker)
-
-
 @contextlib.contextmanager
 def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Report]:
     """Show a bar on a terminal. Elsewhere print a line for each tenth of the replies, with `lines`."""
@@ -627,38 +668,13 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
     judge_names = find_judges(config)
-    names = {"policy": config.model_path, "baseline": config.baseline_path}
-    folders = [resolve_model(name) for name in names.values() if name and not Path(name).is_file()]
-    markers = dict.fromkeys(DialogueFormat.load(folder).eou_marker.strip() for folder in folders)
+    codecs = open_codecs(config)
+    markers = dict.fromkeys(codec.stop for codec in codecs.values() if not codec.format.template)
     dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
-
-    answers: dict[str, Answers] = {}
-    models, asked, fmt, samples = {}, {}, None, []
-
-    def samples_of(fmt):
-        return make_samples(dialogues, fmt)[: config.limit or None]
-
-    for heading, name in names.items():
-        if not name:
-            continue
-        if Path(name).is_file():
-            answers[heading], fmt = Answers.load(Path(name), samples_of, fmt)
-            samples = samples_of(fmt)
-            asked[heading] = samples, fmt
-            continue
-        folder = resolve_model(name)
-        fmt = DialogueFormat.load(folder) if fmt is None else baseline_format(folder, fmt)
-        advice = "lower one of them in dialogue_format.json in the folder of --model-path"
-        check_positions(load_pretrained(AutoConfig, folder, "model"), fmt, folder, advice)
-        model = load_causal_lm(folder, longest=longest_text(fmt))
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, model, folder)
-        samples = samples_of(fmt)
-        models[heading], asked[heading] = (model, DialogueCodec(tokenizer, fmt)), (samples, fmt)
-        if not samples:
-            raise UserError(f"no {config.split} dialogue has more than {fmt.context_utterances} utterances.")
-    counts = f"{len(dialogues)} dialogues, {count_of_samples(samples)} used, {len(dialogues.skipped)} rows skipped"
-    print(f"{config.split}: {counts}", flush=True)
+    print(form_sentence(config.data_path, dialogues), flush=True)
+    answers, asked = samples_of_all(config, codecs, dialogues)
+    samples = asked["policy"]
+    models = load_models(config, codecs)
 
     judges, measured = load_judges(judge_names, samples, config.split, device)
     for heading, (model, codec) in models.items():
@@ -666,20 +682,112 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             with progress(heading) as report:
                 settings = ReplySettings(codec, config.sampling, config.seed, config.batch_size)
-                answers[heading] = answer(model, asked[heading][0], settings, report, config.perplexity)
+                answers[heading] = answer(model, asked[heading], settings, report, config.perplexity)
         model.cpu()
     if config.replies and Path(config.replies) != Path(config.model_path):
-        answers["policy"].save(Path(config.replies), *asked["policy"])
+        answers["policy"].save(Path(config.replies), samples)
     asked_judges = judges.get("judge"), judges.get("second judge")
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     settings |= {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
+    if turns := format_turns(result):
+        print(turns)
     if config.output:
         write_json(Path(config.output), result)
         print(f"written to {config.output}")
     return result
+
+
+def model_names(config: EvalConfig) -> dict[str, str]:
+    """Return hub name or folder of the policy and the baseline, as far as they are models and no files of replies."""
+    given = {"policy": config.model_path, "baseline": config.baseline_path}
+    return {heading: resolve_model(name) for heading, name in given.items() if name and not Path(name).is_file()}
+
+
+def open_codecs(config: EvalConfig) -> dict[str, DialogueCodec]:
+    """Load the tokenizer and chat template of each model.
+
+    A baseline with nothing saved beside it gets the policy's system prompt.
+    """
+    codecs: dict[str, DialogueCodec] = {}
+    for heading, name in model_names(config).items():
+        codec = load_codec(name, options=config)
+        saved = (Path(name) / FORMAT_FILE).is_file()
+        if codecs and codec.format.template and not saved and codecs["policy"].format.system_prompt:
+            codec = codec.with_format(system_prompt=codecs["policy"].format.system_prompt)
+        codecs[heading] = codec
+    return codecs
+
+
+def samples_of_all(
+    config: EvalConfig, codecs: dict[str, DialogueCodec], dialogues: Dialogues
+) -> tuple[dict[str, Answers], dict[str, list[Sample]]]:
+    """Return the answers that were given as files, and the samples of both models: those that they have in common.
+
+    All models get the lengths of the first one, in `codecs` too. UserError if there is no common sample.
+    """
+    answers: dict[str, Answers] = {}
+    found: dict[str, Samples | list[Sample]] = {}
+    for heading, name in (("policy", config.model_path), ("baseline", config.baseline_path)):
+        if heading in codecs:
+            codecs[heading] = with_common_lengths(config, codecs, heading, dialogues)
+            check_format(codecs[heading], dialogues, config, model_names(config)[heading])
+            how = config.speaker, config.turns, config.skip_bad_rows
+            made = found[heading] = make_samples(dialogues, codecs[heading], *how)
+            print(f"{config.split}: {describe_samples(made)}", flush=True)
+            if not len(made):
+                raise UserError(why_no_samples(config.split, made))
+        elif name:
+            answers[heading], found[heading] = Answers.load(Path(name), dialogues)
+    keys = {heading: keys_of(samples) for heading, samples in found.items()}
+    common = [key for key in keys["policy"] if all(key in others for others in keys.values())]
+    if not common:
+        raise UserError("the two models have no sample in common; give a baseline that answers the same utterances.")
+    if len({*map(len, keys.values()), len(common)}) > 1:
+        print(f"note: {len(common):,} samples are used, which both models have", flush=True)
+    asked = {}
+    for heading, samples in found.items():
+        chosen = [keys[heading][key] for key in common[: config.limit or None]]
+        asked[heading] = pick(samples, chosen)
+        if heading in answers:
+            answers[heading] = answers[heading].of(chosen)
+    return answers, asked
+
+
+def with_common_lengths(
+    config: EvalConfig, codecs: dict[str, DialogueCodec], heading: str, dialogues: Dialogues
+) -> DialogueCodec:
+    """Return a model's codec with the lengths of the first model. UserError for a model with too few positions."""
+    name, codec, first = model_names(config)[heading], codecs[heading], next(iter(codecs))
+    architecture = load_pretrained(AutoConfig, name, "model")
+    if heading != first:
+        fmt = codecs[first].format
+        codec = codec.with_format(max_prompt_tokens=fmt.max_prompt_tokens, max_new_tokens=fmt.max_new_tokens)
+    elif missing := lengths_to_choose(codec, config, name):
+        codec = choose_lengths(codec, dialogues, config, missing, positions_of(architecture))
+    advice = "lower one of them in dialogue_format.json in the folder of --model-path"
+    check_positions(architecture, codec.format, name, advice)
+    return codec
+
+
+def load_models(
+    config: EvalConfig, codecs: dict[str, DialogueCodec]
+) -> dict[str, tuple[torch.nn.Module, DialogueCodec]]:
+    """Load the models, each with its codec."""
+    models = {}
+    for heading, name in model_names(config).items():
+        model = load_causal_lm(name, longest=longest_text(codecs[heading].format))
+        check_vocabulary(codecs[heading].tokenizer, model, name)
+        models[heading] = model, codecs[heading]
+    return models
+
+
+def keys_of(samples: Samples | Sequence[Sample]) -> dict[tuple[int, int], int]:
+    """Return the index of each sample by its dialogue and utterance."""
+    keys = samples.keys if isinstance(samples, Samples) else [s.key for s in samples]
+    return {key: i for i, key in enumerate(keys)}
 
 
 def main() -> None:

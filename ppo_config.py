@@ -6,17 +6,32 @@ support/options.py has the groups that the engine and the run's surroundings rea
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from support.config import HIDDEN, NamedValues
+from support.config import HIDDEN
 from support.errors import UserError
-from support.options import Above0, EngineOptions, Number, Positive, RunOptions, Sampling, Share, Weight, check_values
-from support.paths import check_data, check_models
-from support.text import FormatOptions
+from support.options import (
+    Above0,
+    EngineOptions,
+    FormatOptions,
+    NamedValues,
+    Number,
+    Positive,
+    RunOptions,
+    SampleOptions,
+    Sampling,
+    Share,
+    TextOptions,
+    Weight,
+    check_values,
+)
+from support.paths import check_data, check_models, check_template
+
+SMALL_MODEL = 10_000_000  # parameters, below which a model learns at the rates of the built-in one
 
 
 @dataclass
@@ -83,8 +98,8 @@ class AlgorithmOptions:
 
     total_time_steps: PositiveInt = 50_000
     """Environment steps (generated tokens) to train for."""
-    env_num: PositiveInt = 128
-    """Dialogues at a time, over all processes."""
+    env_num: PositiveInt | None = None
+    """Dialogues at a time, over all processes [128, fewer where texts are long]."""
     samples_per_prompt: PositiveInt = 1
     """Replies to each prompt of a rollout. With several, the mean score of the others is a reply's baseline (RLOO)."""
     episode_length: PositiveInt = 20
@@ -93,10 +108,10 @@ class AlgorithmOptions:
     """Passes over each rollout."""
     num_mini_batch: PositiveInt = 4
     """Mini-batches, and optimizer steps, in a pass."""
-    lr: Weight = 2e-4
-    """Learning rate of the policy."""
-    critic_lr: Weight = 3e-3
-    """Learning rate of the value head or network."""
+    lr: Weight | None = None
+    """Learning rate of the policy [2e-4 for small models such as the built-in one, 1e-5 for others, 1e-4 for LoRA]."""
+    critic_lr: Weight | None = None
+    """Learning rate of the value head or network [3e-3 for small models, 1e-3 for others]."""
     lr_schedule: Literal["constant", "linear"] = "linear"
     """Learning rates stay, or fall linearly to zero over total_time_steps."""
     weight_decay: Weight = 0.0
@@ -132,7 +147,16 @@ class AlgorithmOptions:
 
 
 @dataclass
-class PPOConfig(ModelOptions, FormatOptions, RewardOptions, AlgorithmOptions, EngineOptions, RunOptions):
+class PPOConfig(
+    ModelOptions,
+    TextOptions,
+    SampleOptions,
+    FormatOptions,
+    RewardOptions,
+    AlgorithmOptions,
+    EngineOptions,
+    RunOptions,
+):
     """PPO on dialogues. Names are those of the OpenRL tutorial where it has one."""
 
     def check(self) -> None:
@@ -165,9 +189,12 @@ class PPOConfig(ModelOptions, FormatOptions, RewardOptions, AlgorithmOptions, En
             intent_model=self.intent_model,
         )
         check_data(self.data_path)
+        check_template(self.template)
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be divided among so many processes."""
+        if self.env_num is None:  # it is chosen to fit
+            return
         if self.env_num % processes:
             raise UserError(f"env_num is {self.env_num}; expected a multiple of the {processes} processes.")
         if self.env_num // processes % self.samples_per_prompt:
@@ -175,6 +202,24 @@ class PPOConfig(ModelOptions, FormatOptions, RewardOptions, AlgorithmOptions, En
                 f"samples_per_prompt is {self.samples_per_prompt}; expected a divisor of the "
                 f"{self.env_num // processes} dialogues (env_num) of a process."
             )
+
+    def fitted(self, parameters: int, text_tokens: int, processes: int, on_gpu: bool) -> PPOConfig:
+        """Return the settings with those that were left out chosen for the model and its texts.
+
+        `text_tokens` is the length of the longest prompt with its reply. The key/value cache of env_num such texts must
+        fit into memory: 32,768 tokens on a CPU, four times as many on a GPU.
+        """
+        small = parameters < SMALL_MODEL
+        policy_lr = 2e-4 if small else 1e-4 if self.lora_rank else 1e-5
+        fitting = max(1, 32_768 * (4 if on_gpu else 1) // text_tokens)
+        dialogues = min(128, 2 ** (fitting.bit_length() - 1))
+        unit = processes * self.samples_per_prompt
+        chosen = {
+            "lr": policy_lr,
+            "critic_lr": 3e-3 if small else 1e-3,
+            "env_num": unit * max(1, dialogues // unit),
+        }
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     @property
     def sampling(self) -> Sampling:

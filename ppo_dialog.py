@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ from rewards import (
     LENGTH_PENALTY,
     Reward,
     Scores,
-    check_acts,
     check_reward,
     keep_random_states,
     make_reward,
@@ -54,8 +53,7 @@ from rewards import (
 )
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
-from support.data import SPLITS, load_splits
-from support.data_checks import overlap_note
+from support.data import SPLITS
 from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
 from support.generation import (
     ReplySettings,
@@ -78,14 +76,16 @@ from support.models import (
     disable_dropout,
     enable_gradient_checkpointing,
     load_causal_lm,
+    load_codec,
     load_trunk,
     longest_text,
     training_noise,
 )
 from support.packing import get_conventions, logits_at, pack, packed_lengths, split_by_tokens
-from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer
+from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
-from support.text import DialogueCodec, DialogueFormat, Sample, count_of_samples, make_samples
+from support.samples import Sample, Samples, lengths_to_choose, load_samples
+from support.text import FORMAT_FILE, DialogueCodec
 from support.words import WordTokenizer, describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def value_head(width: int) -> nn.Linear:
     return head
 
 
-def build_model(config: PPOConfig, name: str) -> ActorCritic:
-    """Make the network to train: one trunk, two models, or the user's classes."""
+def build_model(config: PPOConfig, name: str, longest: int) -> ActorCritic:
+    """Make the network to train: one trunk, two models, or the user's classes. Texts have up to `longest` tokens."""
 
     def make(path, what):
         return import_path(path, what)(config)
@@ -228,7 +228,7 @@ def build_model(config: PPOConfig, name: str) -> ActorCritic:
                 "`policy` (a causal LM), `value_parameters()` and its `forward`. Subclassing it is the shortest way."
             )
         return model
-    how = config.weights, longest_text(config.dialogue_format(name))
+    how = config.weights, longest
     policy = make(config.policy_class, "policy_class") if config.policy_class else load_causal_lm(name, *how)
     if config.lora_rank:
         policy = add_lora(policy, name, config.lora_rank, config.lora_alpha)
@@ -754,25 +754,25 @@ class Parts:
         run.stage("looking for the models")
         name = resolve_model(config.model_path)
         check_model_names(config, name)
-        self.accelerator, fmt = accelerator, config.dialogue_format(name)
-        self.sizes = BatchSizes.derive(config, fmt.max_new_tokens, accelerator)
+        self.accelerator = accelerator
+        run.stage("reading the dialogues")
+        self.codec, self.samples = read_data(config, name, run)
+        config = leave_out_impossible(config, self.samples["train"], run)
+        run.stage("loading the models")
+        self.actor_critic = load_actor_critic(config, name, self.codec, run)
+        self.config = config = run.config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
+        self.sizes = BatchSizes.derive(config, self.codec.format.max_new_tokens, accelerator)
         if self.sizes.num_mini_batch < config.num_mini_batch:
             run.say(
                 f"note: num_mini_batch {config.num_mini_batch} exceeds the {self.sizes.num_mini_batch} "
                 f"{'prompts' if self.sizes.group > 1 else 'replies'} of a rollout: using that"
             )
-        self.codec = DialogueCodec(load_tokenizer(config.tokenizer_path or name), fmt)
-        run.stage("loading the models")
-        self.actor_critic = load_actor_critic(config, name, self.codec, run)  # loaded first, because it may be unusable
-        run.stage("reading the dialogues")
-        self.samples = load_samples(config, fmt, run)
-        run.stage("loading the models")
         self.ref_model = load_reference(config, name, self.actor_critic, self.codec, accelerator, run)
         optimizer = make_optimizer(config, self.actor_critic, accelerator)
         run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
         # `model` is what the engine makes of actor_critic
         self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
-        self.score, self.judge, self.judge_metrics = load_reward(config, fmt, self.samples, accelerator, run)
+        self.score, self.judge, self.judge_metrics = load_reward(config, self.codec, self.samples, accelerator, run)
         self.env = DialogueVectorEnv(
             self.samples["train"],
             self.codec,
@@ -784,7 +784,7 @@ class Parts:
         )
         self.stats, self.gather = load_stats(config.stats), config.gather
         validation = self.samples["validation"]
-        self.shown = validation[:: -(-len(validation) // SHOWN)]  # sample dialogues, from all over the split
+        self.shown = list(validation[:: -(-len(validation) // SHOWN)])  # sample dialogues, from all over the split
 
     @property
     def policy(self) -> nn.Module:
@@ -832,13 +832,11 @@ def check_model_names(config: PPOConfig, name: str) -> None:
             check_name(what, resolve_model(path))
     if config.rewards_intent and config.intent_model != "builtin":
         check_judge(resolve_model(config.intent_model, "judge"))
-    reference = resolve_model(config.ref_model) if config.ref_model else name
-    check_positions(load_pretrained(AutoConfig, reference, "ref_model"), config.dialogue_format(name), reference)
 
 
 def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: Run) -> ActorCritic:
     """Load the network to train, without dropout. UserError if it does not fit the tokenizer and the format."""
-    model = build_model(config, name)
+    model = build_model(config, name, longest_text(codec.format))
     check_model(model, codec, name)
     disable_dropout(model)
     if (noise := training_noise(model)) > 1e-3:
@@ -849,24 +847,58 @@ def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: R
     return model
 
 
-def load_samples(config: PPOConfig, fmt: DialogueFormat, run: Run) -> dict[str, list[Sample]]:
-    """Load the samples of the splits that the run needs. UserError for a split without samples."""
+def read_data(config: PPOConfig, name: str, run: Run) -> tuple[DialogueCodec, dict[str, Samples]]:
+    """Load tokenizer, chat template, and the samples of the splits that the run needs.
+
+    A resumed run goes on with the format that its policy/ was saved with.
+    """
+    stored, options = run.folder / "policy", config
+    folder = name
+    if config.resume and (stored / FORMAT_FILE).is_file():
+        folder, options = str(stored), replace(config, template="")
+    codec = load_codec(folder, config.tokenizer_path or name, options)
+    reference = resolve_model(config.ref_model) if config.ref_model else name
+    architecture = load_pretrained(AutoConfig, reference, "ref_model")
+    if not lengths_to_choose(codec, options, folder):
+        check_positions(architecture, codec.format, reference)
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
-    dialogues = load_splits(config.data_path, needed, config.skip_bad_rows, [fmt.eou_marker.strip()])
-    if run.main and (note := overlap_note(config.data_path, dialogues)):
-        run.say(f"note: {note}")
-    samples = {split: make_samples(dialogues[split], fmt) for split in needed}
-    for split in needed:
-        skipped = f", {len(dialogues[split].skipped)} bad rows skipped" if dialogues[split].skipped else ""
-        run.say(f"{split}: {len(dialogues[split])} dialogues, {count_of_samples(samples[split])}{skipped}")
-        if not samples[split]:
-            raise UserError(
-                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
-                "--context-utterances for short dialogues."
-            )
-    if config.rewards_intent:
-        check_acts(samples["train"])
-    return samples
+    codec, samples = load_samples(options, codec, folder, needed, run.say, positions_of(architecture), run.progress)
+    check_positions(architecture, codec.format, reference)
+    return codec, samples
+
+
+def leave_out_impossible(config: PPOConfig, samples: Samples, run: Run) -> PPOConfig:
+    """Leave out what the data cannot give: METEOR without human replies, intent without dialogue acts. Say so."""
+    gone = {}
+    if not samples.has_references:
+        run.say("note: the data has no human replies: METEOR, ROUGE, SacreBLEU and perplexity are left out")
+        gone["meteor_coef"] = 0.0
+    if not any(samples.acts):
+        if config.intent_coef:
+            run.say("note: the data has no dialogue acts: intent is left out of reward and table")
+        gone["intent_coef"] = 0.0
+    config = replace(config, **gone)
+    if config.reward == "default" and not (config.intent_coef or config.meteor_coef or config.consensus_coef):
+        raise UserError(
+            f"nothing of the default reward is left for '{config.data_path}', which has neither what METEOR nor what "
+            "intent needs; name a reward of your own with --reward my_file.py:my_reward (docs/reward.md)."
+        )
+    return config
+
+
+def fit_settings(
+    config: PPOConfig, model: nn.Module, codec: DialogueCodec, accelerator: Accelerator, run: Run
+) -> PPOConfig:
+    """Choose the settings that were left out to fit model and texts, and print them."""
+    fmt, processes = codec.format, accelerator.num_processes
+    text_tokens = fmt.max_prompt_tokens + fmt.max_new_tokens
+    fitted = config.fitted(count_parameters(model), text_tokens, processes, accelerator.device.type == "cuda")
+    run.say(
+        f"settings: prompts of at most {fmt.max_prompt_tokens} tokens, replies of at most {fmt.max_new_tokens}, "
+        f"env_num {fitted.env_num}, lr {fitted.lr:g}, critic_lr {fitted.critic_lr:g}"
+    )
+    fitted.check_processes(processes)
+    return fitted
 
 
 def load_reference(
@@ -897,13 +929,14 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
 
 
 def load_reward(
-    config: PPOConfig, fmt: DialogueFormat, samples: dict[str, list[Sample]], accelerator: Accelerator, run: Run
+    config: PPOConfig, codec: DialogueCodec, samples: dict[str, Samples], accelerator: Accelerator, run: Run
 ) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
     """Load reward and judge, and try both before training. Return the checked reward, the judge and its metrics."""
-    word_tokenizer = word_tokenizer_for(s.reply for s in samples["train"])
+    word_tokenizer = word_tokenizer_for(samples["train"].replies())
     if word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
-    reward = build_reward(config, accelerator.device, fmt.eou_marker, word_tokenizer)
+    marker = "" if codec.format.template else codec.format.eou_marker
+    reward = build_reward(config, accelerator.device, marker, word_tokenizer)
 
     def score(*episodes):
         return score_episodes(reward, *episodes, timeout=config.reward_timeout)
@@ -980,7 +1013,7 @@ def draw_uniforms(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
 
 def validation_reward(parts: Parts, config: PPOConfig) -> float | None:
     """Return the mean reward of the policy's replies to validation prompts; None on processes that do not score."""
-    samples = parts.samples["validation"][: config.validation_limit]
+    samples = list(parts.samples["validation"][: config.validation_limit])
     if not samples:
         return None
     parts.policy.eval()
@@ -1016,7 +1049,7 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
         return
     run.say(f"evaluating the model before PPO and after it on the {config.eval_split} split")
     name, quiet = resolve_model(config.model_path), not run.main or config.progress == "plain"
-    samples = parts.samples[config.eval_split][: config.eval_limit or None]
+    samples = list(parts.samples[config.eval_split][: config.eval_limit or None])
     with parts.inference():
         start = parts.ref_model
         if config.ref_model and resolve_model(config.ref_model) != name:
@@ -1112,6 +1145,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     with Run(config, accelerator, notes) as run:
         set_seed(config.seed)
         parts = Parts(config, accelerator, run)
+        config = parts.config  # with the settings that were left out
         model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it

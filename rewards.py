@@ -33,7 +33,8 @@ import torch
 from support.errors import UserError, describe_exception, did_you_mean, import_path
 from support.judge import IntentJudge
 from support.meteor import _meteor_parts, meteor
-from support.text import Sample
+from support.samples import Sample
+from support.text import Prompt
 from support.words import WordTokenizer, words
 
 LENGTH_PENALTY = "length_price"  # the name of LengthController's penalty among the parts of the reward
@@ -64,7 +65,8 @@ class Reward:
     """A score for each reply. Subclass it, define `__call__`, and name it in the configuration.
 
     The constructor gets `reward_args` of the configuration as keyword arguments. Before the first call a run sets
-    `device`, `eou_marker` (the text between the utterances of a prompt) and `word_tokenizer` (support/words.py).
+    `device`, `eou_marker` (the text between the utterances of a prompt; "" with a chat template) and `word_tokenizer`
+    (support/words.py).
     """
 
     device: torch.device | str = "cpu"
@@ -79,8 +81,9 @@ class Reward:
         Numbers may be a list, an array or a tensor. In a pair, statistics called reward_NAME are parts of the reward,
         and the others are metrics.
 
-        `prompts` are the contexts as the policy sees them, `references` the human replies, `acts` their dialogue acts
-        (1 inform, 2 question, 3 directive, 4 commissive; 0 without a label).
+        `prompts` are the contexts as the policy sees them; `prompt.messages` is the conversation of one. `references`
+        are the human replies ("" without one), `acts` their dialogue acts (1 inform, 2 question, 3 directive,
+        4 commissive; 0 without a label).
         """
         raise NotImplementedError
 
@@ -230,15 +233,6 @@ def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
     if isinstance(outcome[0], Exception):
         raise UserError(f"the reward raised {describe_exception(outcome[0])}.") from outcome[0]
     return outcome[0]
-
-
-def check_acts(samples: Sequence[Sample]) -> None:
-    """UserError where no sample has a dialogue act, for the intent reward."""
-    if not any(s.act for s in samples):
-        raise UserError(
-            "the data has no dialogue acts, which the intent reward needs. Add an 'act' column (1 inform, 2 question, "
-            "3 directive, 4 commissive), or switch that reward off with --intent-coef 0."
-        )
 
 
 def check_reward(score: Callable, sample: Sample, group: int) -> None:
@@ -399,6 +393,8 @@ class DialogueReward(Reward):
 
 def last_utterance(prompt: str, eou_marker: str) -> str:
     """Return the utterance that the reply answers."""
+    if isinstance(prompt, Prompt):
+        return prompt.messages[-1]["content"]
     utterances = [u for u in prompt.split(eou_marker) if u.strip()]
     return utterances[-1] if utterances else ""
 

@@ -3,15 +3,16 @@
     python sft_dialog.py --model-path gpt2 --data-path daily_dialog --output-dir models/sft
     accelerate launch sft_dialog.py --model-path FOLDER --data-path FOLDER --max-minutes 60 --mixed-precision bf16
 
-Each sample is a window of dialogue: the prompt that PPO will see and the human reply, tokenised apart as in PPO. The
-loss also counts the tokens of the prompt (replies with shorter contexts) unless `--loss-on reply`. Windows overlap, so
-an epoch shows an utterance up to six times. `--loss-on dialogue` takes whole dialogues instead, written as a chain of
-windows; then an epoch shows each utterance once.
+Each sample is a window of dialogue: the prompt that PPO will see and the human reply, tokenised apart as in PPO. With a
+chat template the loss counts the reply and the end of its turn. In the dialogue format it also counts the tokens of the
+prompt (replies with shorter contexts) unless `--loss-on reply`. Windows overlap, so an epoch shows an utterance up to
+six times. `--loss-on dialogue` takes whole dialogues instead, written as a chain of windows; then an epoch shows each
+utterance once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,8 @@ import tyro
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, run_script
-from support.options import FitConfig
-from support.paths import check_data, check_models, check_new_folder
-from support.text import FormatOptions
+from support.options import FitConfig, FormatOptions, SampleOptions, TextOptions
+from support.paths import check_data, check_models, check_new_folder, check_template
 
 
 @dataclass
@@ -39,14 +39,15 @@ class SFTOptions:
     """Folder for the fine-tuned model: a plain Hugging Face folder."""
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
-    loss_on: Literal["window", "reply", "dialogue"] = "window"
-    """What is learned: every window of dialogue, its reply alone, or whole dialogues, each utterance once."""
+    loss_on: Literal["window", "reply", "dialogue"] | None = None
+    """What is learned: every window of dialogue, its reply alone, or whole dialogues, each utterance once (dialogue
+    format alone) [window; with a chat template, reply]."""
     eval_samples: int = 500
     """Validation samples of each evaluation of the perplexity of the human replies (0: all)."""
 
 
 @dataclass
-class SFTConfig(SFTOptions, FitConfig, FormatOptions):
+class SFTConfig(SFTOptions, FitConfig, TextOptions, SampleOptions, FormatOptions):
     """Supervised fine-tuning of a causal language model on dialogues."""
 
     def check(self) -> None:
@@ -54,6 +55,7 @@ class SFTConfig(SFTOptions, FitConfig, FormatOptions):
         check_new_folder("output_dir", self.output_dir)
         check_models(model=self.model_path, tokenizer=self.tokenizer_path)
         check_data(self.data_path)
+        check_template(self.template)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -65,46 +67,45 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
 from support.builtin import resolve_model
-from support.data import Dialogue, Dialogues
+from support.data import Dialogue
 from support.distributed import join_processes
 from support.generation import reply_log_likelihoods, token_log_probs
 from support.libraries import quiet_libraries
-from support.live_display import can_draw, show_spinner
+from support.live_display import can_draw, show_bar, show_spinner
 from support.machine import use_all_cores
-from support.models import load_causal_lm, longest_text
+from support.models import load_causal_lm, load_codec, longest_text
 from support.packing import logits_at
-from support.pretrained import check_positions, check_vocabulary, load_pretrained, load_tokenizer, positions_of
-from support.supervised import Task, fit, load_train_and_validation, write_model
-from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, make_samples
+from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
+from support.samples import Samples, lengths_to_choose, load_samples
+from support.spool import Spool
+from support.supervised import Task, fit, write_model
+from support.text import DialogueCodec, messages_of, special_prefix
 
 Window = tuple[list[int], list[int]]  # tokens of a prompt and of the reply to it
+CHUNK = 512  # samples that are tokenized at a time
 
 
 def train_sft(config: SFTConfig) -> Path:
     """Fine-tune and write `output_dir`: model, tokenizer, dialogue format and `sft.json` with the validation curve."""
     output = Path(config.output_dir)
     config.check()
-    start = resolve_model(config.model_path)
-    tokenizer = load_tokenizer(config.tokenizer_path or start)
-    fmt = config.dialogue_format(start)
-    codec = DialogueCodec(tokenizer, fmt)
-    check_positions(load_pretrained(AutoConfig, start, "model"), fmt, start)
-    draw = can_draw(config.progress, PartialState().is_main_process)
+    start, main = resolve_model(config.model_path), PartialState().is_main_process
+    draw = can_draw(config.progress, main)
+    codec, samples = read_data(config, start, draw)
+    check_positions(load_pretrained(AutoConfig, start, "model"), codec.format, start)
     with show_spinner("loading the model", draw):
-        model = load_causal_lm(start, longest=longest_text(fmt))
-    check_vocabulary(tokenizer, model, start)
+        model = load_causal_lm(start, longest=longest_text(codec.format))
+    check_vocabulary(codec.tokenizer, model, start)
     model.to(PartialState().device)
 
-    with show_spinner("reading the dialogues", draw):
-        splits, samples = load_samples(config, fmt)
-    positions = positions_of(model.config)
-    with show_spinner("tokenizing the dialogues", draw):
-        if config.loss_on == "dialogue":
-            limit = min(2 * fmt.max_prompt_tokens, positions or 2 * fmt.max_prompt_tokens)
-            windows = make_chains(splits["train"], codec, limit)
-        else:
-            windows = make_windows(samples["train"], codec, positions)
-    eval_samples = samples["validation"][: config.eval_samples or None]
+    loss_on, positions = loss_of(config, codec), positions_of(model.config)
+    if loss_on == "dialogue":
+        limit = min(2 * codec.format.max_prompt_tokens, positions or 2 * codec.format.max_prompt_tokens)
+        windows: Sequence[Window] = make_chains(samples["train"].dialogues, codec, limit)
+    else:
+        with show_bar("tokenizing", draw, transient=True) as move:
+            windows = make_windows(samples["train"], codec, positions, lambda done, total: move(done / total))
+    eval_samples = list(samples["validation"][: config.eval_samples or None])
 
     def perplexity(model: torch.nn.Module) -> dict[str, float]:
         sums, counts = reply_log_likelihoods(model, codec, eval_samples)
@@ -115,42 +116,75 @@ def train_sft(config: SFTConfig) -> Path:
         label="sft",
         model=model,
         items=windows,
-        lengths=[len(p) + len(t) for p, t in windows],
-        collate=lambda batch: collate(batch, tokenizer.pad_token_id, config.loss_on),
+        lengths=[len(prompt) + len(target) for prompt, target in windows],
+        collate=lambda batch: collate(batch, codec.tokenizer.pad_token_id, loss_on),
         loss_of=window_loss,
         count_of=learned_tokens,
         evaluate=perplexity,
-        saves=(tokenizer.save_pretrained, fmt.save),
+        saves=(codec.save,),
         record="sft.json",
     )
     write_model(output, task, config, {"history": fit(task, config, output)})
     return output
 
 
-def load_samples(config: SFTConfig, fmt: DialogueFormat) -> tuple[dict[str, Dialogues], dict[str, list[Sample]]]:
-    """The dialogues of the train and the validation split, and their samples. UserError for a split without samples."""
-    splits = load_train_and_validation(config.data_path, config.skip_bad_rows, [fmt.eou_marker.strip()])
-    samples = {split: make_samples(dialogues, fmt) for split, dialogues in splits.items()}
-    for split, dialogues in splits.items():
-        counts = f"{len(dialogues)} dialogues, {len(samples[split])} samples, {len(dialogues.skipped)} rows skipped"
-        PartialState().print(f"{split}: {counts}")
-        if not samples[split]:
-            raise UserError(
-                f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
-                "--context-utterances for short dialogues."
-            )
-    return splits, samples
-
-
-def make_windows(samples: list[Sample], codec: DialogueCodec, positions: int | None = None) -> list[Window]:
-    """Prompt tokens (cut as PPO cuts them) and reply tokens of every sample, in at most `positions` tokens."""
+def read_data(config: SFTConfig, start: str, draw: bool) -> tuple[DialogueCodec, dict[str, Samples]]:
+    """Load tokenizer, chat template and the samples of the train and the validation split, and tell what they are."""
+    codec = load_codec(start, config.tokenizer_path or start, config)
+    architecture = load_pretrained(AutoConfig, start, "model")
+    if not lengths_to_choose(codec, config, start):
+        check_positions(architecture, codec.format, start)
+    say = PartialState().print
+    with show_bar("reading the dialogues", draw, transient=True) as move:
+        codec, samples = load_samples(
+            config,
+            codec,
+            start,
+            ("train", "validation"),
+            say,
+            positions_of(architecture),
+            lambda stage, done, total: move(done / max(1, total), stage),
+        )
+    if not samples["train"].has_references:
+        raise UserError(
+            f"'{config.data_path}' has prompts without replies, and supervised training learns replies; expected a "
+            "form with them, such as 'messages' or 'prompt' and 'completion' (docs/data.md)."
+        )
     fmt = codec.format
-    prompts = codec.prompt_ids([s.prompt for s in samples])
-    targets = codec.text.encode([fmt.target(s.reply) for s in samples])
+    say(f"prompts of at most {fmt.max_prompt_tokens} tokens, replies of at most {fmt.max_new_tokens} in PPO")
+    return codec, samples
+
+
+def loss_of(config: SFTConfig, codec: DialogueCodec) -> str:
+    """Return what is learned: `loss_on`, or what is left out. UserError for chains of a chat template."""
+    if config.loss_on == "dialogue" and codec.format.template:
+        raise UserError(
+            "loss_on 'dialogue' is for the dialogue format, and this model has a chat template; leave it out."
+        )
+    return config.loss_on or ("reply" if codec.format.template else "window")
+
+
+def make_windows(
+    samples: Samples,
+    codec: DialogueCodec,
+    positions: int | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Sequence[Window]:
+    """Return prompt tokens (cut as PPO cuts them) and reply tokens of every sample, in at most `positions` tokens.
+
+    They are kept outside memory where they are many.
+    """
     # One rare monologue must not set the memory of a step; PPO never reads past max_new_tokens.
-    most = max(64, fmt.max_new_tokens)
-    room = (positions or fmt.max_prompt_tokens + most) - fmt.max_prompt_tokens
-    return [(p, t[: min(most, room)]) for p, t in zip(prompts, targets)]
+    most = max(64, codec.format.max_new_tokens)
+    windows = Spool()
+    for start in range(0, len(samples), CHUNK):
+        some = list(samples[start : start + CHUNK])
+        targets = codec.encode_targets([s.messages for s in some], [s.reply for s in some])
+        for sample, target in zip(some, targets):
+            room = positions - len(sample.prompt_ids) if positions else most
+            windows.append((sample.prompt_ids, target[: min(most, room)]))
+        report(start + len(some), len(samples))
+    return windows
 
 
 def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int) -> list[Window]:
@@ -160,20 +194,24 @@ def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int)
     as it does in PPO. The first prompt has one utterance in one dialogue, two in the next, and so on: any utterance may
     be a reply.
     """
-    fmt, beginning = codec.format, codec.prefix
+    fmt, beginning = codec.format, special_prefix(codec.tokenizer)
     chains: list[list[int]] = []
     for number, dialogue in enumerate(dialogues):
         texts, context = [], []
         for i, utterance in enumerate(dialogue.utterances):
             if context and i % (fmt.context_utterances + 1) == 1 + number % fmt.context_utterances:
-                texts += [fmt.prompt(context), fmt.target(utterance)]
+                [prompt], [target] = (
+                    codec.prompt_ids([messages_of(context)]),
+                    codec.encode_targets([messages_of(context)], [utterance]),
+                )
+                texts += [prompt[len(beginning) :], target]
                 context = []
             else:
                 context.append(utterance)
         if context:
-            texts.append(fmt.prompt(context))
+            texts.append(codec.prompt_ids([messages_of(context)])[0][len(beginning) :])
         chains.append(beginning.copy())
-        for tokens in codec.text.encode(texts):
+        for tokens in texts:
             if len(chains[-1]) + len(tokens) > limit and len(chains[-1]) > len(beginning):
                 chains.append(beginning.copy())
             chains[-1] += tokens[: limit - len(beginning)]

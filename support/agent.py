@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import copy
 import json
@@ -19,13 +18,12 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -34,11 +32,10 @@ from support.data import ACTS
 from support.errors import UserError, first_line
 from support.generation import token_log_probs
 from support.judge import IntentJudge
-from support.options import TEMPLATE_NEW_TOKENS, AgentConfig, Sampling
-from support.pretrained import check_vocabulary, first_position, load_pretrained, load_tokenizer, positions_of
-from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat, PlainText
-
-Messages = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...], as chat templates and TRL have them
+from support.models import load_codec
+from support.options import AgentConfig, Sampling, TextOptions
+from support.pretrained import check_vocabulary, first_position, load_pretrained, positions_of
+from support.text import Message, TemplateRefusal, messages_of, text_or_file
 
 
 class Agent:
@@ -50,50 +47,65 @@ class Agent:
 
     def __init__(self, path: str, **settings: Any):
         self.path, settings = path, AgentConfig(path, **settings)
-        self.system, self.spaced, self.seed = settings.system, settings.spaced, settings.seed
+        self.spaced, self.seed = settings.spaced, settings.seed
         sampling = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})
         self.name = name = resolve_model(path)
-        self.model, self.tokenizer = load_causal_lm(name, settings.tokenizer_path or name)
-        self.uses_template = reads_template(settings, self.tokenizer, name)
+        self.model = load_causal_lm(name)
+        options = TextOptions(**{f.name: getattr(settings, f.name) for f in fields(TextOptions)})
+        codec = load_codec(name, settings.tokenizer_path, options)
+        check_vocabulary(codec.tokenizer, self.model, name)
+        self.tokenizer = codec.tokenizer
+        if self.spaced and codec.format.template:
+            raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
 
-        fmt = DialogueFormat.load(name)
         # models without a table of positions (ALiBi, Mamba, ...) have room for anything
         self.positions = positions_of(self.model.config) or sys.maxsize
         new_tokens = settings.max_new_tokens
         if new_tokens is None:
-            new_tokens = min(TEMPLATE_NEW_TOKENS if self.uses_template else fmt.max_new_tokens, self.positions // 2)
+            new_tokens = min(codec.format.max_new_tokens, self.positions // 2)
         if not 1 <= new_tokens < self.positions:
             raise UserError(f"max_new_tokens is {new_tokens}; this model has room for 1 to {self.positions - 1}.")
         if sampling.min_new_tokens > new_tokens:
             raise UserError(f"min_new_tokens is {sampling.min_new_tokens}, but max_new_tokens only {new_tokens}.")
+        self.codec = codec.with_format(max_new_tokens=new_tokens)
         self.room = self.positions - new_tokens  # tokens that a prompt may have
-        if self.uses_template:
-            self.codec, self.text = None, PlainText(self.tokenizer)
-            turn_end, self.stop = turn_end_of(self.text)
-        else:
-            self.room = min(self.room, fmt.max_prompt_tokens)
-            self.codec = DialogueCodec(self.tokenizer, replace(fmt, max_new_tokens=new_tokens))
-            self.text = self.codec.text
-            turn_end, self.stop = self.codec.marker_token_id, fmt.eou_marker.strip()
-        self.end_token_id = self.tokenizer.eos_token_id if turn_end is None else turn_end
+        if not self.uses_template:
+            self.room = min(self.room, codec.format.max_prompt_tokens)
+        self._check_system()
 
         # What the model's folder says of sampling, penalties and lengths is ignored. Only its end tokens are kept,
         # because chat models have several.
-        folder, config = self.model.generation_config, self.model.config.get_text_config()
-        ends = {turn_end, self.tokenizer.eos_token_id}
-        for ids in (folder.eos_token_id, getattr(config, "eos_token_id", None)):
-            ends.update(ids if isinstance(ids, list) else [ids])
         draws = {f: getattr(sampling, f) for f in ("temperature", "top_k", "top_p") if not sampling.greedy}
         self.generation_config = self.model.generation_config = GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=sampling.min_new_tokens,
-            eos_token_id=sorted(ends - {None}) or None,
+            eos_token_id=sorted(self.codec.end_ids) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             do_sample=not sampling.greedy,
             **draws,
         )
         self.has_cut = False  # whether the user was told that an input was too long
         self.reset()
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether the model is talked to through a chat template, not in the dialogue format."""
+        return bool(self.codec.format.template)
+
+    @property
+    def system(self) -> str:
+        """The system message of all conversations."""
+        return self.codec.format.system_prompt
+
+    @system.setter
+    def system(self, text: str) -> None:
+        self.codec = self.codec.with_format(system_prompt=text_or_file(text))
+        self._check_system()
+
+    def _check_system(self) -> None:
+        """UserError for a system message that the template has no place for."""
+        if self.system and (said := self.codec.refuses(self._messages(["~"]))):
+            raise UserError(f"the chat template of '{self.name}' has no place for a system message: {said}.")
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -134,9 +146,9 @@ class Agent:
     def heard(self, text: str) -> str:
         """What a user's text becomes. In the dialogue format an utterance is one line without the marker, which would
         end it."""
-        if not self.codec:
+        if self.uses_template:
             return text.strip()
-        return re.sub(r"\s*\n\s*", " ", text.replace(self.stop, " ").strip())
+        return re.sub(r"\s*\n\s*", " ", text.replace(self.codec.stop, " ").strip())
 
     def respond(self, history: Sequence[str], text: str, attempt: int = 0) -> Iterator[str]:
         """The reply to `text` after `history` (user and agent in turn), in pieces; see `stream`."""
@@ -145,29 +157,35 @@ class Agent:
         torch.manual_seed(torch.seed() if self.seed is None else self.seed + 1000 * attempt)
         # closed at once when this iterator is, so that generation has ended before the next reply begins
         with contextlib.closing(self._generate(prompt)) as pieces:
-            yield from presentable(pieces, self.stop, one_line=self.codec is not None)
+            yield from presentable(pieces, self.codec.stop, one_line=not self.uses_template)
 
-    def shown(self, history: Sequence[str]) -> tuple[list[str], list[int]]:
+    def shown(self, history: Sequence[str]) -> tuple[list[Message], list[int]]:
         """As much of a conversation that ends with the user's words as there is room for, and its prompt tokens."""
-        history = list(history[-self.codec.format.context_utterances :] if self.codec else history)
-        starts = range(0, len(history), 1 if self.codec else 2)  # many templates insist that the user begins
-        fitting = bisect.bisect_left(starts, True, key=lambda start: len(self._encode(history[start:])) <= self.room)
-        history = history[starts[min(fitting, len(starts) - 1)] :]
-        ids = self._encode(history)
-        words = self.text.encode([history[-1]])[0]
-        if len(ids) > self.room and not self.has_cut:
+        messages = self._messages(history)
+        try:
+            if found := self.codec.fit(messages, self.room):
+                return found
+            return self._cut_words([*messages[: messages[0]["role"] == "system"], messages[-1]])
+        except TemplateRefusal as refusal:
+            raise UserError(f"the chat template of '{self.name}' refuses the conversation: {refusal}.") from refusal
+
+    def _cut_words(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
+        """Leave out the beginning of the user's words, so that a prompt of nothing else fits."""
+        if not self.has_cut:
             print(f"(more than the model's {self.room} tokens: the beginning is left out)", file=sys.stderr, flush=True)
             self.has_cut = True
+        [words], [ids] = self.codec.text.encode([messages[-1]["content"]]), self.codec.prompt_ids([messages])
         while len(ids) > self.room:
             words = words[len(ids) - self.room :]
             if not words:
                 raise UserError(
                     f"a prompt has room for {self.room} tokens, too few for a word beside what the format and the "
-                    "system message take; lower --max-new-tokens or shorten --system."
+                    "system message take; lower --max-new-tokens or shorten --system-prompt."
                 )
-            history = [self.tokenizer.decode(words, skip_special_tokens=False)]
-            ids = self._encode(history)
-        return history, ids
+            rest = self.tokenizer.decode(words, skip_special_tokens=False)
+            messages = [*messages[:-1], {"role": "user", "content": rest}]
+            [ids] = self.codec.prompt_ids([messages])
+        return messages, ids
 
     def summary(self) -> str:
         """The size of the model and how it is talked to, in words."""
@@ -176,49 +194,34 @@ class Agent:
 
     def view(self) -> str:
         """What the model is shown of a conversation, and how long its replies may be, in words."""
-        if self.codec:
-            fmt = self.codec.format
-            view = f"the last {fmt.context_utterances} utterances, joined by '{fmt.eou_marker}'"
-            view += ", with a blank at both ends of each" if self.spaced else ""
-        else:
+        fmt = self.codec.format
+        if self.uses_template:
             view = "all utterances, in its chat template"
             view += f", after the system message '{self.system}'" if self.system else ""
+        else:
+            view = f"the last {fmt.context_utterances} utterances, joined by '{fmt.eou_marker}'"
+            view += ", with a blank at both ends of each" if self.spaced else ""
         room = f" of at most {self.room:,} tokens" if self.room < sys.maxsize // 2 else ""
         return f"a prompt{room} ({view}), replies of at most {self.generation_config.max_new_tokens} tokens"
 
     def _spaced(self, utterance: str) -> str:
         return f" {utterance} " if self.spaced else utterance
 
-    def _prompt(self, history: Sequence[str]) -> str | Messages:
-        """A conversation as the model's format has it, uncut."""
-        if self.codec:
-            return self.codec.format.prompt([self._spaced(u) for u in history])
-        return ([{"role": "system", "content": self.system}] if self.system else []) + messages_of(history)
+    def _messages(self, history: Sequence[str]) -> list[Message]:
+        """A conversation that ends with the user's words, as messages."""
+        first = "user" if len(history) % 2 else "assistant"
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + messages_of([self._spaced(u) for u in history], first)
 
-    def _target(self, reply: str) -> str | Messages:
-        """A reply as the model should write it after a prompt."""
-        if self.codec:
-            return self.codec.format.target(self._spaced(self.heard(reply)))
-        return [{"role": "assistant", "content": reply}]
+    def preference(self, history: Sequence[str], chosen: str, rejected: str) -> dict[str, list[Message]]:
+        """One row of a preference dataset as TRL reads it: prompt, chosen and rejected, each a list of messages.
 
-    def _encode(self, history: Sequence[str]) -> list[int]:
-        """Prompt tokens of a conversation, uncut."""
-        prompt = self._prompt(history)
-        if self.codec:
-            return self.codec.prompt_ids([prompt], most=sys.maxsize)[0]
-        try:
-            return template_ids(self.text, prompt)
-        except TemplateError as error:
-            raise UserError(f"the chat template of '{self.name}' refuses the conversation: {error}") from error
-
-    def preference(self, history: Sequence[str], chosen: str, rejected: str) -> dict[str, str | Messages]:
-        """One row of a preference dataset as TRL reads it: prompt, chosen, rejected.
-
-        `history` ends with the user's words. In the dialogue format the values are strings: the prompt as this model
-        saw it, and replies that end with the marker. With a chat template they are lists of messages.
+        `history` ends with the user's words. The prompt is as much of it as the model is shown.
         """
-        prompt = self._prompt(self.shown(history)[0])
-        return {"prompt": prompt, "chosen": self._target(chosen), "rejected": self._target(rejected)}
+        row = {"prompt": self.shown(history)[0]}
+        for name, reply in (("chosen", chosen), ("rejected", rejected)):
+            row[name] = [{"role": "assistant", "content": self._spaced(self.heard(reply))}]
+        return row
 
     @torch.no_grad()
     def log_probability(self, history: Sequence[str], reply: str, most: int | None = None) -> float:
@@ -227,11 +230,8 @@ class Agent:
         It is that of the model's whole distribution at temperature 1, as the perplexity of eval_metrics.py. With `most`
         only the first so many tokens count: a reply that was cut at max_new_tokens has no end.
         """
-        _, prompt = self.shown(history)
-        if self.codec:
-            target = self.text.encode([self._target(reply)])[0]
-        else:
-            target = [*self.text.encode([reply])[0], self.end_token_id]
+        messages, prompt = self.shown(history)
+        [target] = self.codec.encode_targets([messages], [self._spaced(self.heard(reply))])
         target = target[: min(most or len(target), self.positions - len(prompt))]
         ids = torch.tensor([prompt + target], device=self.model.device)
         logits = self.model(ids[:, :-1]).logits[0, len(prompt) - 1 :]  # (T, V)
@@ -242,12 +242,8 @@ class Agent:
         stop = threading.Event()
 
         def ended(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            said = ids[0, len(prompt) :].tolist()
-            if self.codec:
-                marked = self.codec.ended(said)
-            else:
-                marked = bool(self.stop) and self.stop in self.tokenizer.decode(said)
-            return torch.tensor([stop.is_set() or marked], device=ids.device)
+            complete = self.codec.ended(ids[0, len(prompt) :].tolist())
+            return torch.tensor([stop.is_set() or complete], device=ids.device)
 
         def generate() -> None:
             ids = torch.tensor([prompt], device=self.model.device)
@@ -269,32 +265,16 @@ class Agent:
                 stop.set()
 
 
-def load_causal_lm(name: str, tokenizer_name: str) -> tuple[Any, Any]:
-    """A causal language model on the GPU, where there is one, and its tokenizer. Raises UserError for other models."""
+def load_causal_lm(name: str) -> Any:
+    """A causal language model on the GPU, where there is one. Raises UserError for other models."""
     config = load_pretrained(AutoConfig, name, "model")
     # AutoModelForCausalLM would load BERT too, and say nothing of its reading both ways
     if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         what = " and ".join(config.architectures or ["no architecture"])
         raise UserError(f"model '{name}' is {what} by its config.json; expected a causal LM (as GPT2LMHeadModel).")
-    tokenizer = load_tokenizer(tokenizer_name)
     on_gpu = torch.cuda.is_available()
     dtype = "auto" if on_gpu else torch.float32  # half precision is slow on most CPUs
-    model = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to("cuda" if on_gpu else "cpu").eval()
-    check_vocabulary(tokenizer, model, name)
-    return model, tokenizer
-
-
-def reads_template(settings: AgentConfig, tokenizer: Any, name: str) -> bool:
-    """Whether a model is talked to through its chat template. Raises UserError for settings that do not fit it."""
-    if settings.format == "template" and not tokenizer.chat_template:
-        raise UserError(f"model '{name}' has no chat template; talk to it with --format dialogue.")
-    ours = (Path(name) / FORMAT_FILE).is_file()
-    template = settings.format == "template" or bool(settings.format == "auto" and tokenizer.chat_template and not ours)
-    if settings.system and not template:
-        raise UserError("--system is for a model that is talked to through its chat template; this one is not.")
-    if settings.spaced and template:
-        raise UserError("--spaced is for the dialogue format; this model is talked to through its chat template.")
-    return template
+    return load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype).to("cuda" if on_gpu else "cpu").eval()
 
 
 def views_note(agents: Sequence[Agent]) -> str:
@@ -302,58 +282,8 @@ def views_note(agents: Sequence[Agent]) -> str:
     views = [agent.view() for agent in agents]
     if len(set(views)) > 1:
         return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
-    templates = {agent.tokenizer.chat_template if agent.uses_template else None for agent in agents}
+    templates = {agent.codec.chat_template for agent in agents}
     return "A and B read the same words in different chat templates." if len(templates) > 1 else ""
-
-
-HIDDEN = 0xF0000  # the first of Unicode's private characters, which replace text that spells a special token
-
-
-def template_ids(text: PlainText, messages: Messages) -> list[int]:
-    """Prompt tokens of a conversation through the tokenizer's chat template, uncut.
-
-    Special tokens are the template's own: text that spells one in a message is hidden from it, and encoded as text.
-    """
-    hidden: dict[str, str] = {}
-
-    def hide(match: re.Match) -> str:
-        hidden[place := chr(HIDDEN + len(hidden))] = match[0]
-        return place
-
-    shown = [message | {"content": text.pattern.sub(hide, message["content"])} for message in messages]
-    rendered = text.tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
-    ids: list[int] = []
-    for part in re.split(f"([{''.join(hidden)}])", rendered) if hidden else [rendered]:
-        if part in hidden:
-            ids += text.encode([hidden[part]])[0]
-        elif part:
-            ids += text.tokenizer(part, add_special_tokens=False).input_ids
-    return ids
-
-
-def turn_end_of(text: PlainText) -> tuple[int | None, str]:
-    """What ends the model's turn by its chat template: a special token's id, or a text, "" where it is not known.
-
-    It is what the template writes after an assistant's message; if that is blank, what it writes before the next.
-    """
-    said = messages_of(["~user~0~", "~assistant~1~", "~user~2~"])
-    after = []
-    for length in (2, 3):
-        try:
-            rendered = text.tokenizer.apply_chat_template(said[:length], tokenize=False)
-        except Exception:  # a template may refuse what it is given, in any way
-            return None, ""
-        _, found, rest = rendered.rpartition(said[1]["content"])
-        after.append(rest.partition(said[2]["content"])[0] if found else "")
-    always = os.path.commonprefix(after)  # a template may begin the model's next turn unasked
-    if special := text.pattern.search(always) or text.pattern.search(after[1]):
-        return text.tokenizer.convert_tokens_to_ids(special[0]), ""
-    return None, (always if always.strip() else after[1]).rstrip()
-
-
-def messages_of(history: Sequence[str]) -> Messages:
-    """A conversation that the user began, as messages."""
-    return [{"role": ("user", "assistant")[i % 2], "content": u} for i, u in enumerate(history)]
 
 
 # A terminal obeys control characters: what a model writes must not move the cursor or rename the window. U+FFFD stands

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from support.agent import Agent, messages_of, views_note
+from support.agent import Agent, views_note
 from support.errors import UserError, first_line
+from support.text import messages_of
 
 HOST = "127.0.0.1"
 CHOOSE_FIRST = "Choose a reply first; *Neither* takes both back."
@@ -63,8 +64,8 @@ def check_page(preferences: str, port: int) -> None:
 def append_preference(path: str | Path, row: dict[str, Any]) -> None:
     """Append `row` as one line of JSON, whole or not at all.
 
-    Raises UserError if the file cannot be written, its last line was cut short, or its rows are of the other format
-    (strings, or messages): `datasets` could then read neither.
+    Raises UserError if the file cannot be written, its last line was cut short, or its rows have another form:
+    `datasets` could then read neither.
     """
     file, line = Path(path), (json.dumps(row) + "\n").encode()
     try:
@@ -93,8 +94,8 @@ def _check_rows(rows: bytes, row: dict[str, Any], file: Path) -> None:
         raise UserError(f"'{file}' is no file of preferences: {why}.") from error
     if not isinstance(first, dict) or {k: type(v) for k, v in first.items()} != {k: type(v) for k, v in row.items()}:
         raise UserError(
-            f"the rows of '{file}' are not of this model's format (strings in the dialogue format, messages with a "
-            "chat template); start again with another --preferences."
+            f"the rows of '{file}' have another form than messages, as an earlier version wrote them; start again with "
+            "another --preferences."
         )
 
 

@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM
 from support.distributed import max_over_processes
 from support.errors import UserError, first_line
 from support.files import atomic_folder, write_json, write_text
-from support.pretrained import load_pretrained, load_tokenizer
-from support.text import DialogueCodec, DialogueFormat
+from support.models import load_codec
+from support.pretrained import load_pretrained
+from support.text import DialogueCodec
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -117,7 +118,7 @@ def save_policy(
 ) -> None:
     """Write the policy and the value head of a run.
 
-    policy/ is a plain Hugging Face folder with tokenizer and text format, or the adapter of a LoRA policy. A user's
+    policy/ is a plain Hugging Face folder with tokenizer and chat template, or the adapter of a LoRA policy. A user's
     policy without `save_pretrained` becomes policy/model.safetensors. value.safetensors is the value head; its metadata
     are the mean and std that returns are normalised with. `state` contains the weights of a sharded network.
     """
@@ -132,8 +133,7 @@ def save_policy(
             save_file(of_policy, folder / "model.safetensors")
         else:
             save_model(policy, str(folder / "model.safetensors"))
-        codec.tokenizer.save_pretrained(folder)
-        codec.format.save(folder)
+        codec.save(folder)
     rest = {k: v.contiguous() for k, v in (state or model.state_dict()).items() if not k.startswith("policy.")}
     if rest:
         scale = {"mean": value_scale.mean, "std": value_scale.std}
@@ -144,11 +144,10 @@ def save_policy(
 def save_merged(run: Path) -> None:
     """Write merged/: the policy as a plain model, with the adapter of policy/ merged into the base weights."""
     model = load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model")
-    tokenizer = load_tokenizer(str(run / "policy"))
+    codec = load_codec(str(run / "policy"))
     with atomic_folder(run / "merged") as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        DialogueFormat.load(run / "policy").save(folder)
+        codec.save(folder)
 
 
 def checkpoint_error(folder: Path) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 import yaml
@@ -84,26 +83,6 @@ WITHOUT_MEANING = {
     "gradient_accumulation_steps": "micro_batch_tokens bounds the memory, and a mini-batch is one optimizer step",
     "reward_class.args.use_deepspeed": "ref_placement and intent_placement say where the frozen models are kept",
 }
-
-
-def _named_values(words: list[str]) -> dict[str, Any]:
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"'{word}' is no NAME=VALUE")  # tyro says so, and exits with status 2
-    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in words)}
-
-
-# Settings with any names. On the command line: `weight=2 word=please`, each value read as YAML reads it
-NamedValues = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[NAME=VALUE ...]",
-        instance_from_str=_named_values,
-        is_instance=lambda x: isinstance(x, dict),
-        str_from_instance=lambda values: [f"{name}={json.dumps(value)}" for name, value in values.items()],
-    ),
-]
 
 
 def command_line(cls: type, description: str, arguments: Sequence[str] | None = None, default: Any = None) -> Any:

@@ -45,6 +45,20 @@ class Dialogue:
     utterances: tuple[str, ...]
     acts: tuple[int, ...]
     emotions: tuple[int, ...]
+    roles: tuple[str, ...] = ()
+    system: str = ""
+    first_reply: int = 0
+
+
+@dataclass(frozen=True)
+class Form:
+    name: str = "dialog"
+    has_roles: bool = False
+    has_references: bool = True
+
+
+def form_sentence(path, dialogues):
+    return f"{path}: rows of '{dialogues.form.name}', {len(dialogues)} dialogues"
 
 
 Row = tuple[str, dict[str, Any]]  # its place ("chats.csv, line 3") and its columns
@@ -58,6 +72,19 @@ class Dialogues(list):
         super().__init__(d for _, d in rows if isinstance(d, Dialogue))
         self.places = [where for where, d in rows if isinstance(d, Dialogue)]
         self.skipped = [f"{where}: {fault}" for where, fault in rows if isinstance(fault, str)]
+        self.n_skipped = len(self.skipped)
+        self.form = Form()
+
+    def place(self, i):
+        return self.places[i]
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            other = Dialogues([])
+            other.extend(list(self)[i])
+            other.places = self.places[i]
+            return other
+        return super().__getitem__(i)
 
 
 def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, markers: Sequence[str] = ()) -> Dialogues:

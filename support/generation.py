@@ -18,7 +18,8 @@ from support.distributed import Report, map_batches
 from support.options import EVAL_SAMPLING, Sampling
 from support.packing import get_conventions, logits_at, pack, position_ids
 from support.pretrained import positions_of
-from support.text import DialogueCodec, Sample
+from support.samples import Sample
+from support.text import DialogueCodec
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position,
 # and the new past
@@ -145,7 +146,7 @@ def sample_responses(
     mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
     logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
     candidate_sets: list[torch.Tensor] = []
-    forbidden = [i for i in {codec.eos_token_id, codec.marker_token_id} if i is not None]
+    forbidden = sorted(codec.end_ids)
 
     alive = torch.arange(batch, device=device)  # rows that are unfinished
     # a prompt that several rows answer is read once
@@ -276,19 +277,20 @@ def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
 def reply_log_likelihoods(
     model: torch.nn.Module, codec: DialogueCodec, samples: Sequence[Sample], batch_size: int = 32, share: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-likelihood (N,) of each human reply with its end marker, and its number of tokens (N,).
+    """Return the log-likelihood (N,) of each human reply with the end of its turn, and its number of tokens (N,).
 
     max_new_tokens does not apply; only tokens beyond the model's positions are omitted. With `share` each process
     computes a part of the samples, and all return the whole.
     """
-    device = next(model.parameters()).device
+    device, samples = next(model.parameters()).device, list(samples)
     positions = positions_of(getattr(model, "config", None)) or 2**20
 
     def compute(chunk: list[int]) -> Iterable[tuple[float, int]]:
-        prompts = codec.encode_prompts([samples[i].prompt for i in chunk])
-        prompt_ids, prompt_mask = map(torch.from_numpy, prompts)
+        some = [samples[i] for i in chunk]
+        prompt_ids, prompt_mask = map(torch.from_numpy, codec.encode_prompts([s.prompt_ids for s in some]))
         room = positions - prompt_ids.shape[1]
-        targets = [torch.tensor(codec.encode_target(samples[i].reply)[:room]) for i in chunk]
+        targets = codec.encode_targets([s.messages for s in some], [s.reply for s in some])
+        targets = [torch.tensor(target[:room]) for target in targets]
         reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
         reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
         inputs = shifted_inputs(
@@ -335,12 +337,12 @@ def generate_replies(
 
     Reply i depends only on the model, the seed, i and prompt i, not on its batch. Call model.eval() first.
     """
-    codec, device = settings.codec, next(model.parameters()).device
+    codec, device, samples = settings.codec, next(model.parameters()).device, list(samples)
     generator = torch.Generator().manual_seed(settings.seed)
     uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
 
     def generate(chunk: list[int]) -> Iterable[tuple[str, int]]:
-        ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt for i in chunk]))
+        ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt_ids for i in chunk]))
         prompts, step = (ids.to(device), mask.to(device)), causal_lm_step(model)
         responses = sample_responses(step, codec, *prompts, settings.sampling, uniforms[chunk].to(device))
         lengths = responses.mask.sum(-1).tolist()

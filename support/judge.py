@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from support.data import ACTS
 from support.errors import UserError
 from support.pretrained import check_vocabulary, load_pretrained, load_tokenizer, positions_of
-from support.text import Sample
+from support.samples import Sample, Samples, acts_of, pick
 
 MAX_TOKENS = 128  # of a pair; the utterances of DailyDialog have 14 words on average
 WEAK_JUDGE = 0.7  # accuracy on human utterances; below it, a run that rewards intent gets a warning
@@ -122,12 +122,13 @@ def encode_pairs(
     )
 
 
-def measure_judge(judge: IntentJudge, samples: Sequence[Sample], limit: int = 0) -> dict[str, float]:
+def measure_judge(judge: IntentJudge, samples: Samples | Sequence[Sample], limit: int = 0) -> dict[str, float]:
     """Measure the judge on the first `limit` (0: all) human replies with an act: accuracy, macro_f1, chance, samples.
 
     `chance` is the accuracy of a judge that always says the commonest act. Without such a reply the dict is empty.
     """
-    labelled = [s for s in samples if s.act][: limit or None]
+    labelled = [i for i, act in enumerate(acts_of(samples)) if act][: limit or None]
+    labelled = pick(samples, labelled)
     if not labelled:
         return {}
     acts = [s.act for s in labelled]

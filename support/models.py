@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.pytorch_utils import Conv1D
 
 from support.fast_paths import LONGEST, choose_fast_paths
-from support.pretrained import check_positions, check_vocabulary, load_pretrained
-from support.text import DialogueCodec, DialogueFormat
+from support.options import TextOptions
+from support.pretrained import check_positions, check_vocabulary, end_token_ids, load_pretrained, load_tokenizer
+from support.text import DialogueCodec, DialogueFormat, choose_format
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +41,16 @@ def _load(auto_class: Any, name: str, weights: str, longest: int) -> nn.Module:
     model = load_pretrained(auto_class, name, "model", dtype=DTYPES[weights])
     choose_fast_paths(model, longest)
     return model
+
+
+def load_codec(name: str, tokenizer_name: str = "", options: Any = None) -> DialogueCodec:
+    """Load the tokenizer of a model by hub name or folder, and choose the format that it is trained and talked to in.
+
+    `options` has fields of TextOptions, and may have those of FormatOptions.
+    """
+    tokenizer = load_tokenizer(tokenizer_name or name)
+    fmt = choose_format(options or TextOptions(), name, tokenizer)
+    return DialogueCodec(tokenizer, fmt, end_token_ids(name, len(tokenizer)))
 
 
 def longest_text(fmt: DialogueFormat) -> int:

@@ -7,12 +7,14 @@ Fields that are `Fixed` are keys of a file of settings, and no flags.
 from __future__ import annotations
 
 import functools
+import json
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from support.errors import UserError
@@ -24,7 +26,28 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-TEMPLATE_NEW_TOKENS = 200  # limit of a chat model's reply, unless --max-new-tokens gives one
+# Lengths of a chat model's prompts and replies, where neither options nor data say better
+TEMPLATE_PROMPT_TOKENS, TEMPLATE_NEW_TOKENS = 1024, 256
+
+
+def _named_values(words: list[str]) -> dict[str, Any]:
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"'{word}' is no NAME=VALUE")  # tyro says so, and exits with status 2
+    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in words)}
+
+
+# Settings with any names. On the command line: `weight=2 word=please`, each value read as YAML reads it
+NamedValues = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=_named_values,
+        is_instance=lambda x: isinstance(x, dict),
+        str_from_instance=lambda values: [f"{name}={json.dumps(value)}" for name, value in values.items()],
+    ),
+]
 
 
 @functools.cache
@@ -73,6 +96,42 @@ class Sampling:
 
 
 EVAL_SAMPLING = Sampling(top_k=20, min_new_tokens=2)  # RL4LMs' for DailyDialog
+
+
+@dataclass
+class TextOptions:
+    """Text of conversations; what is left out is as in the model's folder, else as in brackets."""
+
+    template: str = ""
+    """Chat template: a Jinja file, or 'dialogue' for utterances joined by a marker [the model's own, else that]."""
+    template_args: NamedValues = field(default_factory=dict)
+    """Arguments for the chat template: --template-args enable_thinking=false."""
+    system_prompt: str | None = None
+    """System message of all conversations, a text or a file with it, in place of the data's."""
+
+
+@dataclass
+class SampleOptions:
+    """Which replies of the data are samples."""
+
+    speaker: Literal["first", "second", "all"] = "all"
+    """Whose utterances are replies to learn, in data that names no roles."""
+    turns: Literal["all", "last"] = "all"
+    """Learn every reply of a conversation, or the last one alone."""
+
+
+@dataclass
+class FormatOptions:
+    """Lengths and the dialogue format; what is left out is as in the model's folder, else as in brackets."""
+
+    context_utterances: int | None = None
+    """Dialogue format: utterances in a prompt; only those with at least so many before them are samples [5]."""
+    eou_marker: str | None = None
+    """Dialogue format: end of an utterance, plain text (one or several tokens) or a special token [<EOU>]."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts lose their oldest turns [128; with a chat template, what 98% of prompts need, at most 1,024]."""
+    max_new_tokens: int | None = None
+    """A response ends after so many tokens [20; with a chat template, what 95% of the replies need, at most 512]."""
 
 
 @dataclass
@@ -200,17 +259,13 @@ class FitConfig:
 
 
 @dataclass
-class AgentConfig:
+class AgentOptions:
     """The model and how it samples."""
 
     path: tyro.conf.Positional[str]
     """A run's folder, a Hugging Face folder or hub name of a causal LM, or 'builtin'."""
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
-    format: Literal["auto", "dialogue", "template"] = "auto"
-    """How the model is talked to: utterances joined as in training, or its chat template (auto: see above)."""
-    system: str = ""
-    """System message, for a model with a chat template."""
     spaced: bool = False
     """Put a blank at both ends of each utterance, as DailyDialog's own text has it (dialogue format)."""
     temperature: float = 1.0
@@ -224,6 +279,11 @@ class AgentConfig:
     min_new_tokens: int = 1
     """Least number of tokens in a reply."""
     max_new_tokens: int | None = None
-    """Largest number of tokens in a reply (default: as in training; 200 with a chat template)."""
+    """Largest number of tokens in a reply [as in training; else 20, 256 with a chat template]."""
     seed: int | None = None
     """With a seed the same conversation gets the same replies; without, they differ each time."""
+
+
+@dataclass
+class AgentConfig(TextOptions, AgentOptions):
+    """A model that holds a conversation."""

@@ -60,6 +60,15 @@ def check_data(name: str) -> None:
         raise UserError(f"data path '{name}' does not exist.")
 
 
+def check_template(name: str) -> None:
+    """Raise UserError for a chat template that is neither a file nor 'dialogue'; '' is not checked."""
+    if name not in ("", "dialogue") and not Path(name).is_file():
+        raise UserError(
+            f"template '{name}' is not a file; expected a chat template in Jinja, or 'dialogue' for utterances joined "
+            "by a marker."
+        )
+
+
 def check_new_folder(option: str, name: str) -> None:
     """Raise UserError if an option's folder for results already holds files."""
     if Path(name).exists() and any(Path(name).iterdir()):

@@ -305,6 +305,20 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def end_token_ids(name: str, vocabulary: int) -> list[int]:
+    """Return the tokens that end a text by a model's generation_config.json, else by its config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except Exception:  # there is no such file, or it cannot be read; models of all kinds do without it
+        ends = None
+    if ends is None and (not Path(name).is_dir() or (Path(name) / "config.json").exists()):
+        ends = getattr(load_pretrained(AutoConfig, name, "model").get_text_config(), "eos_token_id", None)
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return [int(i) for i in ends if i is not None and 0 <= int(i) < vocabulary]
+
+
 def check_vocabulary(tokenizer: Any, model: torch.nn.Module, name: str) -> None:
     """Raise UserError if the tokenizer has more tokens than the model's embedding has rows."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -97,6 +97,10 @@ class Run:
         """Show what the run does from here on."""
         self.monitor.stage(text)
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far a long stage is."""
+        self.monitor.stage(f"{what}: {done / max(1, total):.0%}")
+
     def describe(self, actor_critic: nn.Module, replies: int, mini_batches: int) -> None:
         """Print what is trained. Call this before the weights are sharded."""
         parameters, trained = count_parameters(actor_critic), count_parameters(actor_critic, trained=True)

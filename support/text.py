@@ -1,112 +1,183 @@
-"""The text format of dialogues for a model; text to tokens, and tokens to text."""
+"""The text of conversations for a model: chat templates, text to tokens, and tokens to text.
+
+Every model reads its conversations through a chat template (Jinja, as transformers has them): its own, one that is
+given, or `joined_template`, which joins the last utterances by a marker as OpenRL's and RL4LMs' DailyDialog task does.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from pydantic import PositiveInt
 
-from support.data import Dialogue
-from support.errors import UserError
-from support.options import check_values
+from support.errors import UserError, first_line
+from support.options import TEMPLATE_NEW_TOKENS, TEMPLATE_PROMPT_TOKENS, check_values
 
 FORMAT_FILE = "dialogue_format.json"
+TEMPLATE_FILE = "chat_template.jinja"
+JOINED = ("context_utterances", "eou_marker")  # settings of the dialogue format alone
+HIDDEN = 0xF0000  # the first of Unicode's private characters, which replace text that spells a special token
+
+Message = Mapping[str, str]  # {"role": "user", "content": ...}, as chat templates and TRL have them
 
 
 @dataclass(frozen=True)
 class DialogueFormat:
-    """How a dialogue is written for the model: the fields are those of FormatOptions.
+    """How a conversation is written for the model: the fields are those of FormatOptions.
 
-    The defaults are those of OpenRL's and RL4LMs' DailyDialog task.
+    `template` is the text of a chat template. Without one, this is the dialogue format: the last utterances, joined by
+    a marker. Its defaults are those of OpenRL's and RL4LMs' DailyDialog task.
     """
 
     context_utterances: PositiveInt = 5
     eou_marker: str = "<EOU>"
     max_prompt_tokens: PositiveInt = 128
     max_new_tokens: PositiveInt = 20
+    template: str = ""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str = ""
 
     def __post_init__(self):
         check_values(self)
         if not self.eou_marker.strip():
             raise UserError("eou_marker is blank; expected text such as '<EOU>' that ends an utterance.")
 
-    def prompt(self, utterances: Sequence[str]) -> str:
-        """Join the last utterances by the marker, and add a blank and the marker.
-
-        At the beginning of a chat there are fewer than `context_utterances`, and no blank precedes the marker. Models
-        know such contexts from the beginnings of longer prompts.
-        """
-        end = " " + self.eou_marker if len(utterances) >= self.context_utterances else self.eou_marker
-        return self.eou_marker.join(utterances[-self.context_utterances :]) + end
-
-    def target(self, reply: str) -> str:
-        """What the model should write after the prompt."""
-        return reply + self.eou_marker
-
     def save(self, folder: Path) -> None:
-        (folder / FORMAT_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write the format beside a model. The template itself is the tokenizer's, see `DialogueCodec.save`."""
+        of_template = {"template", "template_args", "system_prompt"}
+        unused = set(JOINED) if self.template else of_template
+        saved = {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        if self.template:
+            saved["template"] = TEMPLATE_FILE
+        (folder / FORMAT_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, **overrides: Any) -> DialogueFormat:
-        """The format saved beside a model (else the defaults), with the given fields replaced."""
+        """Return the format saved beside a model (else the defaults), with the given fields replaced."""
         file = Path(folder) / FORMAT_FILE
         try:
-            saved = dataclasses.asdict(cls(**json.loads(file.read_text()) if file.is_file() else {}))
-        except (ValueError, TypeError) as error:
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if saved.get("template"):
+                saved["template"] = (file.parent / TEMPLATE_FILE).read_text(encoding="utf-8")
+            fmt = cls(**saved)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"'{file}' is not a dialogue format that can be read: {error}") from error
-        return cls(**saved | overrides)
+        return dataclasses.replace(fmt, **overrides)
 
 
-@dataclass
-class FormatOptions:
-    """Text format; what is left out is as in the model's folder, else as in brackets."""
-
-    context_utterances: int | None = None
-    """Utterances of context in a prompt; only utterances with at least so many before them are samples [5]."""
-    eou_marker: str | None = None
-    """End of an utterance: plain text (one or several tokens) or a special token [<EOU>]."""
-    max_prompt_tokens: int | None = None
-    """Longer prompts lose their beginning [128]."""
-    max_new_tokens: int | None = None
-    """A response ends after so many tokens if neither the marker nor EOS came before [20]."""
-
-    def dialogue_format(self, model_folder: str | Path) -> DialogueFormat:
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(FormatOptions)}
-        return DialogueFormat.load(model_folder, **{k: v for k, v in given.items() if v is not None})
+def text_or_file(text: str) -> str:
+    """Return the content of the file that `text` names, or the text itself."""
+    try:
+        return Path(text).read_text(encoding="utf-8").strip() if text and Path(text).is_file() else text
+    except (OSError, ValueError) as error:  # the text is too long for a name, or the file is not UTF-8
+        if Path(text[:200]).is_file():
+            raise UserError(f"system_prompt '{text}' cannot be read: {first_line(error)}.") from error
+        return text
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One reply to learn: its context, the human reply and that reply's dialogue act (0 where unlabelled)."""
-
-    context: tuple[str, ...]
-    prompt: str
-    reply: str
-    act: int
+def own_template(tokenizer: Any) -> str:
+    """Return a tokenizer's chat template, or an empty string. Of several with names, it is the one called default."""
+    own = tokenizer.chat_template or ""
+    return own.get("default", "") if isinstance(own, dict) else own
 
 
-def make_samples(dialogues: Sequence[Dialogue], fmt: DialogueFormat) -> list[Sample]:
-    """Every utterance with at least `context_utterances` before it, in the order of the data."""
-    n = fmt.context_utterances
-    return [
-        Sample(d.utterances[i - n : i], fmt.prompt(d.utterances[i - n : i]), d.utterances[i], d.acts[i])
-        for d in dialogues
-        for i in range(n, len(d.utterances))
-    ]
+def choose_format(options: Any, folder: str, tokenizer: Any) -> DialogueFormat:
+    """Return the format that a model is trained and talked to in.
+
+    It is the one that `options` name (FormatOptions, or some of its fields), else the one saved in the model's folder,
+    else the tokenizer's chat template, else the dialogue format.
+    """
+    saved = DialogueFormat.load(folder) if (Path(folder) / FORMAT_FILE).is_file() else None
+    own = own_template(tokenizer)
+    if options.template == "dialogue":
+        fmt = saved if saved and not saved.template else DialogueFormat()
+    elif options.template:
+        source = Path(options.template).read_text(encoding="utf-8")
+        if not source.strip():
+            raise UserError(f"template '{options.template}' is empty; expected a chat template in Jinja.")
+        fmt = from_template(source)
+    else:
+        fmt = saved or (from_template(own) if own else DialogueFormat())
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(DialogueFormat) if f.name != "template"}
+    given = {name: value for name, value in given.items() if value not in (None, {})}
+    unfit = [name for name in given if (name in JOINED) == bool(fmt.template)]
+    unfit = [name for name in unfit if name in (*JOINED, "template_args", "system_prompt")]
+    if unfit and fmt.template:
+        raise UserError(
+            f"{unfit[0]} belongs to the dialogue format, and '{folder}' has a chat template; leave it out, or give "
+            "--template dialogue."
+        )
+    if unfit and given[unfit[0]]:
+        raise UserError(
+            f"{unfit[0]} needs a chat template, and '{folder}' is read in the dialogue format, which has no place for "
+            "it; leave it out, or give --template FILE."
+        )
+    if "system_prompt" in given:
+        given["system_prompt"] = text_or_file(given["system_prompt"])
+    return dataclasses.replace(fmt, **given)
 
 
-def count_of_samples(samples: Sequence[Sample]) -> str:
-    """`500 samples`; if only some of them have a dialogue act, with the number of those."""
-    labelled = sum(bool(s.act) for s in samples)
-    some = f" ({labelled} with a dialogue act)" if 0 < labelled < len(samples) else ""
-    return f"{len(samples)} samples{some}"
+def from_template(source: str) -> DialogueFormat:
+    """Return the format of a chat template, with lengths that are good for short prompts and replies."""
+    lengths = dict(max_prompt_tokens=TEMPLATE_PROMPT_TOKENS, max_new_tokens=TEMPLATE_NEW_TOKENS)
+    return DialogueFormat(template=fix_date(source, date.today()), **lengths)
+
+
+DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def fix_date(source: str, day: date) -> str:
+    """Replace a template's calls for today's date by `day`, so that a text does not change from day to day."""
+    return DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2]), ensure_ascii=False), source)
+
+
+def joined_template(fmt: DialogueFormat, prefix: str = "") -> str:
+    """Return the dialogue format as a chat template. `prefix` is what the tokenizer puts before a text, such as BOS.
+
+    The last utterances are joined by the marker, and a blank and the marker follow. At the beginning of a conversation
+    there are fewer utterances, and no blank precedes the marker. Models know such contexts from the beginnings of
+    longer prompts.
+    """
+    marker, blank_marker, prefix = (json.dumps(x, ensure_ascii=False) for x in (fmt.eou_marker, " ", prefix))
+    return f"""\
+{{#- Dialogue format: the last {fmt.context_utterances} utterances, joined by a marker. -#}}
+{{%- set marker = {marker} -%}}
+{{%- if messages[0]['role'] == 'system' -%}}
+{{{{- raise_exception('the dialogue format has no place for a system message') -}}}}
+{{%- endif -%}}
+{{%- set answered = messages[-1]['role'] == 'assistant' and not add_generation_prompt -%}}
+{{%- set context = (messages[:-1] if answered else messages)[-{fmt.context_utterances}:] -%}}
+{{{{- {prefix} -}}}}
+{{%- for message in context -%}}
+{{{{- message['content'] -}}}}
+{{%- if loop.last and loop.length == {fmt.context_utterances} -%}}{{{{- {blank_marker} -}}}}{{%- endif -%}}
+{{{{- marker -}}}}
+{{%- endfor -%}}
+{{%- if answered -%}}{{{{- messages[-1]['content'] + marker -}}}}{{%- endif -%}}
+"""
+
+
+class Prompt(str):
+    """A prompt as the model reads it. `messages` is the conversation that it was made of."""
+
+    messages: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, messages: Sequence[Message]) -> Prompt:
+        prompt = cls(text)
+        prompt.messages = tuple(messages)
+        return prompt
 
 
 class PlainText:
@@ -115,12 +186,18 @@ class PlainText:
     A user may write "</s>" or "<|im_end|>". As a special token that would end a turn, or begin another role.
     """
 
-    def __init__(self, tokenizer: Any, marker: str = ""):
+    def __init__(self, tokenizer: Any, marker: str = "", structure: Sequence[str] = ()):
+        """`structure` are added tokens that are not special, but mark turns in the template (Gemma 2 has such)."""
         self.tokenizer = tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        spelled = "|".join(map(re.escape, special)) or r"(?!)"  # without special tokens nothing matches
-        self.pattern = re.compile(f"{re.escape(marker)}|({spelled})" if marker else f"({spelled})")
+        self.special = special | set(tokenizer.all_special_tokens)
+        self.pattern = self._spells(self.special, marker)
+        self.user_pattern = self._spells(self.special | set(structure), marker)
+
+    def _spells(self, tokens: set[str], marker: str) -> re.Pattern:
+        ordered = sorted(tokens, key=len, reverse=True)
+        spelled = "|".join(map(re.escape, ordered)) or r"(?!)"  # without such tokens nothing matches
+        return re.compile(f"{re.escape(marker)}|({spelled})" if marker else f"({spelled})")
 
     def split(self, text: str) -> list[str]:
         """Cut the text where it spells a special token; every second part is such a token."""
@@ -136,11 +213,39 @@ class PlainText:
         rows = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
         for i, text in enumerate(texts):
             if len(parts := self.split(text)) > 1:
-                rows[i] = [id for k, part in enumerate(parts) if part for id in self._ids(part, spelled=k % 2 == 1)]
+                rows[i] = [id for k, part in enumerate(parts) if part for id in self.ids(part, spelled=k % 2 == 1)]
         return rows
 
-    def _ids(self, text: str, spelled: bool) -> list[int]:
+    def ids(self, text: str, spelled: bool) -> list[int]:
+        """Token ids of a text. If it is `spelled`, it is a token's name, and its letters are encoded."""
+        if spelled and text not in self.special:  # only special tokens can be told to the tokenizer
+            return self.ids(text[0], False) + self.ids(text[1:], False)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=spelled).input_ids
+
+    def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Replace what spells a special token in messages by private characters. Return these with what they stand for.
+
+        A reply may contain tokens that are not special, such as <think>.
+        """
+        places: dict[str, str] = {}
+        shown = []
+        for message in messages:
+            pattern = self.pattern if message["role"] == "assistant" else self.user_pattern
+            if pattern.search(message["content"]):
+                text = "".join(m["content"] for m in messages)
+
+                def hide(match: re.Match, text: str = text) -> str:
+                    if match[1] is None:
+                        return match[0]
+                    place = HIDDEN + len(places)
+                    while chr(place) in text:
+                        place += 1
+                    places[chr(place)] = match[1]
+                    return chr(place)
+
+                message = {**message, "content": pattern.sub(hide, message["content"])}
+            shown.append(message)
+        return shown, places
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -155,30 +260,182 @@ def drop_torn_characters(text: str) -> str:
     return text.replace("\ufffd", "")
 
 
-class DialogueCodec:
-    """Prompts to tokens and response tokens to text, for one tokenizer and one format."""
+def messages_of(history: Sequence[str], first: str = "user") -> list[Message]:
+    """A conversation of user and assistant in turn, as messages. `first` is the role that began it."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(history)]
 
-    def __init__(self, tokenizer: Any, fmt: DialogueFormat):
+
+PROBE = ["~user~0~", "~assistant~1~", "~user~2~"]  # a conversation to find out what a template does
+
+
+class TemplateRefusal(Exception):
+    """What a chat template said against a conversation."""
+
+
+class DialogueCodec:
+    """Conversations to tokens and response tokens to text, for one tokenizer and one format.
+
+    `end_ids` are further tokens that end a reply, such as those of the model's generation_config.json.
+    """
+
+    def __init__(self, tokenizer: Any, fmt: DialogueFormat, end_ids: Sequence[int] = ()):
         self.tokenizer, self.format = tokenizer, fmt
         self.eos_token_id = tokenizer.eos_token_id
-        self.text, self.prefix = PlainText(tokenizer, fmt.eou_marker.strip()), special_prefix(tokenizer)
-        # The marker may be several tokens, and merged with the text before it (".<" + "EOU" + ">"), so its end is found
-        # in the decoded text. It can only be complete after a token that contains the marker's last character.
-        last = fmt.eou_marker.rstrip()[-1]
-        pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
-        self.may_end = [last in piece or "\ufffd" in piece for piece in pieces]
-        marker_ids = tokenizer(fmt.eou_marker, add_special_tokens=False).input_ids
-        self.marker_token_id = marker_ids[0] if len(marker_ids) == 1 else None
-        if fmt.eou_marker.strip() not in tokenizer.decode(marker_ids):
+        prefix = tokenizer.decode(special_prefix(tokenizer)) if not fmt.template else ""
+        self.chat_template = fmt.template or joined_template(fmt, prefix)
+        marker = "" if fmt.template else fmt.eou_marker.strip()
+        self.text = PlainText(tokenizer, marker, self._structure() if fmt.template else ())
+        if fmt.template:
+            self.turn_end_id, self.stop = self._turn_end()
+        else:
+            self.turn_end_id, self.stop = self._marker_token(), marker
+        self.end_ids = {self.eos_token_id, self.turn_end_id, *end_ids} - {None}
+        if not self.end_ids and not self.stop:
+            raise UserError("neither tokenizer nor chat template says what ends a reply; add an EOS token to one.")
+        # The end may be text of several tokens, merged with the text before it (".<" + "EOU" + ">"), so it is found in
+        # the decoded text. It can only be complete after a token that contains its last character.
+        self.may_end: list[bool] = []
+        if self.stop:
+            pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+            self.may_end = [self.stop[-1] in piece or "\ufffd" in piece for piece in pieces]
+
+    def _marker_token(self) -> int | None:
+        """The marker's id if it is one token. UserError if the tokenizer cannot write it."""
+        marker = self.format.eou_marker
+        ids = self.tokenizer(marker, add_special_tokens=False).input_ids
+        if marker.strip() not in self.tokenizer.decode(ids):
             raise UserError(
-                f"the tokenizer cannot write the marker '{fmt.eou_marker}' that ends an utterance (it makes of it "
-                f"'{tokenizer.decode(marker_ids)}'), so no reply could end; use a tokenizer that can, or train "
+                f"the tokenizer cannot write the marker '{marker}' that ends an utterance (it makes of it "
+                f"'{self.tokenizer.decode(ids)}'), so no reply could end; use a tokenizer that can, or train "
                 "with another eou_marker."
             )
+        return ids[0] if len(ids) == 1 else None
 
-    def encode_prompts(self, prompts: Sequence[str], pad_to_max: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask (B, P), cut and padded on the left; P is the longest of the batch, or the maximum."""
-        rows = self.prompt_ids(prompts)
+    def _structure(self) -> list[str]:
+        """Added tokens that the template writes itself and that are not special."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
+        try:
+            probe = "".join(self.render([messages_of(PROBE), messages_of(PROBE[:1])]))
+        except TemplateRefusal:
+            return []
+        return [token for token in added if token.strip() and token in probe]
+
+    def _turn_end(self) -> tuple[int | None, str]:
+        """What ends the model's turn: a special token's id, or a text, "" where it is not known.
+
+        It is what the template writes after an assistant's message; if that is blank, what it writes before the next.
+        """
+        after = []
+        for length in (2, 3):
+            try:
+                [rendered] = self.render([messages_of(PROBE[:length])], replied=True)
+            except TemplateRefusal:
+                return None, ""
+            _, found, rest = rendered.rpartition(PROBE[1])
+            after.append(rest.partition(PROBE[2])[0] if found else "")
+        always = os.path.commonprefix(after)  # a template may begin the model's next turn unasked
+        if special := self.text.user_pattern.search(always) or self.text.user_pattern.search(after[1]):
+            return self.tokenizer.convert_tokens_to_ids(special[0]), ""
+        return None, (always if always.strip() else after[1]).rstrip()
+
+    def with_format(self, **changes: Any) -> DialogueCodec:
+        """The same codec with another system prompt, or other lengths of prompts and replies."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), format=dataclasses.replace(self.format, **changes))
+        return other
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, chat template, text format, and the ends of replies in generation_config.json."""
+        from transformers import GenerationConfig
+
+        own, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.chat_template = own
+        self.format.save(folder)
+        there = (folder / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(folder) if there else GenerationConfig()
+        generation.update(
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_new_tokens=self.format.max_new_tokens,
+            stop_strings=[self.stop] if self.stop and self.turn_end_id is None else None,
+        )
+        generation.save_pretrained(folder)
+
+    # Text
+
+    def render(self, conversations: Sequence[Sequence[Message]], replied: bool = False) -> list[str]:
+        """Write conversations as the template does; `replied` if they end with a reply, else a reply comes next.
+
+        Raises TemplateRefusal with what the template said.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                [list(messages) for messages in conversations],
+                chat_template=self.chat_template,
+                add_generation_prompt=not replied,
+                tokenize=False,
+                **self.format.template_args,
+            )
+        except TemplateError as error:
+            raise TemplateRefusal(first_line(error).rstrip(".")) from error
+        except Exception as error:  # what a template computes may fail in any way
+            raise TemplateRefusal(f"{type(error).__name__}: {first_line(error)}".rstrip(".")) from error
+
+    def _write(self, conversations: Sequence[Sequence[Message]], replied: bool) -> list[Hidden]:
+        """Render conversations with what spells a special token hidden."""
+        hidden = [self.text.hide(messages) for messages in conversations]
+        return list(zip(self.render([shown for shown, _ in hidden], replied), (places for _, places in hidden)))
+
+    def _tokenize(self, texts: Sequence[Hidden]) -> list[list[int]]:
+        """Token ids of rendered texts, in which special tokens are the template's own."""
+        rows = self.tokenizer([text for text, _ in texts], add_special_tokens=False).input_ids if texts else []
+        for i, (text, places) in enumerate(texts):
+            if places:
+                parts = re.split(f"([{''.join(places)}])", text)
+                rows[i] = [
+                    id for part in parts if part for id in self.text.ids(places.get(part, part), spelled=part in places)
+                ]
+        return rows
+
+    def write_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """The prompts of conversations as text, uncut."""
+        found = zip(self._write(conversations, replied=False), conversations)
+        return [Prompt.of(_restore(text, places), messages) for (text, places), messages in found]
+
+    def prompt_ids(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Token ids of the prompts of conversations, uncut."""
+        return self._tokenize(self._write(conversations, replied=False))
+
+    def fit(self, messages: Sequence[Message], most: int) -> tuple[list[Message], list[int]] | None:
+        """Leave out the oldest turns, each whole, until the prompt has at most `most` tokens; return it with its ids.
+
+        The system message and the last turn stay; None if these are too long. A chat template's conversation then
+        begins with the user, as many templates demand.
+        """
+        system = list(messages[:1]) if messages[0]["role"] == "system" else []
+        turns = list(messages[len(system) :])
+        first = 0 if self.format.template else max(0, len(turns) - self.format.context_utterances)
+        later = range(first + 1, len(turns))
+        starts = [first, *(i for i in later if turns[i]["role"] == "user" or not self.format.template)]
+        low, high, found = 0, len(starts), None
+        while low < high:
+            middle = (low + high) // 2 if found or low else low  # nearly always the whole fits
+            kept = system + turns[starts[middle] :]
+            [ids] = self.prompt_ids([kept])
+            if len(ids) <= most:
+                found, high = (kept, ids), middle
+            else:
+                low = middle + 1
+        return found
+
+    # Batches
+
+    def encode_prompts(self, rows: Sequence[Sequence[int]], pad_to_max: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask (B, P) of the token ids of B prompts, padded on the left to the longest, or to the maximum."""
         width = self.format.max_prompt_tokens if pad_to_max else max(map(len, rows))
         ids = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
@@ -187,34 +444,102 @@ class DialogueCodec:
             mask[i, width - len(row) :] = 1
         return ids, mask
 
-    def prompt_ids(self, prompts: Sequence[str], most: int | None = None) -> list[list[int]]:
-        """The tokenizer's prefix and the ids of each prompt, the last `most` (max_prompt_tokens) in all."""
-        room = max(1, (self.format.max_prompt_tokens if most is None else most) - len(self.prefix))
-        return [self.prefix + ids[-room:] for ids in self.text.encode(prompts)]
+    def encode_targets(self, conversations: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[list[int]]:
+        """Token ids of what the template writes for each reply after the prompt, up to the end of its turn; uncut."""
+        prompts = self._write(conversations, replied=False)
+        answered = [[*c, {"role": "assistant", "content": reply}] for c, reply in zip(conversations, replies)]
+        wholes = self._write(answered, replied=True)
+        if self.stop:
+            return self._tokenize([self._text_target(*row) for row in zip(prompts, wholes, replies)])
+        targets = []
+        for prompt, whole, *ids, reply in zip(
+            prompts, wholes, self._tokenize(prompts), self._tokenize(wholes), replies
+        ):
+            if ids[1][: len(ids[0])] == ids[0]:
+                target = ids[1][len(ids[0]) :]
+            else:  # tokens merge where prompt and reply meet, or the template is not consistent
+                [target] = self._tokenize([self._text_target(prompt, whole, reply)])
+            end = next((k + 1 for k, id in enumerate(target) if id in self.end_ids), 0)
+            targets.append(target[:end] if end else [*target, self.last_id])
+        return targets
 
-    def encode_target(self, reply: str) -> list[int]:
-        """Token ids of a human reply with its marker, uncut."""
-        return self.text.encode([self.format.target(reply)])[0]
+    def _text_target(self, prompt: Hidden, whole: Hidden, reply: str) -> Hidden:
+        """What follows the prompt in the whole text, up to the text that ends a turn."""
+        if whole[0].startswith(prompt[0]):
+            target, places = whole[0][len(prompt[0]) :], whole[1]
+        else:
+            [shown], places = self.text.hide([{"role": "assistant", "content": reply}])
+            target = shown["content"]
+        if self.stop and self.format.template:
+            target = target.partition(self.stop)[0].rstrip() + self.stop
+        return target, places
+
+    @property
+    def last_id(self) -> int:
+        """The token that ends a turn."""
+        return self.turn_end_id if self.turn_end_id is not None else min(self.end_ids)
+
+    def is_consistent(self) -> bool:
+        """Whether a prompt of the template is the beginning of the same conversation with the reply."""
+        try:
+            [prompt] = self.render([messages_of(PROBE[:1])])
+            [whole] = self.render([messages_of(PROBE[:2])], replied=True)
+        except TemplateRefusal:
+            return True  # nothing is known; each row will tell
+        return whole.startswith(prompt)
+
+    @functools.cached_property
+    def user_begins(self) -> bool:
+        """Whether the template refuses conversations that the assistant begins."""
+        begun_by_assistant = self.refuses(messages_of(PROBE[:2], first="assistant"))
+        return bool(begun_by_assistant) and not self.refuses(messages_of(PROBE[:1]))
+
+    @functools.cached_property
+    def tokens_around(self) -> int:
+        """About as many tokens as the template writes around a system message and one turn, or more."""
+        probes = [messages_of(PROBE[:1]), [{"role": "system", "content": PROBE[0]}, *messages_of(PROBE[:1])]]
+        return max([len(self.prompt_ids([probe])[0]) for probe in probes if not self.refuses(probe)], default=64)
+
+    def refuses(self, messages: Sequence[Message]) -> str:
+        """What the template says against a conversation; "" if it writes it."""
+        try:
+            self.render([messages])
+        except TemplateRefusal as refusal:
+            return str(refusal)
+        return ""
+
+    # Responses
 
     def ended(self, response_ids: Sequence[int]) -> bool:
-        """Whether a response is complete: its last token is EOS, or closes the marker."""
+        """Whether a response is complete: its last token is an end, or closes the text that ends a turn."""
         if not len(response_ids) or not self.can_end(last := int(response_ids[-1])):
             return False
-        return last == self.eos_token_id or self.format.eou_marker.strip() in self.tokenizer.decode(response_ids)
+        return last in self.end_ids or self.stop in self.tokenizer.decode(response_ids)
 
     def can_end(self, token: int) -> bool:
         """Whether a response may be complete with this token. Most tokens cannot end one, so nothing is decoded."""
         # a model may embed ids that the tokenizer lacks
-        return token == self.eos_token_id or (token < len(self.may_end) and self.may_end[token])
+        return token in self.end_ids or (token < len(self.may_end) and self.may_end[token])
 
     def decode_response(self, response_ids: Sequence[int]) -> str:
-        """The text of a response, without marker, EOS and surrounding blanks. Negative ids are padding."""
+        """The text of a response, without its end and surrounding blanks. Negative ids are padding."""
         ids = [int(i) for i in response_ids if i >= 0]
-        if self.eos_token_id in ids:
-            ids = ids[: ids.index(self.eos_token_id)]
-        marker = self.format.eou_marker.strip()
-        text, *after = drop_torn_characters(self.tokenizer.decode(ids)).split(marker)
-        return (text if after else drop_torn_marker(text, marker)).strip()
+        of_text = self.turn_end_id if self.stop else None  # a marker of one token is found in the text
+        end = next((k for k, id in enumerate(ids) if id in self.end_ids and id != of_text), len(ids))
+        text = drop_torn_characters(self.tokenizer.decode(ids[:end]))
+        if self.stop:
+            text, *after = text.split(self.stop)
+            text = text if after else drop_torn_marker(text, self.stop)
+        return text.strip()
+
+
+Hidden = tuple[str, dict[str, str]]  # a text with private characters, and what each of them stands for
+
+
+def _restore(text: str, places: dict[str, str]) -> str:
+    for place, spelled in places.items():
+        text = text.replace(place, spelled)
+    return text
 
 
 def drop_torn_marker(text: str, marker: str) -> str:
