@@ -1145,8 +1145,8 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     with Run(config, accelerator, notes) as run:
         set_seed(config.seed)
         parts = Parts(config, accelerator, run)
-        config = parts.config  # with the settings that were left out
-        model, optimizer, env, sizes = parts.model, parts.optimizer, parts.env, parts.sizes
+        # config: with the settings that were left out
+        config, model, optimizer, env, sizes = parts.config, parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
         if not state.updates:
