@@ -68,6 +68,8 @@ class Agent:
         if sampling.min_new_tokens > new_tokens:
             raise UserError(f"min_new_tokens is {sampling.min_new_tokens}, but max_new_tokens only {new_tokens}.")
         self.codec = codec.with_format(max_new_tokens=new_tokens)
+        if settings.system_prompt == "":  # none, not even that of the training data
+            self.codec = self.codec.with_format(common_system="")
         self.room = self.positions - new_tokens  # tokens that a prompt may have
         if not self.uses_template:
             self.room = min(self.room, codec.format.max_prompt_tokens)
@@ -95,7 +97,7 @@ class Agent:
     @property
     def system(self) -> str:
         """The system message of all conversations."""
-        return self.codec.format.system_prompt
+        return self.codec.format.system_prompt or self.codec.format.common_system
 
     @system.setter
     def system(self, text: str) -> None:

@@ -58,6 +58,7 @@ class Samples(Sequence):
         self.numbers, self.utterances, self.acts = array("L"), array("L"), array("b")
         self.too_long: list[str] = []  # places of prompts whose last turn alone is too long, and that are left out
         self.refused: list[str] = []  # what the template said against dialogues that are left out
+        self.systems: set[str] = set()  # system messages of the data, up to two of them
 
     def add(self, number: int, at: int, act: int) -> None:
         """Add the reply that is utterance `at` of a dialogue."""
@@ -183,6 +184,8 @@ def make_samples(
             for at in replies_to_learn(dialogue, codec, speaker, turns)
         ]
         refused = find_refused(asked, samples, skip_bad_rows)
+        if len(samples.systems) < 2:
+            samples.systems |= {dialogues[number].system for number in chunk}
         for number, at, messages in asked:
             if number in refused:
                 continue
@@ -264,6 +267,10 @@ def load_samples(
         if not len(made):
             raise UserError(why_no_samples(split, made))
         samples[split] = made
+    first = samples[splits[0]]
+    if codec.format.template and len(first.systems) == 1 and "" not in first.systems:
+        codec = codec.with_format(common_system=next(iter(first.systems)))
+        say("all conversations have the same system message: chat.py will use it too")
     return codec, samples
 
 

@@ -47,6 +47,7 @@ class DialogueFormat:
     template: str = ""
     template_args: dict[str, Any] = field(default_factory=dict)
     system_prompt: str = ""
+    common_system: str = ""  # the system message that all training data has; that of a chat without another
 
     def __post_init__(self):
         check_values(self)
@@ -55,7 +56,7 @@ class DialogueFormat:
 
     def save(self, folder: Path) -> None:
         """Write the format beside a model. The template itself is the tokenizer's, see `DialogueCodec.save`."""
-        of_template = {"template", "template_args", "system_prompt"}
+        of_template = {"template", "template_args", "system_prompt", "common_system"}
         unused = set(JOINED) if self.template else of_template
         saved = {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
         if self.template:
