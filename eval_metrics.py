@@ -669,7 +669,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     config.check()
     judge_names = find_judges(config)
     codecs = open_codecs(config)
-    markers = dict.fromkeys(codec.stop for codec in codecs.values() if not codec.format.template)
+    markers = dict.fromkeys(codec.stop for codec in codecs.values() if codec.stop)
     dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
     print(form_sentence(config.data_path, dialogues), flush=True)
     answers, asked = samples_of_all(config, codecs, dialogues)

@@ -146,11 +146,9 @@ class Agent:
         return text
 
     def heard(self, text: str) -> str:
-        """What a user's text becomes. In the dialogue format an utterance is one line without the marker, which would
-        end it."""
-        if self.uses_template:
-            return text.strip()
-        return re.sub(r"\s*\n\s*", " ", text.replace(self.codec.stop, " ").strip())
+        """What a user's text becomes: it loses text that would end the turn. In the dialogue format it is one line."""
+        text = (text.replace(self.codec.stop, " ") if self.codec.stop else text).strip()
+        return text if self.uses_template else re.sub(r"\s*\n\s*", " ", text)
 
     def respond(self, history: Sequence[str], text: str, attempt: int = 0) -> Iterator[str]:
         """The reply to `text` after `history` (user and agent in turn), in pieces; see `stream`."""

@@ -150,12 +150,12 @@ def replies_to_learn(dialogue: Dialogue, codec: DialogueCodec, speaker: str, tur
     """The numbers of the utterances that are samples of a dialogue. It may be one after the last, see Dialogue."""
     n, first, roles = len(dialogue.utterances), dialogue.first_reply, dialogue.roles
     if first == n:
-        return [n]
+        return [n] if roles[-1:] != ("assistant",) else []
     if first == 0:  # the data names no reply, so each with a context is one
         first = 1 if codec.format.template else codec.format.context_utterances
     found = range(first, n)
     if roles:
-        found = [i for i in found if roles[i] == "assistant" and "user" in roles[:i]]
+        found = [i for i in found if roles[i - 1 : i + 1] == ("user", "assistant")]
     elif speaker != "all":
         found = [i for i in found if i % 2 == (speaker == "second")]
     return list(found)[-1:] if turns == "last" else list(found)
@@ -240,7 +240,7 @@ def load_samples(
     lengths that were chosen, within the model's `positions`. `report` is called with a stage, what is done and of how
     much.
     """
-    markers = [] if codec.format.template else [codec.stop]
+    markers = [codec.stop] if codec.stop else []  # text that ends a turn must not be within one
     dialogues = load_splits(options.data_path, splits, options.skip_bad_rows, markers)
     for sentence in dict.fromkeys(form_sentence(options.data_path, found) for found in dialogues.values()):
         say(sentence)

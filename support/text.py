@@ -239,7 +239,7 @@ class PlainText:
                     if match[1] is None:
                         return match[0]
                     place = HIDDEN + len(places)
-                    while chr(place) in text:
+                    while chr(place) in text or chr(place) in places:
                         place += 1
                     places[chr(place)] = match[1]
                     return chr(place)
@@ -285,6 +285,11 @@ class DialogueCodec:
         self.eos_token_id = tokenizer.eos_token_id
         prefix = tokenizer.decode(special_prefix(tokenizer)) if not fmt.template else ""
         self.chat_template = fmt.template or joined_template(fmt, prefix)
+        if said := self.refuses(messages_of(PROBE[:1])):
+            raise UserError(
+                f"the chat template cannot write a single message of a user ({said}); give another with --template "
+                "FILE.jinja, or --template dialogue."
+            )
         marker = "" if fmt.template else fmt.eou_marker.strip()
         self.text = PlainText(tokenizer, marker, self._structure() if fmt.template else ())
         if fmt.template:
