@@ -1,34 +1,32 @@
-"""Reading dialogues: the built-in corpus, hub datasets, folders, files, and DailyDialog's original release.
+"""Reading conversations: the built-in corpus, hub datasets, folders, files, and DailyDialog's original release.
 
     dialogues = load_dialogues("builtin", "train")
 
-One row of a dataset is one dialogue: `dialog` (utterances), `act` (dialogue acts, 1 to 4) and `emotion` (0 to 6), lists
-of equal length. To read a new form of data, write a function here that yields such rows.
+A source yields rows, and support/data_forms.py makes a `Dialogue` of each. To read a new kind of file, write a function
+here that yields such rows.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import csv
 import functools
-import io
+import hashlib
 import itertools
 import json
-import math
 import random
 import re
-import tokenize
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support.builtin_corpus import ACTS as ACTS
 from support.builtin_corpus import generate_corpus
 from support.data_checks import check_content, check_json_lines, describe_form, line_hint, normalized_text
+from support.data_forms import DIALOG, Dialogue, Form, Rejected, as_list, form_of, read_row
 from support.errors import UserError, did_you_mean, first_line
+from support.spool import Spool
 
 # the names that a split may have; ours come first
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -36,120 +34,196 @@ SPLITS = tuple(SPLIT_NAMES)
 # `datasets` 4 and later refuse datasets that are a script, as these are; the copy has the same rows as parquet.
 HUB_ALIASES = dict.fromkeys(("daily_dialog", "li2017dailydialog/daily_dialog"), "OpenRL/daily_dialog")
 RELEASE = {"dialog": "dialogues_{}.txt", "act": "dialogues_act_{}.txt", "emotion": "dialogues_emotion_{}.txt"}
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One conversation: n utterances with a dialogue act (1 to 4, 0 if unlabelled) and an emotion (0 to 6) each."""
-
-    utterances: tuple[str, ...]
-    acts: tuple[int, ...]
-    emotions: tuple[int, ...]
-    roles: tuple[str, ...] = ()
-    system: str = ""
-    first_reply: int = 0
-
-
-@dataclass(frozen=True)
-class Form:
-    name: str = "dialog"
-    has_roles: bool = False
-    has_references: bool = True
-
-
-def form_sentence(path, dialogues):
-    return f"{path}: rows of '{dialogues.form.name}', {len(dialogues)} dialogues"
-
+TOLD = 1000  # sentences about rows that are left out, of which the others are only counted
+BATCH = 1000  # rows that are read together
 
 Row = tuple[str, dict[str, Any]]  # its place ("chats.csv, line 3") and its columns
-Checked = tuple[str, Dialogue | str]  # its place, and the dialogue or what is wrong with the row
+Report = Callable[[int], None]  # is called with the number of rows read so far
 
 
-class Dialogues(list):
-    """A split: a list of `Dialogue`, with the `places` of each, and in `skipped` a sentence for each row left out."""
+def no_report(rows: int) -> None:
+    """Do nothing: for readers that show no progress."""
 
-    def __init__(self, rows: Sequence[Checked]):
-        super().__init__(d for _, d in rows if isinstance(d, Dialogue))
-        self.places = [where for where, d in rows if isinstance(d, Dialogue)]
-        self.skipped = [f"{where}: {fault}" for where, fault in rows if isinstance(fault, str)]
-        self.n_skipped = len(self.skipped)
-        self.form = Form()
 
-    def place(self, i):
-        return self.places[i]
+class Rows:
+    """The rows of a source: good ones, outside memory where they are many, and what was wrong with others.
 
-    def __getitem__(self, i):
+    With `compare` it numbers the different texts, to keep copies of a dialogue in one split.
+    """
+
+    def __init__(self, compare: bool = False):
+        self.compare = compare
+        self.good = Spool()  # place and fields of a Dialogue
+        self.numbers = array("q")  # of each row: that of the dialogue in `good`, or -1 - that of the bad row
+        self.texts = array("q")  # of each row: a number that all copies of a dialogue share
+        self.skipped: list[str] = []  # sentences about bad rows
+        self.bad = self.rejected = 0
+        self.form: Form | None = None
+        self.has_acts = False
+        self._known: dict[bytes, int] = {}
+
+    def add(self, place: str, dialogue: Dialogue) -> None:
+        self.numbers.append(len(self.good))
+        self.good.append((place, *vars(dialogue).values()))
+        self.has_acts = self.has_acts or any(dialogue.acts)
+        if not self.compare:
+            return
+        text = f"{dialogue.system}\0{normalized_text(dialogue.utterances)}" if dialogue.system else ""
+        text = text or normalized_text(dialogue.utterances)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+        self.texts.append(self._known.setdefault(digest, len(self._known)))
+
+    def add_bad(self, sentence: str) -> None:
+        self.bad += 1
+        self.numbers.append(-self.bad)
+        self.texts.append(-self.bad)  # a bad row has no copies
+        if len(self.skipped) < TOLD:
+            self.skipped.append(sentence)
+
+    @property
+    def different(self) -> int:
+        """How many different dialogues there are."""
+        return len(self._known)
+
+
+class Dialogues(Sequence):
+    """A split, or some of it: `Dialogue` by index, Dialogues by slice. They are read again from `rows` each time."""
+
+    def __init__(self, rows: Rows, numbers: Sequence[int] | None = None):
+        """`numbers` are those of the rows; all rows if they are left out."""
+        self.rows = rows
+        numbers = rows.numbers if numbers is None else numbers
+        self.numbers = array("q", (number for number in numbers if number >= 0))
+        bad = [-1 - number for number in numbers if number < 0]
+        self.n_skipped = len(bad)
+        self.skipped = [rows.skipped[k] for k in bad if k < len(rows.skipped)]
+
+    @property
+    def form(self) -> Form:
+        """What the columns of the rows mean."""
+        return self.rows.form or DIALOG
+
+    @property
+    def has_acts(self) -> bool:
+        return self.rows.has_acts
+
+    def place(self, i: int) -> str:
+        """Where dialogue i stands: `chats.csv, line 3`."""
+        return self.rows.good[self.numbers[i]][0]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
-            other = Dialogues([])
-            other.extend(list(self)[i])
-            other.places = self.places[i]
-            return other
-        return super().__getitem__(i)
+            return Dialogues(self.rows, self.numbers[i])
+        return Dialogue(*self.rows.good[self.numbers[i]][1:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (list, Dialogues)) and list(self) == list(other)
 
 
 def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, markers: Sequence[str] = ()) -> Dialogues:
     """Load all dialogues of one split ("train", "validation" or "test").
 
     `data_path` is `builtin`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that one); a folder
-    written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines or CSV file for each split (`train.csv`,
+    written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines, CSV or Arrow file for each split (`train.csv`,
     `train-00000-of-00001.parquet`, `validation/rows.json`); one such file, which is then cut 90/5/5 into splits; or the
     original DailyDialog release, zipped or not.
 
-    Raises UserError with file and line of the first bad row: unequal lengths, an empty utterance, a label out of
-    range, text that is not UTF-8 or contains one of the `markers` that end an utterance. With `skip_bad_rows` those
-    rows are left out and listed in `.skipped`. If all rows of a file are bad, the error says what the file looks like.
+    Raises UserError with file and line of the first bad row: unequal lengths, an empty utterance, an unknown role, a
+    label out of range, text that is not UTF-8 or contains one of the `markers` that end an utterance. With
+    `skip_bad_rows` those rows are left out and listed in `.skipped`. If all rows of a file are bad, the error says what
+    the file looks like.
     """
     return load_splits(data_path, [split], skip_bad_rows, markers)[split]
 
 
 def load_splits(
-    data_path: str, splits: Sequence[str], skip_bad_rows: bool = False, markers: Sequence[str] = ()
+    data_path: str,
+    splits: Sequence[str],
+    skip_bad_rows: bool = False,
+    markers: Sequence[str] = (),
+    report: Report = no_report,
 ) -> dict[str, Dialogues]:
     """Load several splits as load_dialogues does; a file that is cut into splits is read once."""
     if unknown := [split for split in splits if split not in SPLITS]:
         hint = did_you_mean(unknown[0], SPLITS)
         raise UserError(f"split '{unknown[0]}' is unknown; expected one of {', '.join(SPLITS)}.{hint}")
     name, path = str(data_path), Path(data_path).expanduser()
-    parts = checked = None
+    parts = whole = None
     if name != "builtin" and (path.is_file() or (path / "state.json").is_file()):  # it has no splits of its own
         rows = _file_rows(path) if path.is_file() else _dataset_rows(_stored(path), str(path))
-        checked = _check_rows(rows, skip_bad_rows, markers)
-        parts = _cut(checked)
+        whole = _read(Rows(compare=True), rows, skip_bad_rows, markers, report)
+        parts = _cut(whole)
     loaded = {}
     for split in splits:
-        loaded[split] = Dialogues(parts[split] if parts else _check_rows(_rows(name, split), skip_bad_rows, markers))
+        if parts:
+            loaded[split] = Dialogues(whole, parts[split])
+        else:
+            loaded[split] = Dialogues(_read(Rows(), _rows(name, split), skip_bad_rows, markers, report))
         if not loaded[split]:
-            why = _why_no_dialogue(checked) if checked else ": the file is empty." if path.is_file() else "."
+            why = (
+                _why_no_dialogue(whole)
+                if whole and len(whole.numbers)
+                else ": the file is empty."
+                if path.is_file()
+                else "."
+            )
             raise UserError(f"the {split} split of '{data_path}' holds no dialogue{why}")
     return loaded
 
 
-def _why_no_dialogue(checked: list[Checked]) -> str:
+def form_sentence(data_path: str, dialogues: Dialogues) -> str:
+    """A line that says what the data is: its form, how many dialogues, and what is learned of them."""
+    form = dialogues.form
+    rejected = (
+        f", {dialogues.rows.rejected:,} rows with a rejected completion left out" if dialogues.rows.rejected else ""
+    )
+    return f"data: {data_path} has rows of '{form.name}' ({form.content}); {form.replies}{rejected}"
+
+
+def _why_no_dialogue(rows: Rows) -> str:
     """Why a split of a single file has no dialogue, and what to do."""
-    different = len({_same_dialogue(row) for row in checked if isinstance(row[1], Dialogue)})
-    faults = Dialogues(checked).skipped
-    malformed = f" {len(faults)} rows are malformed ({faults[0]})." if faults else ""
+    malformed = f" {rows.bad} rows are malformed ({rows.skipped[0]})." if rows.bad else ""
     return (
-        f": of {len(checked)} rows, {different} are different dialogues. A single file is cut 90/5/5, with all copies "
-        "of a dialogue in one split, so give at least 20 different dialogues, or a folder with a file for each split."
+        f": of {len(rows.numbers)} rows, {rows.different} are different dialogues. A single file is cut 90/5/5, with "
+        "all copies of a dialogue in one split, so give at least 20 different dialogues, or a folder with a file for "
+        "each split."
     ) + malformed
 
 
-def _check_rows(rows: Iterator[Row], skip_bad_rows: bool, markers: Sequence[str]) -> list[Checked]:
-    """All rows, each with its dialogue or its fault.
+def _read(read: Rows, rows: Iterator[Row], skip_bad_rows: bool, markers: Sequence[str], report: Report) -> Rows:
+    """Read all rows into `read`.
 
     Raises UserError about the first bad row; with `skip_bad_rows` only if no row is good.
     """
-    checked, bad, first = [], 0, None
-    for where, row in rows:
+    first = None
+    for count, (place, row) in enumerate(rows, start=1):
         try:
-            checked.append((where, _checked(row, markers)))
+            read.add(place, _checked(row, read, markers))
         except ValueError as error:
-            checked.append((where, str(error)))
-            bad, first = bad + 1, first or (f"{where}: {error}", row)
-    if bad and (bad == len(checked) or not skip_bad_rows):
-        raise UserError(f"{first[0]}. {_advice(*first, bad, len(checked))}")
-    return checked
+            read.add_bad(f"{place}: {error}")
+            first = first or (f"{place}: {error}", row)
+        except Rejected:
+            read.rejected += 1
+        if count % BATCH == 0:
+            report(count)
+    if read.bad and (not len(read.good) or not skip_bad_rows):
+        raise UserError(f"{first[0]}. {_advice(*first, read.bad, len(read.numbers))}")
+    return read
+
+
+def _checked(row: dict[str, Any], read: Rows, markers: Sequence[str]) -> Dialogue:
+    """The row as a Dialogue; ValueError says what is wrong with it. The first row with a form decides that of all."""
+    if "_error" in row:
+        raise ValueError(row["_error"])
+    form = read.form or form_of(row)
+    if form is None:
+        raise ValueError(f"has no column 'dialog' (columns: {', '.join(map(str, row)) or 'none'})")
+    dialogue = read_row(row, form, markers)
+    read.form = form
+    return dialogue
 
 
 def _advice(fault: str, row: dict[str, Any], bad: int, rows: int) -> str:
@@ -169,123 +243,28 @@ def _advice(fault: str, row: dict[str, Any], bad: int, rows: int) -> str:
 def _parsed(value: Any) -> Any:
     """The list in a cell, or the cell itself if it is no list; for a message about its row."""
     try:
-        return _as_list(value, "dialog")
+        return as_list(value, "dialog")
     except ValueError:
         return value
 
 
-# U+FFFD replaces undecodable bytes when a file is read; JSON can contain half of a surrogate pair
-UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
-MISSING = {"", "[]", "null", "none", "nan", "na", "n/a", "<na>"}  # text for "no label", in any case
-
-
-def _checked(row: dict[str, Any], markers: Sequence[str]) -> Dialogue:
-    """The row as a Dialogue; ValueError says what is wrong with it."""
-    if "_error" in row:
-        raise ValueError(row["_error"])
-    if "dialog" not in row:
-        raise ValueError(f"has no column 'dialog' (columns: {', '.join(map(str, row)) or 'none'})")
-    utterances = _as_list(row["dialog"], "dialog")
-    n = len(utterances)
-    if not n:
-        raise ValueError("the dialogue has no utterance")
-    acts, emotions = _labels(row.get("act"), "act", 1, 4, n), _labels(row.get("emotion"), "emotion", 0, 6, n)
-    for i, utterance in enumerate(utterances, start=1):
-        if not isinstance(utterance, str):
-            raise ValueError(f"utterance {i} is not text but {utterance!r:.40}")
-        if not utterance.strip():
-            raise ValueError(f"utterance {i} of {n} is empty")
-        if not utterance.isascii() and UNDECODABLE.search(utterance):
-            raise ValueError(f"utterance {i} of {n} is not valid UTF-8")
-        for marker in markers:
-            if marker in utterance:
-                raise ValueError(f"utterance {i} of {n} holds the marker '{marker}', which ends an utterance")
-    return Dialogue(tuple(utterances), acts, emotions)
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a cell, or a value in a list of labels, means "no label"."""
-    if isinstance(value, str):
-        return value.strip().casefold() in MISSING
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _labels(cell: Any, column: str, low: int, high: int, n: int) -> tuple[int, ...]:
-    """The labels of n utterances; 0 for each that has none, and for all if the cell is missing or empty."""
-    values = [] if _is_missing(cell) else _as_list(cell, column)
-    if not values:
-        return (0,) * n
-    if len(values) != n:
-        raise ValueError(f"{n} utterances but {len(values)} values in '{column}'")
-    if set(map(type, values)) == {int} and low <= min(values) and max(values) <= high:  # nearly always
-        return tuple(values)
-    numbers = []
-    for value in values:
-        try:
-            number = None if _is_missing(value) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.inf
-        if number is not None and not number.is_integer():
-            raise ValueError(f"'{column}' should hold whole numbers, found {values!r:.60}")
-        if number is not None and not low <= number <= high:
-            raise ValueError(f"{column} {int(number)} is out of range; expected {low} to {high}")
-        numbers.append(int(number or 0))
-    return tuple(numbers)
-
-
-def _as_list(value: Any, column: str) -> list[Any]:
-    """A list column as it comes from parquet or JSON, or as text in a CSV cell: JSON, a Python list, or `1 2 1`."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, str):
-        text = value.strip()
-        if column != "dialog" and text and not text.startswith("["):
-            return _label_words(text)
-        for parse in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                parsed = parse(text)
-                if isinstance(parsed, (list, tuple)) and not (parse is ast.literal_eval and _lacks_commas(text)):
-                    return list(parsed)
-        if column != "dialog" and re.fullmatch(r"\[[^\[\]]*\]", text):  # `[1.0, nan]` of pandas, `[1 2]` of numpy
-            return _label_words(re.sub(r"[\[\]'\"]", " ", text))
-    raise ValueError(f"'{column}' should be a list, found {value!r:.60}")
-
-
-def _label_words(text: str) -> list[str]:
-    """`1 2 1` or `1, 2, 1`; nothing between two commas is a missing label."""
-    return re.split(r"\s*,\s*|\s+", text.strip().removesuffix(",").strip())
-
-
-def _lacks_commas(text: str) -> bool:
-    """Whether two strings follow each other: numpy prints lists so, and Python would read 'a' 'b' as one string."""
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    kinds = [token.type for token in tokens if token.type not in (tokenize.NL, tokenize.NEWLINE)]
-    return (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds)
-
-
-def _cut(rows: list[Checked]) -> dict[str, list[Checked]]:
+def _cut(rows: Rows) -> dict[str, list[int]]:
     """90/5/5 of the different dialogues by a fixed shuffle: the same rows in the same split in every run.
 
     All copies of a dialogue, whatever their blanks and labels, go to one split.
     """
-    rows = list(rows)
-    random.Random(0).shuffle(rows)
-    numbers: dict[str, int] = {}  # of the different dialogues; a bad row counts as one
-    number = [numbers.setdefault(_same_dialogue(row), len(numbers)) for row in rows]
+    order = list(range(len(rows.numbers)))
+    random.Random(0).shuffle(order)
+    numbers: dict[int, int] = {}  # of the different dialogues; a bad row counts as one
+    number = [numbers.setdefault(rows.texts[i], len(numbers)) for i in order]
     n = len(numbers)
     ends = [int(n * 0.9), int(n * 0.95)]
-    if 3 <= n < len(rows):  # a few dialogues with many copies: one for each split
+    if 3 <= n < len(order):  # a few dialogues with many copies: one for each split
         ends[0] = min(ends[0], ends[1] - 1)
-    parts: dict[str, list[Checked]] = {split: [] for split in SPLITS}
-    for row, k in zip(rows, number):
-        parts[SPLITS[(k >= ends[0]) + (k >= ends[1])]].append(row)
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for i, k in zip(order, number):
+        parts[SPLITS[(k >= ends[0]) + (k >= ends[1])]].append(rows.numbers[i])
     return parts
-
-
-def _same_dialogue(row: Checked) -> str:
-    """A key that all copies of a dialogue share; a bad row has no copies."""
-    where, dialogue = row
-    return normalized_text(dialogue.utterances) if isinstance(dialogue, Dialogue) else f"\0\0{where}"
 
 
 _corpus = functools.cache(generate_corpus)  # once for all its splits
@@ -336,7 +315,13 @@ def _pick_split(stored: Any, split: str, name: str) -> Any:
 
 
 def _dataset_rows(stored: Any, name: str) -> Iterator[Row]:
+    if hasattr(stored, "iter"):  # a dataset of the library, by batches of columns
+        stored = itertools.chain.from_iterable(map(_rows_of_columns, stored.iter(batch_size=BATCH)))
     return ((f"{name}, row {i}", row) for i, row in enumerate(stored, start=1))
+
+
+def _rows_of_columns(columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, values)) for values in zip(*columns.values()))
 
 
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -415,41 +400,78 @@ def _beginning(file: Path) -> bytes:
 
 
 def _text(file: Path) -> str:
-    content = file.read_bytes()
-    check_content(file, content)
-    return content.decode("utf-8-sig", errors="replace")  # without Excel's BOM; see UNDECODABLE
+    return file.read_bytes().decode("utf-8-sig", errors="replace")  # without Excel's BOM; see UNDECODABLE
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        check_content(file, _beginning(file), text=False)
-        raise UserError(f"'{file}' is not a parquet file that can be read: {first_line(error)}.") from error
-    yield from _dataset_rows(table.to_pylist(), str(file))
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(batch_size=BATCH):
+                    yield from batch.to_pylist()
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            check_content(file, _beginning(file), text=False)
+            raise UserError(f"'{file}' is not a parquet file that can be read: {first_line(error)}.") from error
+
+    return _dataset_rows(rows(), str(file))
+
+
+def _arrow_rows(file: Path) -> Iterator[Row]:
+    """Arrow's file form or its stream form, as `datasets` keeps it."""
+    import pyarrow
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            with pyarrow.memory_map(str(file)) as source:
+                if source.read(6) == b"ARROW1":
+                    reader = pyarrow.ipc.open_file(source)
+                    batches = map(reader.get_batch, range(reader.num_record_batches))
+                else:
+                    source.seek(0)
+                    batches = iter(pyarrow.ipc.open_stream(source))
+                for batch in batches:
+                    for start in range(0, batch.num_rows, BATCH):
+                        yield from batch.slice(start, BATCH).to_pylist()
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{file}' is not an Arrow file that can be read: {first_line(error)}.") from error
+
+    return _dataset_rows(rows(), str(file))
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
-    """JSON lines, or one JSON array of objects."""
-    text = _text(file)
-    if text.lstrip().startswith("["):
+    """JSON lines, or one JSON array of objects. An array is read whole."""
+    head = _beginning(file)
+    check_content(file, head)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         try:
-            return (yield from _dataset_rows(map(_object, json.loads(text)), str(file)))
+            return (yield from _dataset_rows(map(_object, json.loads(_text(file))), str(file)))
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # else each line is a list
                 raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
             raise UserError(f"{file}: not valid JSON of dialogues ({error}).") from error
-    check_json_lines(file, text)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = _object(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                row = {"_error": f"not valid JSON ({error})", "_hint": line_hint(line)}
-            yield f"{file}, line {number}", row
+    elif not _has_object_lines(file):
+        check_json_lines(file, _text(file))
+    with file.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = _object(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    row = {"_error": f"not valid JSON ({error})", "_hint": line_hint(line)}
+                yield f"{file}, line {number}", row
+
+
+def _has_object_lines(file: Path) -> bool:
+    """Whether the first line of a file is a JSON object, and others follow."""
+    with file.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+        filled = list(itertools.islice((line for line in lines if line.strip()), 2))
+    try:
+        return len(filled) == 2 and isinstance(json.loads(filled[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -461,16 +483,19 @@ def _object(value: Any) -> dict[str, Any]:
 def _csv_rows(file: Path) -> Iterator[Row]:
     """CSV with a header; lists are written in JSON or Python, labels also as `1 2 1`."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
-    try:
-        for row in reader:
-            yield f"{file}, line {reader.line_num}", {k: v for k, v in row.items() if k is not None}
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: not a CSV file that can be read ({error}).") from error
+    check_content(file, _beginning(file))
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for row in reader:
+                yield f"{file}, line {reader.line_num}", {k: v for k, v in row.items() if k is not None}
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: not a CSV file that can be read ({error}).") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
     ".json": _json_rows,
     ".jsonl": _json_rows,
     ".csv": _csv_rows,

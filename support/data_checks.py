@@ -19,7 +19,6 @@ from typing import Any
 from support.errors import UserError
 
 UNPACK = "Unpack it and give the file that comes out"
-ARROW = "Give the folder that save_to_disk wrote, or write it as parquet"
 RECODE = "Write it anew as UTF-8, such as with 'iconv -f {} -t UTF-8 OLD > NEW'"
 BOM = rb"(\xef\xbb\xbf)?\s*"
 KINDS = (  # how the content begins, what it is, what to do
@@ -32,7 +31,7 @@ KINDS = (  # how the content begins, what it is, what to do
     (rb"PK\x03\x04(.*xl/|.{0,4000}\[Content_Types\]\.xml)", "an Excel workbook", "Save it as 'CSV UTF-8'"),
     (rb"PK\x03\x04", "a zip archive", UNPACK),
     (rb"PAR1", "a parquet file", "Rename it to .parquet"),
-    (rb"ARROW1|\xff\xff\xff\xff", "an Arrow file", ARROW),
+    (rb"ARROW1|\xff\xff\xff\xff", "an Arrow file", "Rename it to .arrow"),
     (rb"SQLite format 3", "an SQLite database", "Export the table as CSV"),
     (rb"%PDF", "a PDF", "Give the data as JSON lines"),
     (rb"version https://git-lfs", "only the pointer of a file in Git LFS", "Fetch the file itself with 'git lfs pull'"),
@@ -157,18 +156,18 @@ def _header_form(row: Mapping[str, Any]) -> str:
 
 
 def _messages_form(row: Mapping[str, Any]) -> str:
-    """A list of messages, such as chat messages, ShareGPT's and Persona-Chat's."""
+    """A list of messages in a column of another name, such as Persona-Chat's."""
     messages = _lists_of(dict, row)
     for column, value in messages.items():
         if {"history", "candidates"} <= value[-1].keys():
             last = f'row["{column}"][-1]'
             return _use("Persona-Chat", f'{last}["history"] + {last}["candidates"][-1:]')
         if key := next((k for k in TEXT if all(isinstance(m.get(k), str) for m in value)), None):
-            second = next((f' + row["{k}"]' for k in SECOND if k in messages and column in FIRST), "")
-            speaker = next((k for k in SPEAKER if k in value[0]), None)
-            only = f' if m["{speaker}"] != "system"' if speaker in ("role", "from") else ""
-            what = {"content": "chat messages", "value": "ShareGPT conversations"}.get(key, "messages")
-            return _use(what, f'[m["{key}"] for m in row["{column}"]{second}{only}]')
+            if "role" in value[0] and key == "content":
+                return f"The column '{column}' holds chat messages: rename it to 'messages'"
+            if "from" in value[0] and key == "value":
+                return f"The column '{column}' holds ShareGPT conversations: rename it to 'conversations'"
+            return _use("messages", f'[m["{key}"] for m in row["{column}"]]')
     return ""
 
 
@@ -181,7 +180,7 @@ def _pair_form(row: Mapping[str, Any]) -> str:
         pair = f"pairs of '{first}' and '{second}'"
         if isinstance(row[first], list):
             return _use(pair, f'row["{first}"] + [row["{second}"]]')
-        return _use(pair, f'[row["{first}"], row["{second}"]]') + ", and train with context_utterances 1"
+        return f"This looks like {pair}: rename the columns to 'prompt' and 'completion' (see docs/data.md)"
     if named := [k for k in texts if k != "dialog"]:
         column = min(named, key=lambda k: "dialog" not in str(k).casefold())
         return f"The column '{column}' holds a list of texts: if they are the utterances, rename it to 'dialog'"
@@ -246,7 +245,7 @@ def overlap_note(data_path: str, splits: Mapping[str, Any]) -> str:
             counts = [f"{same:,} are also in train"] * (same > 0)
             counts += [f"{len(copies) - same:,} are near-copies of training dialogues"] * (same < len(copies))
             i = min(copies)
-            places = f"{held_out.places[i]} is like {splits['train'].places[copies[i][0]]}"
+            places = f"{held_out.place(i)} is like {splits['train'].place(copies[i][0])}"
             found.append(f"of {len(held_out):,} {name} dialogues {' and '.join(counts)} ({places})")
     return f"{'; '.join(found)}: scores on them say less about new dialogues." if found else ""
 
