@@ -476,8 +476,8 @@ def compare(
         "policy": policy.metrics(),
         "baseline": baseline.metrics() if baseline else None,
         "difference": paired_difference(policy, baseline, n_bootstrap) if baseline else None,
-        "by_turn": metrics_by_turn(policy, baseline),
         "settings": (settings or {}) | known,
+        "by_turn": metrics_by_turn(policy, baseline),
     }
 
 
@@ -507,13 +507,17 @@ def format_turns(result: dict[str, Any], names: Sequence[str] = ("meteor", "inte
     return "\n".join(lines)
 
 
+OF_REFERENCES = (*ROUGE, "meteor", "sacrebleu", "perplexity")
+
+
 def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline", "policy")) -> str:
     """Format the result of `compare` as text, a row for each metric. `headings` name the models, the baseline first."""
     two = result["difference"] is not None
     rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
     models = ("baseline", "policy") if two else ("policy",)
     for name, label in LABELS.items():
-        if name not in result["policy"]:
+        # without human replies there are no metrics of them
+        if name not in result["policy"] or (name in OF_REFERENCES and result["policy"]["meteor"] is None):
             continue
         row = [label] + ["-" if (v := result[m].get(name)) is None else f"{v:.4f}" for m in models]
         if two and (difference := result["difference"][name]):

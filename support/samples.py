@@ -107,7 +107,11 @@ class Samples(Sequence):
     @property
     def has_references(self) -> bool:
         """Whether the data has human replies."""
-        return self.dialogues.form.has_references
+        return not isinstance(self.dialogues, Dialogues) or self.dialogues.form.has_references
+
+    def place(self, number: int) -> str:
+        """Where a dialogue of the data stands."""
+        return self.dialogues.place(number) if isinstance(self.dialogues, Dialogues) else f"dialogue {number}"
 
     def replies(self) -> Iterator[str]:
         """The human replies, without blanks at their ends."""
@@ -162,7 +166,7 @@ def replies_to_learn(dialogue: Dialogue, codec: DialogueCodec, speaker: str, tur
 
 
 def make_samples(
-    dialogues: Dialogues,
+    dialogues: Sequence[Dialogue],
     codec: DialogueCodec,
     speaker: str = "all",
     turns: str = "all",
@@ -192,7 +196,7 @@ def make_samples(
             if last_turn_fits(messages, codec):
                 samples.add(number, at, _reply_of(dialogues[number], at)[1])
             else:
-                samples.too_long.append(dialogues.place(number))
+                samples.too_long.append(samples.place(number))
         report(chunk[-1] + 1, len(dialogues))
     return samples
 
@@ -207,7 +211,7 @@ def find_refused(asked: list[tuple[int, int, list[Message]]], samples: Samples, 
     except TemplateRefusal:
         for number, _, messages in asked:
             if number not in refused and (said := codec.refuses(messages)):
-                sentence = f"{samples.dialogues.place(number)}: the chat template refuses the conversation: {said}"
+                sentence = f"{samples.place(number)}: the chat template refuses the conversation: {said}"
                 if not skip:
                     raise UserError(f"{sentence}. Mend the row, or leave out such rows with --skip-bad-rows.") from None
                 refused.add(number)

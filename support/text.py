@@ -187,13 +187,19 @@ class PlainText:
     A user may write "</s>" or "<|im_end|>". As a special token that would end a turn, or begin another role.
     """
 
-    def __init__(self, tokenizer: Any, marker: str = "", structure: Sequence[str] = ()):
-        """`structure` are added tokens that are not special, but mark turns in the template (Gemma 2 has such)."""
+    def __init__(self, tokenizer: Any, marker: str = "", structure: tuple[Sequence[str], Sequence[str]] = ((), ())):
+        """`structure` are added tokens that are not special, and that the template writes itself: two lists.
+
+        Those that mark turns stay text in every message (some models of Gemma have such). Those that a reply begins
+        with may be in a reply (<think>).
+        """
         self.tokenizer = tokenizer
+        marks, beginnings = structure
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special = special | set(tokenizer.all_special_tokens)
         self.pattern = self._spells(self.special, marker)
-        self.user_pattern = self._spells(self.special | set(structure), marker)
+        self.reply_pattern = self._spells(self.special | set(marks), marker)
+        self.user_pattern = self._spells(self.special | {*marks, *beginnings}, marker)
 
     def _spells(self, tokens: set[str], marker: str) -> re.Pattern:
         ordered = sorted(tokens, key=len, reverse=True)
@@ -224,14 +230,11 @@ class PlainText:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=spelled).input_ids
 
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Replace what spells a special token in messages by private characters. Return these with what they stand for.
-
-        A reply may contain tokens that are not special, such as <think>.
-        """
+        """Replace what spells a special token in messages by private characters; return these with what they mean."""
         places: dict[str, str] = {}
         shown = []
         for message in messages:
-            pattern = self.pattern if message["role"] == "assistant" else self.user_pattern
+            pattern = self.reply_pattern if message["role"] == "assistant" else self.user_pattern
             if pattern.search(message["content"]):
                 text = "".join(m["content"] for m in messages)
 
@@ -291,7 +294,7 @@ class DialogueCodec:
                 "FILE.jinja, or --template dialogue."
             )
         marker = "" if fmt.template else fmt.eou_marker.strip()
-        self.text = PlainText(tokenizer, marker, self._structure() if fmt.template else ())
+        self.text = PlainText(tokenizer, marker, self._structure() if fmt.template else ((), ()))
         if fmt.template:
             self.turn_end_id, self.stop = self._turn_end()
         else:
@@ -318,14 +321,17 @@ class DialogueCodec:
             )
         return ids[0] if len(ids) == 1 else None
 
-    def _structure(self) -> list[str]:
-        """Added tokens that the template writes itself and that are not special."""
+    def _structure(self) -> tuple[list[str], list[str]]:
+        """Added tokens that the template writes itself and that are not special: those of turns, those of replies."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
         try:
-            probe = "".join(self.render([messages_of(PROBE), messages_of(PROBE[:1])]))
+            [turns], [beginning] = (
+                self.render([messages_of(PROBE)], replied=True),
+                self.render([messages_of(PROBE[:1])]),
+            )
         except TemplateRefusal:
-            return []
-        return [token for token in added if token.strip() and token in probe]
+            return [], []
+        return [token for token in added if token in turns], [token for token in added if token in beginning]
 
     def _turn_end(self) -> tuple[int | None, str]:
         """What ends the model's turn: a special token's id, or a text, "" where it is not known.

@@ -15,21 +15,18 @@ import datasets
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from conftest import make_tokenizer
 from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 
 from envs import DialogueVectorEnv
-from sft_dialog import make_chains, make_windows
 from support.data import Dialogue, load_dialogues, load_splits
-from support.data_checks import describe_form, overlap_note
+from support.data_checks import overlap_note
+from support.data_forms import INVISIBLE
 from support.errors import UserError
-from support.judge import encode_pairs
-from support.pretrained import load_tokenizer
-from support.text import DialogueCodec, DialogueFormat, FormatOptions, Sample, drop_torn_marker, make_samples
+from support.samples import make_samples
+from support.text import DialogueCodec, DialogueFormat, messages_of
 
 SPLITS = ("train", "validation", "test")
 ROWS = [
@@ -310,7 +307,9 @@ def test_a_hub_that_does_not_have_it_is_one_sentence(hub):
         load_dialogues("somebody/chats", "test")
 
 
-texts = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "\ufffd" not in text)
+texts = st.text(min_size=1, max_size=12).filter(
+    lambda text: not INVISIBLE.fullmatch(text) and not {*"\ufffd\0"} & {*text}
+)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -419,7 +418,7 @@ def test_a_bad_line_of_the_release_is_named_or_skipped(name, content, fault, zip
 
 UNPARSED = '[\n {"dialog": ["Hi ."]},\n {"dialog": \n]'
 UNREADABLE = [  # name, content, what is said
-    ("chats.txt", "Hi .", r"none of the forms that can be read: \.parquet, \.json, \.jsonl, \.csv"),
+    ("chats.txt", "Hi .", r"none of the forms that can be read: \.parquet, \.arrow, \.json, \.jsonl, \.csv"),
     ("chats.csv", "", "the train split of .* holds no dialogue"),
     ("chats.jsonl", "\n", "the train split of .* holds no dialogue"),
     ("chats.json", "[]", "the train split of .* holds no dialogue"),
@@ -471,19 +470,18 @@ SAID = [{"role": "system", "content": "Be kind ."}, {"role": "user", "content": 
 SAID += [{"role": "assistant", "content": "Hello ."}]
 SHAREGPT = [{"from": "human", "value": "Hi ."}, {"from": "gpt", "value": "Hello ."}]
 ROW_FORMS = {  # a row of another form, and what it becomes by the expression that the error gives
-    "messages": ({"messages": SAID}, ["Hi .", "Hello ."]),
-    "ShareGPT": ({"id": "7", "conversations": SHAREGPT}, ["Hi .", "Hello ."]),
-    "messages as dialog": ({"dialog": SAID}, ["Hi .", "Hello ."]),
     "turns": ({"turns": [{"speaker": "A", "utterance": "Hi ."}]}, ["Hi ."]),
-    "prompt and completion": ({"prompt": "Hi .", "completion": "Hello ."}, ["Hi .", "Hello ."]),
-    "prompt and completion of messages": ({"prompt": SAID[:2], "completion": SAID[2:]}, ["Hi .", "Hello ."]),
-    "preferences": ({"prompt": "Hi .", "chosen": "Hello .", "rejected": "No ."}, ["Hi .", "Hello ."]),
-    "preferences of messages": ({"chosen": SAID, "rejected": SAID}, ["Hi .", "Hello ."]),
-    "Alpaca": ({"instruction": "Hi .", "input": "", "output": "Hello ."}, ["Hi .", "Hello ."]),
     "history and response": ({"history": ["Hi ."], "response": "Hello ."}, ["Hi .", "Hello ."]),
     "Persona-Chat": ({"utterances": [{"history": ["Hi ."], "candidates": ["No .", "Hello ."]}]}, ["Hi .", "Hello ."]),
     "lines": ({"text": "Hi .\nHello ."}, ["Hi .", "Hello ."]),
     "marks": ({"text": "Hi .__eou__Hello .__eou__"}, ["Hi .", "Hello ."]),
+}
+RENAMED = {  # a row with known content under other names, and what the error says
+    "messages as dialog": ({"dialog": SAID}, "'dialog' holds chat messages: rename it to 'messages'"),
+    "messages": ({"chat": SAID}, "'chat' holds chat messages: rename it to 'messages'"),
+    "ShareGPT": ({"items": SHAREGPT}, "'items' holds ShareGPT conversations: rename it to 'conversations'"),
+    "Alpaca": ({"instruction": "Hi .", "input": "", "output": "Hello ."}, "rename .* to 'prompt' and 'completion'"),
+    "prompt and response": ({"prompt": "Hi .", "response": "Hello ."}, "rename .* to 'prompt' and 'completion'"),
 }
 
 
@@ -500,16 +498,24 @@ def test_rows_of_another_form_are_answered_with_what_makes_dialogues_of_them(for
     assert eval(re.search("write `(.*)` as 'dialog'", said)[1], {"row": row}) == dialog
 
 
-def test_the_page_converts_other_forms_as_the_errors_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", RENAMED)
+def test_columns_of_other_names_are_answered_with_the_known_ones(form, chats):
+    row, advice = RENAMED[form]
+    with pytest.raises(UserError, match=f"line 1: .*200 of 200 rows.*{advice}"):
+        load_dialogues(chats([row] * 200), "validation")
+
+
+def test_the_page_converts_other_forms_as_the_errors_say(chats):
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    said = {re.search("write `(.*)` as 'dialog'", describe_form(row))[1] for row, _ in ROW_FORMS.values()}
-    table = re.findall(r"^\| `.*\| `(.*)` \|$", page[page.index("## Other forms") :], re.MULTILINE)
-    assert len(table) >= 7 and set(table) <= said
-    monkeypatch.chdir(tmp_path)
-    Path("messages.jsonl").write_text(json_lines([{"messages": SAID}] * 3))
-    exec(re.search("```python\n(.*?)```", page[page.index("## Other forms") :], re.DOTALL)[1], {})
-    Path("dialogues.jsonl").rename("train.jsonl")
-    assert [d.utterances for d in load_dialogues(str(tmp_path), "train")] == [("Hi .", "Hello .")] * 3
+    table = re.findall(r"^\| `.*\| `(\{.*\})` \|$", page[page.index("## Other columns") :], re.MULTILINE)
+    rows = [{"instruction": "Hi .", "output": "Hello ."}, {"history": ["Hi ."], "response": "Hello ."}]
+    rows.append({"text": "Hi .\nHello ."})
+    converted = [eval(expression, {"row": row}) for expression, row in zip(table, rows, strict=True)]
+    for row in converted:
+        different = [{name: [*v, f"{i} ."] if isinstance(v, list) else v} for i in range(40) for name, v in row.items()]
+        if "dialog" in row:
+            assert load_dialogues(chats(different), "train")[0].utterances[:2] == ("Hi .", "Hello .")
+    assert converted[0] == {"prompt": "Hi .", "completion": "Hello ."}
 
 
 PRETTY = "\n".join(json.dumps(row, indent=1) for row in ROWS)
@@ -522,7 +528,7 @@ WHOLE_FILES = [  # name, content, phrases of the answer
     ("a.json", PRETTY.replace("\n}\n", "\n},\n"), ["spread over several lines", "without a comma"]),
     ("a.json", json.dumps({"data": ROWS}), ["list 'data'"]),
     ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1), ["list 'data'"]),
-    ("a.json", json.dumps({"data": [{"messages": SAID}]}), ["list 'data'", "chat messages"]),
+    ("a.json", json.dumps({"data": [{"messages": SAID}]}), ["list 'data'"]),
     ("a.json", json.dumps({"train": ROWS, "test": ROWS}), ["several lists (train, test)", "a file for each"]),
     ("a.json", json.dumps(COLUMNS), ["object of columns", 'orient="records"']),
     ("a.json", json.dumps({c: list(v.values()) for c, v in COLUMNS.items()}), ["object of columns", "from_dict"]),
@@ -569,8 +575,8 @@ def test_a_file_that_is_wrong_as_a_whole_is_answered_as_a_whole(name, content, p
 
 
 def test_a_stored_dataset_of_another_form_is_answered_alike(tmp_path):
-    store(tmp_path / "one", [{"messages": SAID}] * 9)
-    dataset_dict({"train": [{"messages": SAID}] * 9}).save_to_disk(str(tmp_path / "two"))
+    store(tmp_path / "one", [{"chat": SAID}] * 9)
+    dataset_dict({"train": [{"chat": SAID}] * 9}).save_to_disk(str(tmp_path / "two"))
     for name in ("one", "two"):
         with pytest.raises(UserError, match="row 1: .*9 of 9 rows.*chat messages"):
             load_dialogues(str(tmp_path / name), "train")
@@ -611,7 +617,7 @@ def test_daily_dialog_validation_zipped_and_not(shared, tmp_path):
     folder = shared / "data" / "dailydialog"
     validation = load_dialogues(str(folder), "validation")
     assert len(validation) == 1000 and not validation.skipped
-    samples = make_samples(validation, DialogueFormat())
+    samples = make_samples(validation, DialogueCodec(make_tokenizer(True), DialogueFormat(max_prompt_tokens=4000)))
     assert len(samples) == 3388
     for sample in samples:
         assert len(sample.context) == 5 and sample.act in (1, 2, 3, 4)
@@ -622,108 +628,7 @@ def test_daily_dialog_validation_zipped_and_not(shared, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text format
-
-
-def test_prompt_is_the_last_five_utterances_and_samples_are_the_later_ones():
-    utterances = tuple(f"u{i}" for i in range(8))
-    dialogue = Dialogue(utterances, (1, 2, 3, 4, 1, 2, 3, 4), (0,) * 8)
-    short = Dialogue(utterances[:5], (1,) * 5, (0,) * 5)
-    samples = make_samples([short, dialogue], DialogueFormat())
-    assert [s.reply for s in samples] == ["u5", "u6", "u7"] and [s.act for s in samples] == [2, 3, 4]
-    assert samples[1].context == ("u1", "u2", "u3", "u4", "u5")
-    assert samples[1].prompt == "u1<EOU>u2<EOU>u3<EOU>u4<EOU>u5 <EOU>"
-    assert DialogueFormat().prompt(utterances) == "u3<EOU>u4<EOU>u5<EOU>u6<EOU>u7 <EOU>"
-    two = make_samples([dialogue], DialogueFormat(context_utterances=2, eou_marker="|"))
-    assert len(two) == 6 and two[0].prompt == "u0|u1 |"
-
-
-def test_format_is_kept_beside_a_model_and_overridden_by_options(tmp_path):
-    kept = DialogueFormat(context_utterances=3, eou_marker="<END>")
-    kept.save(tmp_path)
-    assert DialogueFormat.load(tmp_path) == kept
-    assert DialogueFormat.load(tmp_path / "none") == DialogueFormat()
-    options = FormatOptions(max_new_tokens=7)
-    assert options.dialogue_format(tmp_path) == DialogueFormat(3, "<END>", 128, 7)
-    (tmp_path / "dialogue_format.json").write_text('{"eou": 1}')
-    with pytest.raises(UserError, match=r"dialogue_format\.json' is not a dialogue format"):
-        DialogueFormat.load(tmp_path)
-
-
-@pytest.mark.parametrize("field", ["context_utterances", "eou_marker", "max_prompt_tokens", "max_new_tokens"])
-def test_formats_that_cannot_be(field):
-    for value in ("", " ") if field == "eou_marker" else (0, -1):
-        with pytest.raises(UserError, match=field):
-            DialogueFormat(**{field: value})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-@pytest.fixture(params=["special", "plain"])
-def codec(request):
-    """With the marker as one special token, and as three tokens of text."""
-    return DialogueCodec(make_tokenizer(request.param == "special"), DialogueFormat())
-
-
-def tokens(codec, text):
-    return codec.tokenizer(text, add_special_tokens=False).input_ids
-
-
-def ends_at_last(codec, ids):
-    return [codec.ended(ids[:n]) for n in range(len(ids) + 1)] == [False] * len(ids) + [True]
-
-
-def test_the_marker_is_one_token_or_several():
-    assert DialogueCodec(make_tokenizer(True), DialogueFormat()).marker_token_id is not None
-    plain = DialogueCodec(make_tokenizer(False), DialogueFormat())
-    assert plain.marker_token_id is None and len(tokens(plain, "<EOU>")) > 1
-    pieces = [plain.tokenizer.decode([i]) for i in tokens(plain, "Sure.<EOU>")]
-    assert ".<" in pieces  # merged with the stop: no token id is "the marker begins here"
-
-
-def test_prompts_are_padded_and_cut_on_the_left(codec):
-    codec.format = DialogueFormat(max_prompt_tokens=16)
-    short, long = "Hi <EOU>", "What time is it ? " * 20 + "<EOU>"
-    ids, mask = codec.encode_prompts([short, long])
-    assert ids.shape == mask.shape == (2, 16) and ids.dtype == np.int64
-    n = len(tokens(codec, short))
-    assert mask[0].tolist() == [0] * (16 - n) + [1] * n and mask[1].all()
-    assert ids[0, -n:].tolist() == tokens(codec, short)
-    assert (ids[0, :-n] == codec.tokenizer.pad_token_id).all()
-    assert ids[1].tolist() == tokens(codec, long)[-16:]
-    assert codec.encode_prompts([short])[0].shape == (1, n)
-    assert codec.encode_prompts([short], pad_to_max=True)[0].shape == (1, 16)
-
-
-def surrounding(tokenizer, template: str):
-    """The tokenizer with a post-processor that puts special tokens around every text."""
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<PAD>", "<EOS>", "<EOU>")]
-    special = [(token, id) for token, id in special if id is not None]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, pair=f"{template} $B:1", special_tokens=special
-    )
-    return tokenizer
-
-
-@pytest.mark.parametrize("special_marker", [True, False])
-def test_what_a_tokenizer_puts_after_a_text_is_not_in_a_prompt_that_goes_on(special_marker):
-    plain = DialogueCodec(make_tokenizer(special_marker), DialogueFormat(max_prompt_tokens=16))
-    closing = DialogueCodec(surrounding(make_tokenizer(special_marker), "$A <EOS>"), plain.format)
-    both = DialogueCodec(surrounding(make_tokenizer(special_marker), "<PAD> $A <EOS> <EOS>"), plain.format)
-    prompts = ["Hi <EOU>", "What time is it ? " * 20 + "<EOU>"]
-    expected, mask = plain.encode_prompts(prompts)
-    for found, same in zip(closing.encode_prompts(prompts), (expected, mask)):
-        assert np.array_equal(found, same)
-    assert both.prefix == [0] and both.prompt_ids(prompts[:1])[0] == [0, *plain.prompt_ids(prompts[:1])[0]]
-    assert both.prompt_ids(prompts)[1] == [0, *plain.prompt_ids(prompts)[1][1:]]  # what is cut stands after BOS
-    assert closing.encode_target("Sure .") == both.encode_target("Sure .") == plain.encode_target("Sure .")
-    samples = [Sample(("Hi",), prompts[0], "Sure .", 0)]
-    assert make_windows(samples, closing) == make_windows(samples, plain)
-    dialogues = [Dialogue(("Hi .", "Hello .", "Well ?"), (0,) * 3, (0,) * 3)]
-    assert make_chains(dialogues, closing, 100) == make_chains(dialogues, plain, 100)
-    assert make_chains(dialogues, both, 100)[0][0] == [0, *make_chains(dialogues, plain, 100)[0][0]]
+# Markers
 
 
 def test_an_utterance_that_holds_the_marker_is_a_bad_row(chats):
@@ -736,85 +641,6 @@ def test_an_utterance_that_holds_the_marker_is_a_bad_row(chats):
     kept = [load_dialogues(file, split, True, ["<EOU>"]) for split in SPLITS]
     assert sum(map(len, kept)) == 39 and sum(len(part.skipped) for part in kept) == 1
     assert all("<EOU>" not in u for part in kept for d in part for u in d.utterances)
-
-
-@pytest.mark.parametrize("special_marker", [True, False])
-def test_text_that_spells_a_special_token_stays_text(special_marker):
-    codec = DialogueCodec(make_tokenizer(special_marker), DialogueFormat())
-    prompt = codec.format.prompt(["Write <EOS> , then <PAD> .", "<EOS><EOS>", "Hm", "Well", "So ?"])
-    (ids,) = codec.prompt_ids([prompt])
-    assert not {codec.eos_token_id, codec.tokenizer.pad_token_id} & set(ids)
-    assert codec.tokenizer.decode(ids) == prompt and ids.count(codec.marker_token_id) == 5 * special_marker
-    target = codec.encode_target("No <EOS> here")
-    assert ends_at_last(codec, target)
-    assert codec.decode_response(target) == "No <EOS> here"
-    # the judge's own separators are there, and no others
-    pair = encode_pairs(make_tokenizer(True), ["a <EOU> b"], ["<EOS>"]).input_ids[0].tolist()
-    assert pair.count(2) == 2 and 1 not in pair
-
-
-def test_characters_that_the_limit_cuts_are_no_part_of_a_reply(codec):
-    cup = tokens(codec, "\N{HOT BEVERAGE}")
-    assert len(cup) == 3 and "\ufffd" in codec.tokenizer.decode(cup[:2])
-    ids = tokens(codec, "Coffee ")
-    assert codec.decode_response(ids + cup[:2]) == codec.decode_response(ids + cup[:1]) == "Coffee"
-    assert codec.decode_response(ids + cup) == "Coffee \N{HOT BEVERAGE}"
-    assert codec.decode_response(cup[:2] + ids + tokens(codec, "<EOU>")) == "Coffee"  # nor bytes that are no character
-
-
-def test_load_tokenizer_pads_and_cuts_on_the_left(tiny_lm, tiny_tokenizer):
-    tokenizer = load_tokenizer(tiny_lm)
-    assert tokenizer.padding_side == tokenizer.truncation_side == "left"
-    text = "Hello there , how are you ? <EOU>"
-    assert tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
-
-
-@pytest.mark.parametrize("reply", ["Sure", "Sure.", "Is it?", "a > b", "<EO", "It is half past six .", "日本語", "Hm<"])
-def test_a_response_ends_with_its_marker_and_no_sooner(codec, reply):
-    ids = codec.encode_target(reply)
-    assert codec.tokenizer.decode(ids) == reply + "<EOU>"
-    assert ends_at_last(codec, ids)
-    assert codec.ended(torch.tensor(ids)) and codec.ended(np.array(ids))
-    assert codec.decode_response(ids) == reply
-
-
-def test_eos_ends_a_response(codec):
-    ids = tokens(codec, "Sure .")
-    eos = codec.eos_token_id
-    assert not codec.ended(ids) and codec.ended([*ids, eos]) and codec.ended([eos])
-    assert codec.decode_response([*ids, eos]) == codec.decode_response([*ids, eos, *ids]) == "Sure ."
-    assert codec.decode_response([eos]) == ""
-
-
-def test_decoding_drops_marker_padding_and_what_follows(codec):
-    ids = tokens(codec, " Sure . <EOU> And you ?")
-    assert codec.decode_response(ids) == "Sure ."
-    assert codec.decode_response([*ids, -1, -1]) == "Sure ."
-    assert codec.decode_response(np.array([*ids, -1])) == codec.decode_response(torch.tensor([*ids, -1])) == "Sure ."
-    assert codec.decode_response([]) == codec.decode_response([-1] * 4) == codec.decode_response(tokens(codec, "<EOU>"))
-    assert codec.decode_response(tokens(codec, " See you ")) == "See you"  # not complete
-
-
-TORN = [("Sure . <E", "Sure . "), ("Sure.<EOU", "Sure."), ("<", ""), ("1 < 2", "1 < 2")]
-TORN_END = [("Sure . EN", "Sure . "), ("Open the door . FINE", "Open the door . FINE")]  # letters: as a word of its own
-
-
-@pytest.mark.parametrize("marker, torn, whole", [*(("<EOU>", *t) for t in TORN), *(("END", *t) for t in TORN_END)])
-def test_a_marker_that_the_limit_cuts_is_no_part_of_the_reply(marker, torn, whole):
-    assert drop_torn_marker(torn, marker) == whole
-
-
-def test_a_marker_of_ones_own():
-    codec = DialogueCodec(make_tokenizer(True), DialogueFormat(eou_marker=" ###\n"))
-    ids = codec.encode_target("Sure .")
-    assert ends_at_last(codec, ids[:-1])  # it does not wait for the blanks
-    assert codec.decode_response(ids) == codec.decode_response(ids[:-1]) == "Sure ."
-
-
-def test_ids_beyond_the_tokenizer_end_nothing(codec):
-    ids = [*tokens(codec, "Sure ."), len(codec.tokenizer) + 3]  # Qwen and others pad their vocabulary
-    assert not codec.ended(ids)
-    assert codec.decode_response(ids) == "Sure ."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -831,7 +657,7 @@ def small_codec():
 
 @pytest.fixture(scope="module")
 def samples(small_codec):
-    return make_samples(TALKS, small_codec.format)  # 30, no prompt twice
+    return make_samples(TALKS, small_codec)  # 30, no prompt twice
 
 
 @pytest.fixture
@@ -898,7 +724,7 @@ def test_text_actions_equal_token_actions(make_env, small_codec):
     width = small_codec.format.max_new_tokens
     actions = np.full((3, width), -1)
     for i, reply in enumerate(replies):
-        ids = small_codec.encode_target(reply)[:width]
+        ids = small_codec.encode_targets([messages_of(["Hi"])], [reply])[0][:width]
         actions[i, : len(ids)] = ids
     texts, ids = by_text.step(replies), by_tokens.step(actions)
     assert texts[1].tolist() == ids[1].tolist() == [6.0, 0.0, 11.0]
@@ -949,5 +775,5 @@ def test_wrong_numbers_are_refused(make_env, small_codec):
     for env_num, num_processes in ((0, 1), (-2, 2), (3, 2), (6, 4)):
         with pytest.raises(UserError, match=f"env_num is {env_num}; .* positive multiple of the {num_processes}"):
             make_env(env_num, None, 0, num_processes)
-    with pytest.raises(UserError, match="no dialogue has more than 2 utterances"):
+    with pytest.raises(UserError, match="no dialogue has 3 utterances or more"):
         DialogueVectorEnv([], small_codec, 2)

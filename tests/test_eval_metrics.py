@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from chat_templates import chat_model
 from conftest import make_tokenizer
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
@@ -27,7 +28,6 @@ from eval_metrics import (
     Rouge,
     SacreBleu,
     answer,
-    baseline_format,
     bleu_statistics,
     compare,
     evaluate_model,
@@ -45,7 +45,8 @@ from support.errors import UserError
 from support.generation import ReplySettings, generate_replies, reply_log_likelihoods
 from support.metric_names import BETTER, LABELS, verdict
 from support.options import EVAL_SAMPLING
-from support.text import DialogueCodec, DialogueFormat, make_samples
+from support.samples import make_samples
+from support.text import DialogueCodec, DialogueFormat
 
 REPOSITORY = Path(__file__).parent.parent
 KEYS = [
@@ -104,8 +105,9 @@ def save_model(folder: Path, tokenizer, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def samples():
-    return make_samples(load_dialogues("builtin", "test"), DialogueFormat())[:10]
+def samples(tokenizer):
+    codec = DialogueCodec(tokenizer, DialogueFormat(max_prompt_tokens=400))
+    return list(make_samples(load_dialogues("builtin", "test"), codec)[:10])
 
 
 class ActJudge:
@@ -267,7 +269,7 @@ def test_without_a_judge_intent_is_null_everywhere():
     one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(REFERENCES, REFERENCES)
     del other.scores["intent"]
     result = compare(other, one, n_bootstrap=20, settings={"split": "test"})
-    assert list(result) == ["policy", "baseline", "difference", "settings"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "by_turn"]
     assert result["policy"]["intent"] is None and result["difference"]["intent"] is None
     assert result["settings"]["samples"] == 6 and result["settings"]["split"] == "test"
     table = format_table(result, headings=("supervised", "PPO")).splitlines()
@@ -321,14 +323,38 @@ def test_evaluating_a_model(tokenizer, samples):
     assert evaluate_model(model, unlabelled, ActJudge(), ReplySettings(codec)).metrics()["intent"] is None
 
 
-def test_baseline_keeps_its_marker_and_takes_the_limits(tmp_path):
-    fmt = DialogueFormat(max_new_tokens=7)
-    assert baseline_format(str(tmp_path), fmt) == fmt  # no format kept there
-    DialogueFormat(eou_marker="<END>", max_new_tokens=30).save(tmp_path)
-    assert baseline_format(str(tmp_path), fmt) == DialogueFormat(eou_marker="<END>", max_new_tokens=7)
-    DialogueFormat(context_utterances=2).save(tmp_path)
-    with pytest.raises(UserError, match="2 utterances of context"):
-        baseline_format(str(tmp_path), fmt)
+def test_models_of_different_templates_answer_the_samples_that_both_have(tokenizer, tmp_path, capsys):
+    save_model(tmp_path / "joined", tokenizer, 0)
+    DialogueFormat(max_prompt_tokens=200, max_new_tokens=7).save(tmp_path / "joined")
+    chat_model(tmp_path / "chat")
+    settings = dict(data_path="builtin", split="test", bootstrap=5, intent_model="", perplexity=True)
+    replies = str(tmp_path / "replies.jsonl")
+    config = EvalConfig(model_path=str(tmp_path / "joined"), baseline_path=str(tmp_path / "chat"), limit=6, **settings)
+    result = run_evaluation(dataclasses.replace(config, replies=replies))
+    printed = capsys.readouterr().out
+    assert "samples are used, which both models have" in printed and result["settings"]["samples"] == 6
+    assert result["baseline"]["mean_output_length"] <= 7  # the limits of the first
+    rows = [json.loads(line) for line in Path(replies).read_text().splitlines()[1:]]
+    assert all("<EOU>" in row["prompt"] for row in rows)
+    swapped = run_evaluation(dataclasses.replace(config, model_path=str(tmp_path / "chat"), baseline_path=replies))
+    assert swapped["baseline"] == pytest.approx(result["policy"], rel=1e-6)
+    alone = run_evaluation(EvalConfig(model_path=str(tmp_path / "chat"), limit=40, **settings))
+    turns = alone["by_turn"]
+    assert sum(row["samples"] for row in turns.values()) == 40 and turns.keys() >= {"1", "2", "3"}
+    assert "by turn: METEOR; intent; mean output length" in capsys.readouterr().out
+    lengths = [row["samples"] * row["policy"]["mean_output_length"] for row in turns.values()]
+    assert sum(lengths) / 40 == pytest.approx(alone["policy"]["mean_output_length"])
+
+
+def test_without_human_replies_there_is_no_metric_of_them(tmp_path, capsys):
+    rows = [json.dumps({"prompt": f"What is {i} and {i} ?"}) for i in range(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(rows))
+    model = chat_model(tmp_path / "chat")
+    result = run_evaluation(EvalConfig(model_path=model, data_path=str(tmp_path), split="test", bootstrap=5))
+    printed = capsys.readouterr().out
+    assert "rows of 'prompt' (a prompt alone); there are no human replies" in printed and "METEOR" not in printed
+    known = {name for name, value in result["policy"].items() if value is not None}
+    assert known == {"mean_output_length", "distinct1", "distinct2"}
 
 
 def test_settings_that_cannot_be_used(tmp_path):
@@ -366,7 +392,7 @@ def test_the_command(tokenizer, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "" or "WordNet" in finished.stderr
     result = json.loads(output.read_text())
-    assert list(result) == ["policy", "baseline", "difference", "settings"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "by_turn"]
     assert list(result["policy"]) == list(result["baseline"]) == list(result["difference"]) == KEYS
     assert all(list(d) == ["value", "ci95", "relative"] for d in result["difference"].values())
     assert result["settings"]["samples"] == 6 and result["settings"]["seconds"]["baseline"] > 0
@@ -390,7 +416,7 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     assert result["policy"]["intent_second_judge"] == result["policy"]["intent"]
     assert "intent, second judge" in capsys.readouterr().out
     with pytest.raises(UserError, match="answer other samples"):
-        run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | dict(limit=5)))
+        run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | dict(split="test")))
     (tmp_path / "b.jsonl").write_text("not json")
     with pytest.raises(UserError, match="not a file of replies"):
         run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings))

@@ -81,7 +81,7 @@ class EndsAtMultiples:
 
     format = type("Format", (), {"max_new_tokens": REPLY})
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    eos_token_id, marker_token_id = 1, None
+    end_ids = {1}
     can_end = staticmethod(lambda token: token % 5 == 0)
     ended = staticmethod(lambda ids: ids[-1] % 5 == 0)
 

@@ -33,11 +33,16 @@ from support.builtin import builtin_model
 from support.data import ACTS, load_dialogues
 from support.errors import UserError
 from support.judge import IntentJudge, acts_of_classes, check_judge, encode_pairs, load_classifier, measure_judge
+from support.models import load_codec
+from support.samples import make_samples
 from support.supervised import add_gradients, batches_of_steps
-from support.text import DialogueFormat, make_samples
 
 QUICK = dict(limit=60, bootstrap=20, perplexity=False, greedy=True)
 POSITION = "in this order they stand for inform, question, directive, commissive"
+
+
+def builtin_codec():
+    return load_codec(str(builtin_model("policy")))
 
 
 def classes(*names: str, first: int = 0) -> BertConfig:
@@ -133,7 +138,7 @@ def test_a_judge_below_chance_is_said_before_its_figures(tmp_path, capsys):
 
 
 def test_chance_is_what_the_commonest_act_would_get():
-    samples = make_samples(load_dialogues("builtin", "validation"), DialogueFormat())[:200]
+    samples = make_samples(load_dialogues("builtin", "validation"), builtin_codec())[:200]
     judge = IntentJudge(str(builtin_model("judge")))
     measured = measure_judge(judge, samples)
     acts = [s.act for s in samples]
@@ -179,7 +184,7 @@ def test_a_gpt2_without_a_pad_token_becomes_a_judge(tmp_path, tiny_lm, tiny_toke
     monkeypatch.setattr("support.supervised.load_splits", lambda *args: parts)
     folder = train_intent(IntentConfig(model_path=tiny_lm, output_dir=str(tmp_path / "judge"), lr=1e-3, epochs=3))
     accuracy = json.loads((folder / "intent.json").read_text())["validation"]["accuracy"]
-    samples = make_samples(parts["validation"], DialogueFormat())
+    samples = make_samples(parts["validation"], builtin_codec())
     assert measure_judge(IntentJudge(str(folder)), samples)["accuracy"] > 0.3 < accuracy
 
 
@@ -214,10 +219,10 @@ def mixed(tmp_path_factory) -> str:
 
 def test_intent_is_of_the_labelled_replies_alone_and_both_numbers_are_said(mixed, capsys):
     result = evaluated("builtin", data_path=mixed, limit=0)
-    samples = make_samples(load_dialogues(mixed, "test"), DialogueFormat())
+    samples = make_samples(load_dialogues(mixed, "test"), builtin_codec())
     labelled = sum(bool(s.act) for s in samples)
     assert 0 < labelled < len(samples) and result["settings"]["intent_samples"] == labelled
-    assert f"{len(samples)} samples ({labelled} with a dialogue act) used" in capsys.readouterr().out
+    assert f"{len(samples)} samples ({labelled} with a dialogue act)" in capsys.readouterr().out
 
     judge, answers = IntentJudge(str(builtin_model("judge"))), ["Sure ."] * len(samples)
 
@@ -237,7 +242,7 @@ def test_ppo_rewards_intent_where_there_is_an_act(mixed, tmp_path, capsys):
     config = ppo_dialog.PPOConfig(**settings, eval_limit=10, validation_limit=0, judge_samples=50)
     run = ppo_dialog.train(config)
     printed = capsys.readouterr().out
-    samples = make_samples(load_dialogues(mixed, "train"), DialogueFormat())
+    samples = make_samples(load_dialogues(mixed, "train"), builtin_codec())
     assert f"{len(samples)} samples ({sum(bool(s.act) for s in samples)} with a dialogue act)" in printed
     assert "judge: right on 1.000 of 50 human replies" in printed
     for row in lines(run):
@@ -257,13 +262,18 @@ def test_a_reply_without_an_act_earns_nothing_for_intent():
     assert statistics["reward_intent"].tolist() == [1, 0]
 
 
-def test_data_without_any_act_is_refused_with_what_to_do(tmp_path):
+def test_data_without_any_act_leaves_intent_out_and_says_so(tmp_path, capsys):
     for split in ("train", "validation"):
         rows = [json.dumps({"dialog": d.utterances}) for d in load_dialogues("builtin", split)[:20]]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     settings = dict(data_path=str(tmp_path), intent_model="builtin", run_dir=str(tmp_path / "runs"), eval_limit=-1)
-    with pytest.raises(UserError, match="no dialogue acts, which the intent reward needs.*--intent-coef 0"):
-        ppo_dialog.train(ppo_dialog.PPOConfig(**settings))
+    settings |= dict(total_time_steps=60, env_num=8, validation_limit=0, sample_interval=0)
+    run = ppo_dialog.train(ppo_dialog.PPOConfig(**settings))
+    assert "the data has no dialogue acts: intent is left out" in capsys.readouterr().out
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["score"] == pytest.approx(row["reward_meteor"]) and "intent" not in row
+    with pytest.raises(UserError, match="nothing of the default reward is left .*--reward my_file.py"):
+        ppo_dialog.train(ppo_dialog.PPOConfig(**settings, meteor_coef=0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def small_lm(family: str, **changes) -> torch.nn.Module:
 class FakeCodec:
     """What sampling needs of a codec, without a tokenizer: ids are words, and 1 ends a response."""
 
-    eos_token_id, marker_token_id = 1, None
+    end_ids = {1}
     tokenizer = SimpleNamespace(pad_token_id=0)
     format = DialogueFormat(max_new_tokens=8)
 

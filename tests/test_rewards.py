@@ -36,7 +36,7 @@ from support.data import load_dialogues
 from support.errors import UserError
 from support.judge import IntentJudge
 from support.meteor import meteor, meteor_uses_synonyms
-from support.text import DialogueFormat
+from support.text import Prompt
 
 RESPONSE = "It is a guide to action which ensures that the military always obeys the commands of the party"
 REFERENCE = "It is a guide to action that ensures that the military will forever heed Party commands"
@@ -245,7 +245,9 @@ def test_a_judge_that_is_not_there_is_refused(tmp_path):
 
 def test_last_utterance():
     assert last_utterance("Hi .<EOU>How are you ? <EOU>", "<EOU>") == "How are you ? "
-    assert last_utterance(DialogueFormat(eou_marker="|").prompt(["a", "b"]), "|") == "b"
+    assert last_utterance("a|b|", "|") == "b"
+    written = Prompt.of("<|user|>a<|assistant|>", [{"role": "user", "content": "a"}])
+    assert last_utterance(written, "") == "a" and written == "<|user|>a<|assistant|>"
     assert last_utterance(" <EOU>", "<EOU>") == last_utterance("", "<EOU>") == ""
 
 

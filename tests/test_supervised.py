@@ -12,13 +12,14 @@ import sft_dialog
 from intent_classifier import IntentConfig, train_intent
 from sft_dialog import SFTConfig, collate, make_chains, make_windows, train_sft, window_loss
 from support.builtin import builtin_model
-from support.data import load_dialogues
+from support.data import Dialogue, load_dialogues
 from support.errors import UserError
 from support.fast_paths import choose_fast_paths
 from support.generation import reply_log_likelihoods
 from support.pretrained import load_tokenizer
+from support.samples import make_samples
 from support.supervised import state_folder
-from support.text import DialogueCodec, DialogueFormat, Sample
+from support.text import DialogueCodec, DialogueFormat, messages_of
 
 
 @pytest.mark.parametrize("loss_on", ["window", "reply", "dialogue"])
@@ -38,14 +39,18 @@ def test_the_loss_of_windows_is_the_models_own(loss_on, packed, tiny_lm):
 
 
 def test_a_window_has_no_more_tokens_than_the_model_has_positions(tiny_lm):
-    codec = DialogueCodec(load_tokenizer(tiny_lm), DialogueFormat(max_prompt_tokens=30))
-    samples = [Sample((), "Hello there . " * 20, "Fine , thanks . " * 40, 0), Sample((), "Hi . ", "Hello . ", 0)]
+    codec = DialogueCodec(load_tokenizer(tiny_lm), DialogueFormat(1, max_prompt_tokens=30))
+    dialogues = [
+        Dialogue((say, reply), (0, 0), (0, 0)) for say, reply in (("Hi .", "Fine . " * 90), ("Hi . ", "Hello ."))
+    ]
+    samples = make_samples(dialogues, codec)
 
     def lengths(positions):
         return [(len(p), len(t)) for p, t in make_windows(samples, codec, positions)]
 
-    assert lengths(None) == lengths(94) and lengths(94)[0] == (30, 64)
-    assert lengths(50)[0] == (30, 20) and lengths(50)[1] == lengths(None)[1]
+    prompt = len(samples[0].prompt_ids)
+    assert lengths(None) == lengths(94) and lengths(94)[0] == (prompt, 64)
+    assert lengths(50)[0] == (prompt, 50 - prompt) and lengths(50)[1] == lengths(None)[1]
 
 
 def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
@@ -61,7 +66,8 @@ def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
         tokens = " ".join(map(str, chain))
         for i in range(1 + number % 3, len(dialogue.utterances), 4):
             context = dialogue.utterances[max(0, i - 3) : i]
-            window = codec.tokenizer(fmt.prompt(context)).input_ids + codec.encode_target(dialogue.utterances[i])
+            [prompt] = codec.prompt_ids([messages_of(context)])
+            window = prompt + codec.encode_targets([messages_of(context)], [dialogue.utterances[i]])[0]
             assert f" {' '.join(map(str, window))} " in f" {tokens} "
             seen += 1
     assert seen > 30

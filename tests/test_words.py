@@ -20,7 +20,7 @@ from ppo_dialog import PPOConfig, train
 from reproduce.results import habits
 from rewards import CrossPromptOverlap, MBRConsensus, make_reward
 from support import meteor as meteor_module
-from support.text import Sample
+from support.samples import Sample
 from support.words import describe, spaced, word_tokenizer_for, words
 
 REPLIES = {  # a reply of at least four words in each language, and how many words it has, punctuation among them
@@ -97,7 +97,7 @@ def test_only_letters_and_digits_beyond_ascii_choose_the_tokenizer():
 
 
 def evaluated(texts, references):
-    samples = [Sample(("p",), "p<EOU>", reply, 0) for reply in references]
+    samples = [Sample(({"role": "user", "content": "p"},), "p<EOU>", reply) for reply in references]
     n = len(texts)
     return score_answers(Answers(list(texts), [1] * n, [-1.0] * n, [1] * n, 0.0), samples)
 
