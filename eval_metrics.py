@@ -87,7 +87,7 @@ class EvalOptions:
 
 
 @dataclass
-class EvalConfig(TextOptions, SampleOptions, EvalOptions):
+class EvalConfig(EvalOptions, TextOptions, SampleOptions):
     """Evaluation of a dialogue model, against a baseline where one is given."""
 
     def __post_init__(self):

@@ -84,7 +84,7 @@ from support.models import (
 from support.packing import get_conventions, logits_at, pack, packed_lengths, split_by_tokens
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
-from support.samples import Sample, Samples, lengths_to_choose, load_samples
+from support.samples import Sample, Samples, load_samples, longest_lengths
 from support.text import FORMAT_FILE, DialogueCodec
 from support.words import WordTokenizer, describe, word_tokenizer_for
 
@@ -755,11 +755,13 @@ class Parts:
         name = resolve_model(config.model_path)
         check_model_names(config, name)
         self.accelerator = accelerator
+        codec, positions = open_codec(config, name, run)
+        run.stage("loading the models")
+        self.actor_critic = load_actor_critic(config, name, codec, run)  # loaded first, because it may be unusable
         run.stage("reading the dialogues")
-        self.codec, self.samples = read_data(config, name, run)
+        self.codec, self.samples = read_data(config, name, codec, positions, run)
         config = leave_out_impossible(config, self.samples["train"], run)
         run.stage("loading the models")
-        self.actor_critic = load_actor_critic(config, name, self.codec, run)
         self.config = config = run.config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
         self.sizes = BatchSizes.derive(config, self.codec.format.max_new_tokens, accelerator)
         if self.sizes.num_mini_batch < config.num_mini_batch:
@@ -847,24 +849,39 @@ def load_actor_critic(config: PPOConfig, name: str, codec: DialogueCodec, run: R
     return model
 
 
-def read_data(config: PPOConfig, name: str, run: Run) -> tuple[DialogueCodec, dict[str, Samples]]:
-    """Load tokenizer, chat template, and the samples of the splits that the run needs.
+def text_source(config: PPOConfig, name: str, run: Run) -> tuple[PPOConfig, str]:
+    """Return the options of the text format, and the folder that they add to.
 
     A resumed run goes on with the format that its policy/ was saved with.
     """
-    stored, options = run.folder / "policy", config
-    folder = name
+    stored = run.folder / "policy"
     if config.resume and (stored / FORMAT_FILE).is_file():
-        folder, options = str(stored), replace(config, template="")
+        return replace(config, template=""), str(stored)
+    return config, name
+
+
+def open_codec(config: PPOConfig, name: str, run: Run) -> tuple[DialogueCodec, int | None]:
+    """Load tokenizer and chat template. Also return the positions of the model, None without a limit.
+
+    UserError for lengths that exceed these. Lengths that the data decides are as long as they can be.
+    """
+    options, folder = text_source(config, name, run)
     codec = load_codec(folder, config.tokenizer_path or name, options)
     reference = resolve_model(config.ref_model) if config.ref_model else name
     architecture = load_pretrained(AutoConfig, reference, "ref_model")
-    if not lengths_to_choose(codec, options, folder):
-        check_positions(architecture, codec.format, reference)
-    needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
-    codec, samples = load_samples(options, codec, folder, needed, run.say, positions_of(architecture), run.progress)
+    positions = positions_of(architecture)
+    codec = longest_lengths(codec, options, folder, positions)
     check_positions(architecture, codec.format, reference)
-    return codec, samples
+    return codec, positions
+
+
+def read_data(
+    config: PPOConfig, name: str, codec: DialogueCodec, positions: int | None, run: Run
+) -> tuple[DialogueCodec, dict[str, Samples]]:
+    """Load the samples of the splits that the run needs; also return the codec with the lengths of the texts."""
+    options, folder = text_source(config, name, run)
+    needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
+    return load_samples(options, codec, folder, needed, run.say, positions, run.progress)
 
 
 def leave_out_impossible(config: PPOConfig, samples: Samples, run: Run) -> PPOConfig:
@@ -1145,7 +1162,6 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     with Run(config, accelerator, notes) as run:
         set_seed(config.seed)
         parts = Parts(config, accelerator, run)
-        # config: with the settings that were left out
         config, model, optimizer, env, sizes = parts.config, parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it

@@ -76,7 +76,7 @@ from support.machine import use_all_cores
 from support.models import load_causal_lm, load_codec, longest_text
 from support.packing import logits_at
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
-from support.samples import Samples, lengths_to_choose, load_samples
+from support.samples import Samples, load_samples, longest_lengths
 from support.spool import Spool
 from support.supervised import Task, fit, write_model
 from support.text import DialogueCodec, messages_of, special_prefix
@@ -91,13 +91,16 @@ def train_sft(config: SFTConfig) -> Path:
     config.check()
     start, main = resolve_model(config.model_path), PartialState().is_main_process
     draw = can_draw(config.progress, main)
-    codec, samples = read_data(config, start, draw)
-    check_positions(load_pretrained(AutoConfig, start, "model"), codec.format, start)
+    architecture = load_pretrained(AutoConfig, start, "model")
+    codec = load_codec(start, config.tokenizer_path or start, config)
+    codec = longest_lengths(codec, config, start, positions_of(architecture))
+    check_positions(architecture, codec.format, start)
     with show_spinner("loading the model", draw):
         model = load_causal_lm(start, longest=longest_text(codec.format))
     check_vocabulary(codec.tokenizer, model, start)
     model.to(PartialState().device)
 
+    codec, samples = read_data(config, codec, start, positions_of(architecture), draw)
     loss_on, positions = loss_of(config, codec), positions_of(model.config)
     if loss_on == "dialogue":
         limit = min(2 * codec.format.max_prompt_tokens, positions or 2 * codec.format.max_prompt_tokens)
@@ -128,23 +131,17 @@ def train_sft(config: SFTConfig) -> Path:
     return output
 
 
-def read_data(config: SFTConfig, start: str, draw: bool) -> tuple[DialogueCodec, dict[str, Samples]]:
-    """Load tokenizer, chat template and the samples of the train and the validation split, and tell what they are."""
-    codec = load_codec(start, config.tokenizer_path or start, config)
-    architecture = load_pretrained(AutoConfig, start, "model")
-    if not lengths_to_choose(codec, config, start):
-        check_positions(architecture, codec.format, start)
+def read_data(
+    config: SFTConfig, codec: DialogueCodec, start: str, positions: int | None, draw: bool
+) -> tuple[DialogueCodec, dict[str, Samples]]:
+    """Load the samples of the train and the validation split; also return the codec with the lengths of the texts."""
     say = PartialState().print
     with show_bar("reading the dialogues", draw, transient=True) as move:
-        codec, samples = load_samples(
-            config,
-            codec,
-            start,
-            ("train", "validation"),
-            say,
-            positions_of(architecture),
-            lambda stage, done, total: move(done / max(1, total), stage),
-        )
+
+        def report(stage: str, done: int, total: int) -> None:
+            move(done / max(1, total), stage)
+
+        codec, samples = load_samples(config, codec, start, ("train", "validation"), say, positions, report)
     if not samples["train"].has_references:
         raise UserError(
             f"'{config.data_path}' has prompts without replies, and supervised training learns replies; expected a "

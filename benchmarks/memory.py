@@ -18,6 +18,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrai
 
 from estimate import GIB, Estimate, EstimateConfig
 from support.errors import run_script
+from support.text import DialogueFormat
 
 # Published sizes of the architectures
 MODELS = {
@@ -69,7 +70,7 @@ def peak(architecture: PreTrainedConfig, engine: str, processes: int, rank: int,
         gradient_checkpointing=large,
         gather=gather,
     )
-    return Estimate(settings, architecture, JUDGE, 20).peak / GIB
+    return Estimate(settings, architecture, JUDGE, DialogueFormat()).peak / GIB
 
 
 def fitting_engine(architecture: PreTrainedConfig, processes: int, rank: int, gpu_gib: float) -> str:

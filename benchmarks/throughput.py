@@ -35,13 +35,13 @@ from tokenizers import models as bpe_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from ppo_dialog import PPOConfig, train
-from rewards import last_utterance
 from support import generation, machine, models, packing, pretrained
 from support.data import Dialogue, load_dialogues
 from support.errors import UserError, run_script
 from support.libraries import quiet_libraries
 from support.pretrained import load_tokenizer
-from support.text import DialogueCodec, DialogueFormat, make_samples
+from support.samples import make_samples
+from support.text import DialogueCodec, DialogueFormat
 
 VOCABULARY = 50_257
 DAILY_DIALOG = ROOT.parent / "shared" / "data" / "dailydialog"
@@ -199,14 +199,14 @@ def run_work(config: ThroughputConfig, folder: Path) -> dict[str, float]:
     if config.full_prompts:
         data_path = str(join_dialogues(dialogues, fmt.context_utterances, folder / "joined.jsonl"))
         dialogues = load_dialogues(data_path, "train")
-    prompts = [sample.prompt for sample in make_samples(dialogues, fmt)[:2000]]
-    if not prompts:
-        raise UserError(f"no dialogue of '{data_path}' has more than {fmt.context_utterances} utterances.")
     codec = DialogueCodec(load_tokenizer(str(folder / "policy")), fmt)
-    last = codec.tokenizer([last_utterance(prompt, fmt.eou_marker).strip() for prompt in prompts]).input_ids
+    samples = list(make_samples(dialogues, codec)[:2000])
+    if not samples:
+        raise UserError(f"no dialogue of '{data_path}' has more than {fmt.context_utterances} utterances.")
+    last = codec.tokenizer([sample.context[-1].strip() for sample in samples]).input_ids
     run = train(PPOConfig(**ppo_settings(config, folder) | {"data_path": data_path}))
     return steady_medians(run) | {
-        "prompt_tokens": float(codec.encode_prompts(prompts)[1].sum()) / len(prompts),
+        "prompt_tokens": statistics.mean(len(sample.prompt_ids) for sample in samples),
         "judge_tokens": statistics.mean(len(ids) for ids in last) + fmt.max_new_tokens,  # with a full reply
     }
 

@@ -282,7 +282,7 @@ def views_note(agents: Sequence[Agent]) -> str:
     views = [agent.view() for agent in agents]
     if len(set(views)) > 1:
         return f"A and B are not asked in the same way. A: {views[0]}. B: {views[1]}."
-    templates = {agent.codec.chat_template for agent in agents}
+    templates = {agent.codec.format.template for agent in agents}
     return "A and B read the same words in different chat templates." if len(templates) > 1 else ""
 
 

@@ -99,15 +99,18 @@ def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) ->
     `markers` are texts that end a turn, so that no turn may contain them.
     """
     for column in form.columns:
-        if row.get(column) is None:
-            names = ", ".join(map(str, row)) or "none"
-            raise ValueError(f"has no column '{column}' (columns: {names})")
+        if row.get(column) is None and column in row:
+            raise ValueError(f"the column '{column}' is empty")
+        if column not in row:
+            raise ValueError(f"has no column '{column}' (columns: {', '.join(map(str, row)) or 'none'})")
     dialogue = READERS[form](row)
     for i, utterance in enumerate(dialogue.utterances, start=1):
         for marker in markers:
             if marker in utterance:
                 n = len(dialogue.utterances)
                 raise ValueError(f"utterance {i} of {n} holds the marker '{marker}', which ends an utterance")
+    if named := next((marker for marker in markers if marker in dialogue.system), ""):
+        raise ValueError(f"the system message holds the marker '{named}', which ends an utterance")
     return dialogue
 
 
@@ -171,6 +174,8 @@ def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
     chosen, rejected = row["chosen"], row["rejected"]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError("'chosen' and 'rejected' should both be texts, or both lists of messages")
+    if chosen == rejected:
+        raise ValueError("'chosen' and 'rejected' are the same text")
     same = os.path.commonprefix([chosen, rejected])
     cut = max((i + 1 for i, letter in enumerate(same) if letter.isspace()), default=0)
     prompt, reply = chosen[:cut].strip(), chosen[cut:].strip()
@@ -222,7 +227,7 @@ def read_messages(value: Any, column: str) -> tuple[str | None, list[Turn]]:
         role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
         where = f"message {i} of {n} ({role})"
         if message.get("tool_calls") or (isinstance(said, str) and said.lower() in TOOLS):
-            raise ValueError(f"message {i} of {n} is a call of a tool or its answer; expected text")
+            raise ValueError(f"message {i} of {n} calls a tool or is its answer; expected text")
         if role is None:
             found = f"the role {said!r:.40}" if said is not None else "no role"
             raise ValueError(f"message {i} of {n} has {found}; expected system, user or assistant")
@@ -272,6 +277,8 @@ def _side(value: Any, column: str, role: str) -> tuple[str | None, list[Turn]]:
     if isinstance(value, str) and not _is_message_list(value):
         check_text(value, f"'{column}'")
         return None, [(role, value.strip())]
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"'{column}' should be a text or a list of messages, found {value!r:.60}")
     system, turns = read_messages(value, column)
     if not turns:
         raise ValueError(f"'{column}' has no turn of a user or an assistant")

@@ -13,12 +13,13 @@ import numpy as np
 from support.data import Dialogue, Dialogues, form_sentence, load_splits
 from support.data_checks import overlap_note
 from support.errors import UserError
-from support.options import TEMPLATE_PROMPT_TOKENS
+from support.options import TEMPLATE_NEW_TOKENS
 from support.text import FORMAT_FILE, PROBE, DialogueCodec, Message, TemplateRefusal, messages_of
 
 CHUNK = 256  # dialogues that are looked at together
 LOOKED_AT = 2000  # samples, to find out how many prompts are shortened
 LENGTHS_FROM = 1000  # dialogues that lengths are chosen from
+MOST = {"max_prompt_tokens": 1024, "max_new_tokens": 512}  # that are chosen
 
 
 @dataclass(frozen=True)
@@ -354,7 +355,7 @@ def why_no_samples(split: str, samples: Samples) -> str:
         return (
             f"no prompt of the {split} split fits: {len(samples.too_long)} have more than {fmt.max_prompt_tokens} "
             f"tokens with the last turn and the system message alone ({samples.too_long[0]}); raise "
-            "--max-prompt-tokens."
+            "max_prompt_tokens."
         )
     if samples.refused:
         return f"the chat template refuses all conversations of the {split} split; {samples.refused[0]}."
@@ -362,7 +363,7 @@ def why_no_samples(split: str, samples: Samples) -> str:
         return f"no dialogue of the {split} split has a reply to learn: the assistant's turn after one of the user."
     return (
         f"no {split} dialogue has more than {fmt.context_utterances} utterances, so it has no sample; lower "
-        "--context-utterances for short dialogues."
+        "context_utterances for short dialogues."
     )
 
 
@@ -388,18 +389,29 @@ def choose_lengths(
         return codec  # the caller says so
     some = found.take(range(0, len(found), max(1, len(found) // LENGTHS_FROM)))
     prompts = [len(s.prompt_ids) for s in some]
-    lengths = {"max_prompt_tokens": round_up(np.percentile(prompts, 98), 32, 64, TEMPLATE_PROMPT_TOKENS)}
+    lengths = {"max_prompt_tokens": round_up(np.percentile(prompts, 98), 32, 64, MOST["max_prompt_tokens"])}
+    lengths["max_new_tokens"] = TEMPLATE_NEW_TOKENS
     if found.has_references:
         targets = codec.encode_targets([s.messages for s in some], [s.reply for s in some])
-        lengths["max_new_tokens"] = round_up(np.percentile([len(t) for t in targets], 95), 8, 16, 512)
-    codec = codec.with_format(**{name: length for name, length in lengths.items() if name in names})
-    new_tokens = codec.format.max_new_tokens
-    if positions and "max_new_tokens" in names:
-        new_tokens = min(new_tokens, positions // 2)
-    prompt_tokens = codec.format.max_prompt_tokens
-    if positions and "max_prompt_tokens" in names:
-        prompt_tokens = min(prompt_tokens, positions - new_tokens)
-    return codec.with_format(max_prompt_tokens=prompt_tokens, max_new_tokens=new_tokens)
+        lengths["max_new_tokens"] = round_up(
+            np.percentile([len(t) for t in targets], 95), 8, 16, MOST["max_new_tokens"]
+        )
+    return with_lengths(codec, {name: length for name, length in lengths.items() if name in names}, positions)
+
+
+def with_lengths(codec: DialogueCodec, lengths: dict[str, int], positions: int | None) -> DialogueCodec:
+    """Return the codec with these lengths, as far as the model has positions for them."""
+    if positions and "max_new_tokens" in lengths:
+        lengths["max_new_tokens"] = min(lengths["max_new_tokens"], positions // 2)
+    if positions and "max_prompt_tokens" in lengths:
+        new_tokens = lengths.get("max_new_tokens", codec.format.max_new_tokens)
+        lengths["max_prompt_tokens"] = min(lengths["max_prompt_tokens"], max(1, positions - new_tokens))
+    return codec.with_format(**lengths)
+
+
+def longest_lengths(codec: DialogueCodec, options: Any, folder: str, positions: int | None) -> DialogueCodec:
+    """Return the codec with the longest lengths that may be chosen, for a model that is loaded before the data."""
+    return with_lengths(codec, {name: MOST[name] for name in lengths_to_choose(codec, options, folder)}, positions)
 
 
 def round_up(length: float, step: int, least: int, most: int) -> int:

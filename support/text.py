@@ -384,6 +384,8 @@ class DialogueCodec:
 
         Raises TemplateRefusal with what the template said.
         """
+        if not conversations:
+            return []
         try:
             return self.tokenizer.apply_chat_template(
                 [list(messages) for messages in conversations],
@@ -461,35 +463,34 @@ class DialogueCodec:
         prompts = self._write(conversations, replied=False)
         answered = [[*c, {"role": "assistant", "content": reply}] for c, reply in zip(conversations, replies)]
         wholes = self._write(answered, replied=True)
-        if self.stop:
-            return self._tokenize([self._text_target(*row) for row in zip(prompts, wholes, replies)])
-        targets = []
-        for prompt, whole, *ids, reply in zip(
-            prompts, wholes, self._tokenize(prompts), self._tokenize(wholes), replies
-        ):
-            if ids[1][: len(ids[0])] == ids[0]:
-                target = ids[1][len(ids[0]) :]
-            else:  # tokens merge where prompt and reply meet, or the template is not consistent
-                [target] = self._tokenize([self._text_target(prompt, whole, reply)])
-            end = next((k + 1 for k, id in enumerate(target) if id in self.end_ids), 0)
-            targets.append(target[:end] if end else [*target, self.last_id])
-        return targets
+        found = zip(prompts, wholes, self._tokenize(prompts), self._tokenize(wholes), replies)
+        return [self._target(prompt, whole, ids, whole_ids, reply) for prompt, whole, ids, whole_ids, reply in found]
 
-    def _text_target(self, prompt: Hidden, whole: Hidden, reply: str) -> Hidden:
-        """What follows the prompt in the whole text, up to the text that ends a turn."""
+    def _target(
+        self, prompt: Hidden, whole: Hidden, prompt_ids: list[int], whole_ids: list[int], reply: str
+    ) -> list[int]:
+        """Token ids of what follows the prompt in the whole text, up to the end of the turn."""
         if whole[0].startswith(prompt[0]):
-            target, places = whole[0][len(prompt[0]) :], whole[1]
-        else:
+            text, places = whole[0][len(prompt[0]) :], whole[1]
+        else:  # the template is not consistent
             [shown], places = self.text.hide([{"role": "assistant", "content": reply}])
-            target = shown["content"]
-        if self.stop and self.format.template:
-            target = target.partition(self.stop)[0].rstrip() + self.stop
-        return target, places
+            text = shown["content"]
+        if self.stop and self.stop in text:  # the marker of the dialogue format, with blanks around it
+            after = 0 if self.format.template else len(text)
+            return self._tokenize([(text[: after or text.index(self.stop) + len(self.stop)], places)])[0]
+        if not self.stop and whole_ids[: len(prompt_ids)] == prompt_ids:
+            target = whole_ids[len(prompt_ids) :]
+        else:  # tokens merge where prompt and reply meet
+            [target] = self._tokenize([(text.rstrip() if self.stop else text, places)])
+        end = next((k + 1 for k, id in enumerate(target) if id in self.end_ids), 0)
+        return target[:end] if end else [*target, *self.last_ids]
 
     @property
-    def last_id(self) -> int:
-        """The token that ends a turn."""
-        return self.turn_end_id if self.turn_end_id is not None else min(self.end_ids)
+    def last_ids(self) -> list[int]:
+        """What ends a turn that the template leaves open: a token, or the text before the next turn."""
+        if self.turn_end_id is None and self.eos_token_id is None:
+            return self.tokenizer(self.stop, add_special_tokens=False).input_ids
+        return [self.eos_token_id if self.turn_end_id is None else self.turn_end_id]
 
     def is_consistent(self) -> bool:
         """Whether a prompt of the template is the beginning of the same conversation with the reply."""

@@ -197,7 +197,7 @@ CASES = [
     ([*DATA, "@short.jsonl"], "more than 5 utterances"),
     ([*DATA, "@few.jsonl"], "holds no dialogue"),
     ([*DATA, "@act_word.jsonl"], "whole numbers"),
-    (["--model-path", "@lm", "--intent-model", "@labels2", "--data-path", "@unlabelled.jsonl"], "no dialogue acts"),
+    (["--model-path", "@lm", "--meteor-coef", "0", "--data-path", "@unlabelled.jsonl"], "nothing of the default"),
     # models and tokenizers
     ([*MODEL, "@nowhere"], "does not exist"),
     ([*MODEL, "@nothing"], "without config.json"),

@@ -1,6 +1,5 @@
 """The chat: what the model is shown of a conversation, what a person is shown of the model, and the terminal itself."""
 
-import copy
 import fcntl
 import io
 import json
@@ -39,15 +38,14 @@ from support.agent import (
     load_conversation,
     presentable,
     save_conversation,
-    template_ids,
-    turn_end_of,
     views_note,
 )
 from support.data import ACTS
 from support.errors import UserError
 from support.generation import reply_log_likelihoods
 from support.judge import IntentJudge
-from support.text import DialogueFormat, PlainText, Sample
+from support.samples import Sample
+from support.text import DialogueCodec, DialogueFormat, from_template, messages_of
 
 ROOT = Path(chat.__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
@@ -201,13 +199,13 @@ def chat_tokenizer(template):
         (UNASKED, "<|user|>", ""),
         (ALPACA, None, "\n\n### Instruction:"),
         (SPELLED_END, None, "</turn>"),
-        ("{{ raise_exception('no') }}", None, ""),
         ("{{ messages[-1].content | upper }}", None, ""),
     ],
 )
 def test_the_template_tells_what_ends_a_turn(template, token, stop):
     tokenizer = chat_tokenizer(template)
-    assert turn_end_of(PlainText(tokenizer)) == (token and tokenizer.convert_tokens_to_ids(token), stop)
+    codec = DialogueCodec(tokenizer, from_template(template))
+    assert (codec.turn_end_id, codec.stop) == (token and tokenizer.convert_tokens_to_ids(token), stop)
 
 
 def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
@@ -233,7 +231,7 @@ def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
     asked = []
     agent.model.register_forward_pre_hook(lambda module, args: asked.append(args[0][0].tolist()))
     agent.log_probability(history, reply)
-    assert asked == [prompt + ids(reply)] and agent.end_token_id == end  # the last token is a target alone
+    assert asked == [prompt + ids(reply)] and agent.codec.turn_end_id == end  # the last token is a target alone
 
 
 def test_a_stop_text_ends_a_reply_and_is_not_shown(tmp_path):
@@ -245,12 +243,12 @@ def test_a_stop_text_ends_a_reply_and_is_not_shown(tmp_path):
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA])
 def test_what_a_message_spells_opens_no_other_role(template):
     tokenizer = chat_tokenizer(template)
-    text = PlainText(tokenizer)
+    codec = DialogueCodec(tokenizer, from_template(template))
     ask = [{"role": "user", "content": "hello there"}]
     whole = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_dict=True).input_ids
-    assert template_ids(text, ask) == whole
+    assert codec.prompt_ids([ask])[0] == whole
     nasty = [{"role": "user", "content": f"hi {' '.join(SPECIAL)} system\nyou see{SPECIAL[1]}"}]
-    ids = template_ids(text, nasty)
+    [ids] = codec.prompt_ids([nasty])
     special = [i for i in ids if i in tokenizer.all_special_ids]
     assert special == [i for i in whole if i in tokenizer.all_special_ids]  # those of the template
     rendered = tokenizer.apply_chat_template(nasty, add_generation_prompt=True, tokenize=False)
@@ -300,7 +298,7 @@ def test_control_sequences_are_stripped_and_lines_joined_where_asked():
 def test_a_marker_of_several_plain_tokens_is_never_shown_and_ends_generation(folder):
     agent = Agent(folder, greedy=True)
     ids = agent.tokenizer("fine thanks<EOU>see you soon").input_ids
-    assert agent.codec.marker_token_id is None
+    assert agent.codec.turn_end_id is None
     dictate(agent, ids, ids)
     assert list(agent.stream("hello"))[-1] == " thanks"
     assert agent.reply("hello") == "fine thanks"
@@ -309,7 +307,7 @@ def test_a_marker_of_several_plain_tokens_is_never_shown_and_ends_generation(fol
 
 def test_a_special_marker_ends_the_reply_but_not_before_min_new_tokens(tmp_path):
     agent = Agent(make_model(tmp_path, special_marker=True), greedy=True)
-    marker = agent.codec.marker_token_id
+    marker = agent.codec.turn_end_id
     dictate(agent, [*agent.tokenizer("good bye").input_ids, marker, 9, 9, 9, 9, 9])
     assert agent.reply("hello") == "good bye"
     agent = Agent(str(tmp_path), min_new_tokens=5, greedy=True)
@@ -355,7 +353,7 @@ def test_only_the_last_context_utterances_are_shown_and_spaced_as_asked(folder):
 
 
 def test_a_chat_template_is_used(template_folder):
-    agent = Agent(template_folder, system="be kind", greedy=True, max_new_tokens=20)
+    agent = Agent(template_folder, system_prompt="be kind", greedy=True, max_new_tokens=20)
     eos = agent.tokenizer.eos_token_id
     prompts = dictate(agent, *[[*agent.tokenizer(t).input_ids, eos] for t in ("fine\n\nthanks", "good bye")])
     assert agent.reply("how are you") == "fine\n\nthanks"
@@ -366,16 +364,16 @@ def test_a_chat_template_is_used(template_folder):
 
 def test_how_a_model_is_talked_to_can_be_forced_and_our_own_format_comes_first(tmp_path, folder):
     both = make_model(tmp_path / "both", template=TEMPLATE)
-    assert Agent(both).uses_template and not Agent(both, format="dialogue").uses_template
+    assert Agent(both).uses_template and not Agent(both, template="dialogue").uses_template
+    with pytest.raises(UserError, match="--spaced"):
+        Agent(both, spaced=True)
     DialogueFormat(max_new_tokens=7).save(Path(both))
     ours = Agent(both)
     assert not ours.uses_template and ours.generation_config.max_new_tokens == 7
-    assert Agent(both, format="template").uses_template
-    for settings in (dict(format="template"), dict(system="be kind")):
-        with pytest.raises(UserError, match="template"):
-            Agent(folder, **settings)
-    with pytest.raises(UserError, match="--spaced"):
-        Agent(both, format="template", spaced=True)
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    assert Agent(both, template=str(tmp_path / "own.jinja")).codec.format.template == TEMPLATE
+    with pytest.raises(UserError, match="needs a chat template"):
+        Agent(folder, system_prompt="be kind")
 
 
 @pytest.mark.parametrize("template, positions", [(None, 64), (TEMPLATE, 128)])
@@ -398,8 +396,8 @@ def test_the_prompt_never_exceeds_the_positions(tmp_path, capsys, template, posi
 
 
 def test_a_system_message_without_room_for_a_word_is_said(tmp_path):
-    agent = Agent(make_model(tmp_path, positions=64, template=TEMPLATE), system="be kind " * 50)
-    with pytest.raises(UserError, match="--system"):
+    agent = Agent(make_model(tmp_path, positions=64, template=TEMPLATE), system_prompt="be kind " * 50)
+    with pytest.raises(UserError, match="--system-prompt"):
         agent.reply("hello")
 
 
@@ -807,8 +805,9 @@ def test_load_wants_a_file_and_as_many_conversations_as_there_are_agents(tmp_pat
 def test_log_probability_is_that_of_the_evaluation(folder):
     agent = Agent(folder, spaced=True)
     context = ["hello", "how are you", "fine thanks"]
-    prompt = agent.codec.format.prompt([f" {u} " for u in context])
-    sums, counts = reply_log_likelihoods(agent.model, agent.codec, [Sample(tuple(context), prompt, " see you ", 0)])
+    messages = tuple(messages_of([f" {u} " for u in context]))
+    sample = Sample(messages, "", " see you ", prompt_ids=agent.codec.prompt_ids([messages])[0])
+    sums, counts = reply_log_likelihoods(agent.model, agent.codec, [sample])
     assert agent.log_probability(context, "see you") == pytest.approx((sums / counts).item(), abs=1e-5)
     assert agent.log_probability(context, "see you", most=1) != pytest.approx((sums / counts).item(), abs=1e-2)
 
@@ -907,14 +906,14 @@ def test_a_model_against_itself_is_loaded_once_and_says_something_else(folder):
 
 
 def test_settings_of_one_format_go_to_the_agent_they_fit(folder, template_folder, rival):
-    a, b = open_agents(ChatConfig(folder, versus=template_folder, system="be kind", spaced=True))
+    a, b = open_agents(ChatConfig(folder, versus=template_folder, system_prompt="be kind", spaced=True))
     assert (a.system, a.spaced, b.system, b.spaced) == ("", True, "be kind", False)
-    with pytest.raises(UserError, match="--system"):
-        open_agents(ChatConfig(folder, versus=rival, system="be kind"))
+    with pytest.raises(UserError, match="--system-prompt"):
+        open_agents(ChatConfig(folder, versus=rival, system_prompt="be kind"))
 
 
 def test_two_agents_that_are_asked_in_different_ways_are_told_apart(folder, template_folder, monkeypatch, capsys):
-    options = ["--versus", template_folder, "--system", "be kind", "--seed", 1]
+    options = ["--versus", template_folder, "--system-prompt", "be kind", "--seed", 1]
     for more, stdin in ((["--prompt", "hello"], None), ([], "hello\n")):
         status, out, err = run_main(monkeypatch, capsys, folder, *options, *more, stdin=stdin)
         assert status == 0 and out.count("\n") == 1 and err.count("\n") == 1
@@ -930,11 +929,10 @@ def test_what_two_agents_are_shown_is_compared(folder, rival, template_folder, t
     assert "replies of at most 7 tokens" in views_note([plain, Agent(folder, max_new_tokens=7)])
     template = Agent(template_folder)
     assert views_note([template, template.twin()]) == "" and "be kind" in views_note(
-        [template, Agent(template_folder, system="be kind")]
+        [template, Agent(template_folder, system_prompt="be kind")]
     )
     other = template.twin()
-    other.tokenizer = copy.copy(other.tokenizer)
-    other.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    other.codec = other.codec.with_format(template="{{ messages[-1]['content'] }}")
     assert "different chat templates" in views_note([template, other])
 
 

@@ -157,8 +157,11 @@ def test_type_see_words_stream_in_compare_choose_and_reload(browser, versus):
     rows = (folder / "preferences.jsonl").read_text().splitlines()
     assert len(rows) == before + 1
     row = json.loads(rows[-1])
-    assert re.sub(r"\s+", " ", row["prompt"]) == re.sub(r"\s+", " ", f"hello there<EOU>{reply}<EOU>how are you<EOU>")
-    assert (row["chosen"], row["rejected"]) == (f"{replies[1]}<EOU>", f"{replies[0]}<EOU>")
+    said = [re.sub(r"\s+", " ", m["content"]) for m in row["prompt"]]
+    assert said == ["hello there", re.sub(r"\s+", " ", reply), "how are you"]
+    assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "user"]
+    answers = [[{"role": "assistant", "content": text}] for text in replies]
+    assert (row["chosen"], row["rejected"]) == (answers[1], answers[0])
     stored = datasets.load_dataset(
         "json", data_files=str(folder / "preferences.jsonl"), split="train", cache_dir=str(folder / "cache")
     )
@@ -205,7 +208,7 @@ def test_tabs_do_not_mix_and_a_torn_file_is_answered_in_the_page(browser, versus
     file.write_bytes(whole)
     press(browser, "A is better")
     wait(browser, lambda: len(texts(browser, BOT)) == 1)
-    assert json.loads(file.read_text().splitlines()[-1])["prompt"] == "good bye<EOU>"
+    assert json.loads(file.read_text().splitlines()[-1])["prompt"] == [{"role": "user", "content": "good bye"}]
 
     press(browser, "Reset")
     wait(browser, lambda: texts(browser, BOT) == [] == texts(browser, USER))
@@ -243,19 +246,19 @@ def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_p
 # --- the file of choices ---------------------------------------------------------------------------------------------
 
 
-def test_rows_are_strings_as_the_model_sees_and_writes_them(models):
+def test_rows_in_the_dialogue_format_are_the_messages_that_the_model_is_shown(models):
     agent = Agent(models[0], spaced=True)
-    history = ["one", "two", "three", "four", "five", "six\nseven", "eight"]
+    history = ["one", "two", "three", "four", "five", "six", "eight"]
     row = agent.preference(history, "good\nbye", "see you")
-    # the last five utterances, in which a line's end is a blank as everywhere in the dialogue format
-    assert row["prompt"].startswith(" three <EOU> four <EOU> five <EOU>") and row["prompt"].endswith(" eight  <EOU>")
-    assert (row["chosen"], row["rejected"]) == (" good bye <EOU>", " see you <EOU>")
-    ids = agent.shown(history)[1]
-    assert agent.tokenizer(row["prompt"]).input_ids == ids
+    assert [m["content"] for m in row["prompt"]] == [" three ", " four ", " five ", " six ", " eight "]
+    assert [m["role"] for m in row["prompt"]] == ["user", "assistant"] * 2 + ["user"]
+    # a line's end is a blank as everywhere in the dialogue format
+    assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == (" good bye ", " see you ")
+    assert agent.codec.prompt_ids([row["prompt"]])[0] == agent.shown(history)[1]
 
 
-def test_rows_of_a_chat_model_are_messages(tmp_path):
-    agent = Agent(make_model(tmp_path / "chat", positions=256, template=TEMPLATE), system="be kind")
+def test_rows_of_a_chat_model_have_its_system_message(tmp_path):
+    agent = Agent(make_model(tmp_path / "chat", positions=256, template=TEMPLATE), system_prompt="be kind")
     row = agent.preference(["hello", "hi", "how are you"], "fine\nthanks", "what")
     assert [m["role"] for m in row["prompt"]] == ["system", "user", "assistant", "user"]
     assert row["chosen"] == [{"role": "assistant", "content": "fine\nthanks"}]
@@ -265,27 +268,33 @@ def test_rows_of_a_chat_model_are_messages(tmp_path):
     assert len(stored) == 2 and stored[1] == row
 
 
-ROW = {"prompt": "hello<EOU>", "chosen": "fine \u2028 thanks\n<EOU>", "rejected": "\u00e9<EOU>"}
+ROW = {"prompt": [{"role": "user", "content": "hello"}]}
+ROW |= {
+    side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "a \u2028\n"), ("rejected", "\u00e9"))
+}
 
 
 def test_a_choice_is_appended_as_one_whole_line(tmp_path):
     file = tmp_path / "p.jsonl"
     writers = [
-        threading.Thread(target=append_preference, args=(file, ROW | {"prompt": str(n) * 5000})) for n in range(8)
+        threading.Thread(
+            target=append_preference, args=(file, ROW | {"prompt": [{"role": "user", "content": str(n) * 5000}]})
+        )
+        for n in range(8)
     ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert {json.loads(line)["prompt"][0] for line in file.read_text().splitlines()} == set("01234567")
+    assert {json.loads(line)["prompt"][0]["content"][0] for line in file.read_text().splitlines()} == set("01234567")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         ('{"prompt": "a", "chosen": "b", "rej', "cut short"),
-        ('{"prompt": [], "chosen": [], "rejected": []}\n', "not of this model's format"),
-        ('{"text": "a"}\n', "not of this model's format"),
+        ('{"prompt": "a<EOU>", "chosen": "b", "rejected": "c"}\n', "another form than messages"),
+        ('{"text": "a"}\n', "another form than messages"),
         ("hello\n", "no JSON"),
     ],
 )

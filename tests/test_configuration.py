@@ -202,7 +202,7 @@ def test_arguments_of_ones_own_reward(write):
         ("env: {arg: {}}", "sets 'env.arg', which is not a setting"),
         ("1: 2", "sets '1', which is not a setting"),
         ("lr: fast", "sets lr to 'fast'; expected a valid number"),
-        ("lr: ", "sets lr to None; expected a valid number"),
+        ("gamma: ", "sets gamma to None; expected a valid number"),
         ("lr: [1]", r"sets lr to \[1\]; expected a valid number"),
         ("seed: 1.5", "sets seed to 1.5; expected a valid integer"),
         ("use_share_model: 7", "sets use_share_model to 7; expected a valid boolean"),

@@ -16,6 +16,7 @@ from estimate import GIB, Estimate, EstimateConfig, empty_model, kept_bytes
 from support.builtin import builtin_model
 from support.models import load_causal_lm
 from support.pretrained import load_tokenizer
+from support.text import DialogueFormat
 
 SETTINGS = RUN | dict(env_num=32, total_time_steps=1, num_mini_batch=2, ppo_epoch=1, save_interval=100)
 CASES = {
@@ -47,7 +48,7 @@ def said_and_taken(model: str, settings: dict, launch: list[str], runs: Path, **
     taken = max(float(number) for number in re.findall(r"GiB taken: ([\d.]+)", printed))
     # prompts of the built-in corpus are shorter than they may be
     config = EstimateConfig(**settings | dict(model_path=model, max_prompt_tokens=80), **launched_with)
-    said = Estimate(config, AutoConfig.from_pretrained(model), None, 20).peak / GIB
+    said = Estimate(config, AutoConfig.from_pretrained(model), None, DialogueFormat(max_prompt_tokens=80)).peak / GIB
     print(f"estimated {said:.3f} GiB, taken {taken:.3f}, ratio {said / taken:.2f}")
     return said, taken
 
@@ -101,14 +102,19 @@ def test_the_program_prints_the_account(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("weights", "optimizer", "gathered policy", "key/value cache", "gradients", "activations", "peak"):
         assert re.search(rf"{word} +.*\d\.\d{{3}}", done.stdout), word
-    assert "an update: 640 tokens" in done.stdout and "updates in" in done.stdout
+    # 32 replies of at most 20 tokens; those of the corpus have about 10
+    tokens = int(re.search(r"an update: (\d+) tokens", done.stdout)[1])
+    assert 200 < tokens < 500 and "updates in" in done.stdout
+    assert re.search(r"prompts of at most 128 tokens \(5\d on average\), replies of at most 20 \(1\d\)", done.stdout)
     wrong = run(*command[:-1], "30")
     assert wrong.returncode == 2 and "expected a multiple of the 4 processes" in wrong.stderr
 
 
 def test_more_processes_and_less_to_train_take_less(model):
     def estimated(**settings) -> Estimate:
-        return Estimate(EstimateConfig(env_num=32, **settings), AutoConfig.from_pretrained(model), None, 20)
+        return Estimate(
+            EstimateConfig(env_num=32, **settings), AutoConfig.from_pretrained(model), None, DialogueFormat()
+        )
 
     peak = estimated().peak
     assert peak > estimated(lora_rank=8).peak and peak > estimated(gradient_checkpointing=True).peak

@@ -15,9 +15,10 @@ from support.builtin import builtin_model
 from support.data import load_dialogues
 from support.errors import UserError
 from support.generation import ReplySettings, generate_replies
+from support.models import load_codec
 from support.paths import is_adapter
 from support.pretrained import load_pretrained, load_tokenizer
-from support.text import DialogueCodec, DialogueFormat, make_samples
+from support.samples import make_samples
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)
 GROUPED = SIZES | dict(intermediate_size=64, num_key_value_heads=1)
@@ -48,8 +49,8 @@ def family(name: str, folder: Path) -> str:
 
 def replies(folder: Path) -> list[str]:
     model = load_pretrained(AutoModelForCausalLM, str(folder), "model", dtype=torch.float32).eval()
-    codec = DialogueCodec(load_tokenizer(str(folder)), DialogueFormat.load(folder))
-    samples = make_samples(load_dialogues("builtin", "validation"), codec.format)[:8]
+    codec = load_codec(str(folder))
+    samples = make_samples(load_dialogues("builtin", "validation"), codec)[:8]
     return generate_replies(model, samples, ReplySettings(codec))[0]
 
 

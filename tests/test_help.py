@@ -18,14 +18,14 @@ import sft_dialog
 from reproduce import results
 from support.config import command_line
 
-PPO_GROUPS = ["model", "format", "reward", "algorithm", "engine", "run"]
+PPO_GROUPS = ["model", "text", "sample", "format", "reward", "algorithm", "engine", "run"]
 SCRIPTS = {  # configuration and the titles of its groups
     ppo_dialog: (ppo_dialog.PPOConfig, PPO_GROUPS),
     estimate: (estimate.EstimateConfig, [*PPO_GROUPS, "launch"]),
-    sft_dialog: (sft_dialog.SFTConfig, ["sft", "fit", "format"]),
+    sft_dialog: (sft_dialog.SFTConfig, ["sft", "fit", "text", "sample", "format"]),
     intent_classifier: (intent_classifier.IntentConfig, ["intent", "fit"]),
-    eval_metrics: (eval_metrics.EvalConfig, []),
-    chat: (chat.ChatConfig, ["conversation", "agent"]),
+    eval_metrics: (eval_metrics.EvalConfig, ["eval", "text", "sample"]),
+    chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
     results: (results.ResultsConfig, []),
 }
@@ -131,7 +131,9 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "results": PPO,
     "rewards": PPO,
     "data": READERS,
-    "text": READERS,
+    "samples": ("ppo_dialog", "sft_dialog", "eval_metrics", "estimate"),
+    "text": ("ppo_dialog", "sft_dialog", "eval_metrics", "chat", "estimate"),
+    "paths": ("ppo_dialog", "sft_dialog", "eval_metrics", "chat", "estimate"),
     "judge": ("ppo_dialog", "eval_metrics", "chat"),
     "diagnostics": PPO,
     "supervised": ("sft_dialog", "intent_classifier"),

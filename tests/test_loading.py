@@ -407,7 +407,7 @@ def test_every_call_that_could_run_code_of_a_folder_says_not_to():
             if getattr(node.func, "attr", getattr(node.func, "id", "")) not in LOADERS:
                 continue
             called = ast.unparse(node.func)
-            if "Peft" not in called:
+            if "Peft" not in called and called != "GenerationConfig.from_pretrained":  # these hold no code
                 calls += 1
                 assert "trust_remote_code" in ast.unparse(node) or "**" in ast.unparse(node), f"{file}: {called}"
     assert calls >= 4
