@@ -762,7 +762,8 @@ class Parts:
         self.codec, self.samples = read_data(config, name, codec, positions, run)
         config = leave_out_impossible(config, self.samples["train"], run)
         run.stage("loading the models")
-        self.config = config = run.config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
+        self.config = config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
+        run.use(config)
         self.sizes = BatchSizes.derive(config, self.codec.format.max_new_tokens, accelerator)
         if self.sizes.num_mini_batch < config.num_mini_batch:
             run.say(

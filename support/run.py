@@ -97,6 +97,10 @@ class Run:
         """Show what the run does from here on."""
         self.monitor.stage(text)
 
+    def use(self, config: RunConfig) -> None:
+        """Go on with settings in which those that were left out have been chosen."""
+        self.config = self.monitor.config = config
+
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far a long stage is."""
         self.monitor.stage(f"{what}: {done / max(1, total):.0%}")

@@ -30,7 +30,7 @@ from support.errors import UserError
 from support.live_display import Monitor, can_draw, clock, follow, one_line, sparkline
 from support.meteor import meteor
 
-CONFIG = PPOConfig()
+CONFIG = PPOConfig(env_num=128, lr=2e-4, critic_lr=3e-3)
 HEALTHY = dict(score=0.5, score_std=0.33, intent=0.7, meteor=0.3, kl_div=0.07, alpha=0.2, entropy=1.0)
 HEALTHY |= dict(mean_output_length=10.0, clipfrac=0.08, explained_variance=0.1)
 

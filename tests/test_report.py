@@ -138,6 +138,7 @@ def test_a_run_keeps_the_defaults_that_its_settings_are_compared_with(real_run, 
     assert run.defaults == plain_values(PPOConfig())
     changed, usual = settings_of([run])
     given = "total_time_steps env_num num_mini_batch judge_samples validation_limit run_dir eval_limit save_interval"
+    given += " lr critic_lr"  # which are chosen to fit the model
     assert {row["name"] for row in changed} == set(given.split())
     assert len(changed) + len(usual) == len(run.defaults) - 1  # but for resume
     assert "no defaults.yaml" not in (real_run[0] / "report.html").read_text(encoding="utf-8")
