@@ -122,6 +122,8 @@ MOVED = {
     "packing": "support.packing",
     "rewards": "support.meteor",
     "supervised": "support.supervised",
+    "support.config": "support.options",
+    "support.text": "support.samples and support.options",
     "words": "support.words",
 }
 

@@ -26,6 +26,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from chat_templates import chat_model
 from packaging.requirements import Requirement
 from test_help import CONFIGS as SCRIPTS
 
@@ -34,6 +35,7 @@ from support import builtin_corpus
 from support.builtin import builtin_model
 from support.config import command_line, parse_config
 from support.metric_names import LABELS
+from support.text import messages_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -170,6 +172,9 @@ def worked(tmp_path_factory) -> Path:
         (place / "ENCODER").symlink_to(builtin_model("judge"))
         options = "--model-path CAUSAL_LM --intent-model ENCODER --data-path DATA --experiment-name NAME"
         execute("ppo_dialog.py", [*options.split(), *TINY["ppo_dialog.py"].split()])
+    chat_model(place / "INSTRUCT_MODEL")
+    rows = [{"messages": messages_of([f"What is {i} and {i} ?", f"It is {2 * i} ."])} for i in range(60)]
+    (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
 
@@ -186,14 +191,16 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     policy, judge = builtin_model("policy"), builtin_model("judge")
     for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
         (tmp_path / name).symlink_to(policy)
+    for name in ("INSTRUCT_MODEL", "models/mine"):
+        (tmp_path / name).symlink_to(worked / "INSTRUCT_MODEL")
+    (tmp_path / "chats.jsonl").symlink_to(worked / "chats.jsonl")
     for name in "ENCODER MINILM models/intent models/dd-intent models/dd-intent-2 models/even models/odd".split():
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
-    for name in ("NAME", "ppo_dialog", "one", "two", "smollm2_daily_dialog"):
+    for name in ("NAME", "ppo_dialog", "mine", "one", "two", "smollm2_daily_dialog"):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
-    (tmp_path / "messages.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello."}]}\n')
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     pages = [ROOT / "README.md", ROOT / "docs" / "reward.md"]
     code = [block.text for page in pages for block in blocks_of(page) if block.is_python]
@@ -386,13 +393,13 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     assert set().union(*rows) == glossary("metrics.jsonl")
 
     result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
-    assert set(result) == {"policy", "baseline", "difference", "settings", "reward"}
+    assert set(result) == {"policy", "baseline", "difference", "settings", "reward", "by_turn"}
     known = glossary("eval.json")
     assert set(result["policy"]) == set(result["baseline"]) == set(result["difference"])
     assert set(result["policy"]) | {"intent_second_judge"} == set(LABELS)
     parts = {f"difference.*.{part}" for value in result["difference"].values() for part in value}
     parts |= {f"{part}.{name}" for part in ("reward", "settings") for name in result[part]}
-    assert known == set(LABELS) | parts
+    assert known == set(LABELS) | parts | {"by_turn.*"}
 
 
 def test_the_pages_exit_statuses_are_those_of_the_code():
