@@ -145,7 +145,7 @@ from support.samples import (
     pick,
     why_no_samples,
 )
-from support.text import FORMAT_FILE, DialogueCodec
+from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +301,8 @@ class Answers:
     reply_tokens: list[int]  # of each human reply with its marker
     seconds: float
 
-    def save(self, file: Path, samples: Sequence[Sample]) -> None:
-        """Write a line of JSON for each sample. The file appears when it is complete."""
+    def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
+        """Write the lengths of the format and a line of JSON for each sample. The file appears when it is complete."""
         columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
         names = "text", "length", "reply_log_likelihood", "reply_tokens"
         lines = [
@@ -316,7 +316,9 @@ class Answers:
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(file.name + ".part")
-        aside.write_text("\n".join([json.dumps({"seconds": self.seconds}), *lines]) + "\n", encoding="utf-8")
+        lengths = {"max_prompt_tokens": fmt.max_prompt_tokens, "max_new_tokens": fmt.max_new_tokens}
+        head = json.dumps({"seconds": self.seconds, "format": lengths})
+        aside.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
         aside.replace(file)
 
     @classmethod
@@ -688,8 +690,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
                 settings = ReplySettings(codec, config.sampling, config.seed, config.batch_size)
                 answers[heading] = answer(model, asked[heading], settings, report, config.perplexity)
         model.cpu()
-    if config.replies and Path(config.replies) != Path(config.model_path):
-        answers["policy"].save(Path(config.replies), samples)
+    if config.replies and "policy" in codecs:
+        answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
     asked_judges = judges.get("judge"), judges.get("second judge")
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}

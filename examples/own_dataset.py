@@ -52,7 +52,7 @@ if __name__ == "__main__":
     convert(args.chats, data := output / "data")
     made_of = zlib.crc32(Path(args.chats).read_bytes() + repr((args.model_path, args.sft_lr)).encode())
     if not (start := output / f"sft-{made_of:08x}").exists():  # other chats get another start
-        sft = "sft_dialog.py --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
+        sft = "sft_dialog.py --template dialogue --context-utterances 2 --epochs 10 --eval-every 50 --resume --lr"
         run(sft, args.sft_lr, "--model-path", args.model_path, "--data-path", data, "--output-dir", start)
     ppo = "ppo_dialog.py --intent-coef 0 --meteor-coef 1 --total-time-steps 5000 --env-num 32 --experiment-name"
     run(ppo, args.name, "--run-dir", args.runs or output, "--model-path", start, "--data-path", data, *of_ppo)

@@ -88,7 +88,7 @@ data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
 stage judge whole "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
 stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
-stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --loss-on dialogue --batch-size 16 \
+stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --template dialogue --loss-on dialogue --batch-size 16 \
     --lr 2e-4 --warmup-steps 20 --eval-every 200 "${data[@]}" "${sft[@]}"
 stage eval-sft evaluate sft
 for seed in $SEEDS; do
