@@ -50,18 +50,34 @@ def choose_fast_paths(model: nn.Module, longest: int = LONGEST) -> bool:
         model.eval()
         _known[key] = _try_out(model, longest)
         model.train(was_training)
-        name = config.name_or_path or type(model).__name__
-        if model.get_output_embeddings() is not None and not _known[key][1].cache:
-            PartialState().print(
-                f"note: model '{name}' writes replies without a cache, which is slower: its own cache gives wrong "
-                "results for a batch of prompts",
-                flush=True,
-            )
+        for note in _slow_ways(model, *_known[key]):
+            PartialState().print(f"note: {note}", flush=True)
     packed, conventions = _known[key]
     if packed != is_packed(model):
         model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
     model.conventions = conventions
     return packed
+
+
+def _slow_ways(model: nn.Module, packed: bool, conventions: Conventions) -> list[str]:
+    """Return a sentence for each fast way that a causal LM does not support. A trunk's are those of its LM."""
+    if model.get_output_embeddings() is None:
+        return []
+    name, notes = model.config.name_or_path or type(model).__name__, []
+    if not packed:
+        why = "its attention has a window" if _has_window(model.config) else "it gives wrong results for packed texts"
+        notes.append(f"batches of model '{name}' are padded, not packed, which is slower: {why}")
+    if not conventions.cache:
+        notes.append(
+            f"model '{name}' writes replies without a cache, which is slower: its own cache gives wrong results for a "
+            "batch of prompts"
+        )
+    return notes
+
+
+def _has_window(config: PreTrainedConfig) -> bool:
+    """Return whether a model's attention is in windows or chunks."""
+    return any(value > 0 and WINDOW.fullmatch(name) for name, value in _numbers(config))
 
 
 def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
@@ -79,8 +95,8 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
         raise UserError(f"model '{name}' cannot read a text of {ids.shape[1]} tokens: {first_line(error)}") from error
     reference = torch.stack(alone).float()  # (3, REPLY + 1, V or d)
 
-    windowed = any(value > 0 and WINDOW.fullmatch(name) for name, value in _numbers(config))
-    ways = [True, False] if config._attn_implementation in ("sdpa", PACKED_SDPA) and not windowed else [False]
+    can_pack = config._attn_implementation in ("sdpa", PACKED_SDPA) and not _has_window(config)
+    ways = [True, False] if can_pack else [False]
     for packed in ways:
         for conventions in _candidates(model, head):
             model.conventions = conventions
