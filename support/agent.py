@@ -255,7 +255,7 @@ class Agent:
             finally:
                 streamer.on_finalized_text("", stream_end=True)  # also where generate raises
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = ReplyStreamer(self.tokenizer, self.codec.end_ids)
         with ThreadPoolExecutor(max_workers=1) as thread:
             running = thread.submit(generate)
             try:
@@ -263,6 +263,18 @@ class Agent:
                 running.result()  # raises what generate raised
             finally:
                 stop.set()
+
+
+class ReplyStreamer(TextIteratorStreamer):
+    """The text of a reply, without the tokens `ends`. Not all of them are special tokens: Gemma 2's <end_of_turn>."""
+
+    def __init__(self, tokenizer: Any, ends: set[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.ends = ends
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self.ends:
+            super().put(value)
 
 
 def load_causal_lm(name: str) -> Any:
