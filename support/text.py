@@ -475,9 +475,10 @@ class DialogueCodec:
         else:  # the template is not consistent
             [shown], places = self.text.hide([{"role": "assistant", "content": reply}])
             text = shown["content"]
-        if self.stop and self.stop in text:  # the marker of the dialogue format, with blanks around it
-            after = 0 if self.format.template else len(text)
-            return self._tokenize([(text[: after or text.index(self.stop) + len(self.stop)], places)])[0]
+        if self.stop and self.stop in text:
+            if self.format.template:  # the marker of the dialogue format may have blanks around it, which stay
+                text = text[: text.index(self.stop) + len(self.stop)]
+            return self._tokenize([(text, places)])[0]
         if not self.stop and whole_ids[: len(prompt_ids)] == prompt_ids:
             target = whole_ids[len(prompt_ids) :]
         else:  # tokens merge where prompt and reply meet

@@ -1,4 +1,4 @@
-"""Small chat templates of the forms that today's models have, with tokenizers that know their special tokens."""
+"""Small chat templates of the forms that today's models have, with tokenizers and models of every family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,23 @@ from typing import Any
 import torch
 from conftest import SENTENCES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 
 @dataclass(frozen=True)
@@ -171,17 +187,43 @@ def chat_tokenizer(name: str, pad: str = "") -> PreTrainedTokenizerFast:
     return made
 
 
-def chat_model(
-    folder: Path, name: str = "ChatML", config: Any = LlamaConfig, positions: int = 512, **sizes: Any
-) -> str:
-    """Save a model of random weights with the tokenizer of a form; its generation_config names two end tokens."""
-    tokenizer = chat_tokenizer(name)
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)
+GROUPED = SIZES | dict(intermediate_size=64, num_key_value_heads=1)
+SLIDING = GROUPED | dict(head_dim=16, sliding_window=16)  # shorter than the texts
+FAMILIES = {
+    "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=512, **ids),
+    "opt": lambda **ids: OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **SIZES, **ids),
+    "llama": lambda **ids: LlamaConfig(tie_word_embeddings=False, **GROUPED, **ids),
+    "smollm": lambda **ids: LlamaConfig(tie_word_embeddings=True, **GROUPED, **ids),
+    "qwen2": lambda **ids: Qwen2Config(tie_word_embeddings=True, **GROUPED, **ids),
+    "qwen3": lambda **ids: Qwen3Config(tie_word_embeddings=True, head_dim=16, **GROUPED, **ids),
+    "mistral": lambda **ids: MistralConfig(**SLIDING, **ids),
+    "gemma2": lambda **ids: Gemma2Config(query_pre_attn_scalar=16, **SLIDING, **ids),
+    "gemma3": lambda **ids: Gemma3TextConfig(query_pre_attn_scalar=16, sliding_window_pattern=2, **SLIDING, **ids),
+    "phi3": lambda **ids: Phi3Config(**GROUPED, **ids),
+    "gpt_neox": lambda **ids: GPTNeoXConfig(intermediate_size=64, **SIZES, **ids),
+    "smollm3": lambda **ids: SmolLM3Config(no_rope_layers=[1, 0], **GROUPED, **ids),
+    "olmo2": lambda **ids: Olmo2Config(**GROUPED, **ids),
+    "granite": lambda **ids: GraniteConfig(logits_scaling=2.0, residual_multiplier=0.5, **GROUPED, **ids),
+}
+
+
+def small_model(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """Save a model of random weights with a tokenizer."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64) | sizes
-    sizes |= dict(vocab_size=len(tokenizer), max_position_embeddings=positions)
-    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = AutoModelForCausalLM.from_config(config(**sizes | ids))
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("!")]
+    # one row more: with a Qwen2 model the tokenizer is loaded as Qwen2's, which adds a token
+    ids = dict(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
+    ids |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**ids)).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return model
+
+
+def chat_model(folder: Path, form: str = "ChatML", family: str = "llama") -> str:
+    """Save a small model with the tokenizer of a form; its generation_config names two end tokens."""
+    tokenizer = chat_tokenizer(form)
+    model = small_model(family, folder, tokenizer)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("!")]
+    model.generation_config.save_pretrained(folder)
     return str(folder)

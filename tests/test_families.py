@@ -6,44 +6,44 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from chat_templates import FAMILIES, FORMS, GROUPED, SLIDING, chat_model, chat_tokenizer, small_model
 from safetensors.torch import load_file
-from test_programs import ROOT, lines, trained
-from test_reliability import resumed
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+from test_programs import ROOT, lines, timeless, trained
+from test_reliability import digest, resumed
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+from eval_metrics import EvalConfig, run_evaluation
+from support import fast_paths
+from support.agent import Agent
 from support.builtin import builtin_model
 from support.data import load_dialogues
 from support.errors import UserError
-from support.generation import ReplySettings, generate_replies
-from support.models import load_codec
+from support.generation import ReplySettings, causal_lm_step, generate_replies, sample_responses, shifted_inputs
+from support.models import load_causal_lm, load_codec
+from support.options import Sampling
+from support.packing import is_packed, logits_at
 from support.paths import is_adapter
 from support.pretrained import load_pretrained, load_tokenizer
 from support.samples import make_samples
+from support.text import messages_of
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)
-GROUPED = SIZES | dict(intermediate_size=64, num_key_value_heads=1)
-FAMILIES = {
-    "gpt2": lambda **ids: GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids),
-    "opt": lambda **ids: OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **SIZES, **ids),
-    "llama": lambda **ids: LlamaConfig(tie_word_embeddings=False, **GROUPED, **ids),
-    "smollm": lambda **ids: LlamaConfig(tie_word_embeddings=True, **GROUPED, **ids),
-    "qwen2": lambda **ids: Qwen2Config(tie_word_embeddings=True, **GROUPED, **ids),
-    "qwen3": lambda **ids: Qwen3Config(tie_word_embeddings=True, head_dim=16, **GROUPED, **ids),
-}
 # One optimizer step for each rollout, so the policy that learns equals the one that sampled, up to rounding
 RUN = dict(total_time_steps=700, env_num=16, num_mini_batch=1, ppo_epoch=1, intent_coef=0.0, eval_limit=-1)
 RUN |= dict(validation_limit=0, save_interval=2, lr=1e-3)
 
 
+WINDOWED = ("mistral", "gemma2", "gemma3")  # they attend to the last 16 tokens, in some or all layers
+
+
 def family(name: str, folder: Path) -> str:
     """Save a model of random weights with the built-in tokenizer."""
-    tokenizer = load_tokenizer(str(builtin_model("policy")))
-    torch.manual_seed(0)
-    # one row more: with a Qwen2 model the tokenizer is loaded as Qwen2's, which adds a token
-    ids = dict(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
-    ids |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    AutoModelForCausalLM.from_config(FAMILIES[name](**ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    small_model(name, folder, load_tokenizer(str(builtin_model("policy"))))
     return str(folder)
 
 
@@ -68,7 +68,96 @@ def test_each_family_learns_and_gives_sampled_tokens_the_same_log_probabilities_
     assert before.keys() == after.keys() and any(not torch.equal(before[n], after[n]) for n in before)
     model = load_pretrained(AutoModelForCausalLM, str(run / "policy"), "model")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == model.config.tie_word_embeddings == (name != "llama")
+    assert tied == model.config.tie_word_embeddings == FAMILIES[name](pad_token_id=0).tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probabilities_are_those_of_transformers_for_the_text_alone(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fast_paths, "_known", {})
+    plain = small_model(name, tmp_path, chat_tokenizer("ChatML"))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)  # so that a wrong path is visible
+    plain.save_pretrained(tmp_path)
+    model, codec = load_causal_lm(str(tmp_path)).eval(), load_codec(str(tmp_path)).with_format(max_new_tokens=12)
+    said = "are padded, not packed, which is slower: its attention has a window"
+    assert capsys.readouterr().out.count(said) == (name in WINDOWED) and is_packed(model) == (name not in WINDOWED)
+    load_causal_lm(str(tmp_path))
+    assert said not in capsys.readouterr().out  # once
+
+    texts = ["Hi .", "Fine , thanks . And you ?", "Hi ."]
+    prompts = codec.prompt_ids([messages_of(texts[:1]), messages_of(texts), messages_of(texts)])  # the last two share
+    ids, mask = map(torch.from_numpy, codec.encode_prompts(prompts))
+    assert mask.sum(-1).min() > 16  # longer than the windows
+    uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(0))
+    written = sample_responses(causal_lm_step(model), codec, ids, mask, Sampling(), uniforms)
+    whole, whole_mask = torch.cat([ids, written.ids], -1), torch.cat([mask, written.mask.long()], -1)
+    with torch.no_grad():
+        updated = logits_at(model, *shifted_inputs(whole, whole_mask, written.mask)).log_softmax(-1)
+        updated = updated.gather(-1, written.ids[written.mask][:, None])[:, 0]
+        expected = []
+        for prompt, response, length in zip(prompts, written.ids, written.mask.sum(-1)):
+            text = torch.tensor([prompt + response[:length].tolist()])
+            logprobs = plain(input_ids=text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected.append(logprobs.gather(-1, response[:length, None])[:, 0])
+    assert torch.allclose(written.logprobs[written.mask], torch.cat(expected), atol=1e-4)
+    assert torch.allclose(updated, torch.cat(expected), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_is_trained_evaluated_and_talked_to_through_a_chat_template(name, tmp_path):
+    settings = RUN | dict(model_path=chat_model(tmp_path / name, family=name), run_dir=str(tmp_path), max_new_tokens=16)
+    settings |= dict(lr_schedule="constant")
+    whole = trained(experiment_name="whole", **settings)
+    trained(experiment_name="cut", **settings | dict(total_time_steps=300))
+    cut = resumed(tmp_path / "cut", total_time_steps=700)
+    rows = lines(whole)
+    assert len(rows) > 2 and timeless(lines(cut)) == timeless(rows) and digest(cut) == digest(whole)
+    assert all(row["approx_kl"] < 1e-6 and row["skipped_steps"] == 0 for row in rows)
+    assert load_codec(str(whole / "policy")).format.template == FORMS["ChatML"].template
+
+    found = run_evaluation(EvalConfig(str(whole), str(tmp_path / name), limit=20))
+    assert found["settings"]["limit"] == 20 and found["policy"]["perplexity"] > 1
+    agents = [Agent(str(folder), seed=1, max_new_tokens=16) for folder in (whole, whole / "policy", tmp_path / name)]
+    said = [agent.reply("How are you ?") for agent in agents]
+    assert said[0] == said[1] and said[0] and agents[0].uses_template
+    assert [agent.reply("And you ?") for agent in agents[:2]][0] and len(agents[0].history) == 4
+
+
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+
+
+def test_a_vision_language_model_that_is_no_causal_one_is_said(tmp_path):
+    config = LlavaConfig(
+        text_config=dict(model_type="llama", vocab_size=64, **GROUPED),
+        vision_config=dict(model_type="clip_vision_model", patch_size=8, projection_dim=16, **VISION),
+        image_token_index=60,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    chat_tokenizer("ChatML").save_pretrained(tmp_path / "llava")
+    said = "'.*llava' is a llava model; expected a causal language model"
+    with pytest.raises(UserError, match=said):
+        trained(**RUN | dict(run_dir=str(tmp_path), model_path=str(tmp_path / "llava")))
+    with pytest.raises(UserError, match="LlavaForConditionalGeneration by its config.json; expected a causal LM"):
+        Agent(str(tmp_path / "llava"))
+
+
+def test_a_vision_language_model_that_is_a_causal_one_learns_from_text(tmp_path):
+    tokenizer = chat_tokenizer("Gemma")
+    ids = dict(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
+    config = Gemma3Config(
+        text_config=dict(query_pre_attn_scalar=16, sliding_window_pattern=2, **SLIDING, **ids),
+        vision_config=VISION | dict(patch_size=8),
+        mm_tokens_per_image=4,
+        image_token_index=len(tokenizer),
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma3")
+    tokenizer.save_pretrained(tmp_path / "gemma3")
+    run = trained(**RUN | dict(run_dir=str(tmp_path), model_path=str(tmp_path / "gemma3"), total_time_steps=300))
+    assert all(row["approx_kl"] < 1e-6 for row in lines(run))
+    assert Agent(str(run), seed=1, max_new_tokens=8).reply("Hi .")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm"])
