@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppo_dialog import PPOConfig, train
 from support import generation, machine, models, packing, pretrained
-from support.data import Dialogue, load_dialogues
+from support.data import Dialogues, load_dialogues
 from support.errors import UserError, run_script
 from support.libraries import quiet_libraries
 from support.pretrained import load_tokenizer
@@ -109,7 +109,7 @@ class ThroughputConfig:
     max_new_tokens: int = 20
     """Tokens of a reply."""
     full_prompts: bool = False
-    """Join dialogues so that every prompt is cut to max_prompt_tokens, to see what a token of context costs."""
+    """Join dialogues so that every prompt has about max_prompt_tokens, to see what a token of context costs."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """As ppo_dialog.py's; GPUs are rated in bf16, CPUs in fp32."""
     data_path: str = ""
@@ -124,7 +124,7 @@ class ThroughputConfig:
     """Print one JSON object as the last line."""
 
 
-def make_models(folder: Path, config: ThroughputConfig, dialogues: list[Dialogue]) -> None:
+def make_models(folder: Path, config: ThroughputConfig, dialogues: Dialogues) -> None:
     """Write a policy and a judge with random weights into `folder`, with a tokenizer of GPT-2's vocabulary size."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else train_tokenizer(dialogues)
@@ -145,7 +145,7 @@ def make_models(folder: Path, config: ThroughputConfig, dialogues: list[Dialogue
         tokenizer.save_pretrained(folder / name)
 
 
-def train_tokenizer(dialogues: list[Dialogue]) -> PreTrainedTokenizerFast:
+def train_tokenizer(dialogues: Dialogues) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of VOCABULARY entries.
 
     Few merges, so that a prompt has about as many tokens as with GPT-2's own tokenizer; words that no text contains
@@ -196,10 +196,10 @@ def run_work(config: ThroughputConfig, folder: Path) -> dict[str, float]:
     dialogues = load_dialogues(data_path, "train", skip_bad_rows=True)
     make_models(folder, config, dialogues)
     fmt = DialogueFormat(max_prompt_tokens=config.max_prompt_tokens, max_new_tokens=config.max_new_tokens)
-    if config.full_prompts:
-        data_path = str(join_dialogues(dialogues, fmt.context_utterances, folder / "joined.jsonl"))
-        dialogues = load_dialogues(data_path, "train")
     codec = DialogueCodec(load_tokenizer(str(folder / "policy")), fmt)
+    if config.full_prompts:
+        data_path = str(join_dialogues(dialogues, codec, folder / "joined.jsonl"))
+        dialogues = load_dialogues(data_path, "train")
     samples = list(make_samples(dialogues, codec)[:2000])
     if not samples:
         raise UserError(f"no dialogue of '{data_path}' has more than {fmt.context_utterances} utterances.")
@@ -219,14 +219,19 @@ def steady_medians(run: Path) -> dict[str, float]:
     return medians | {"steady_updates": len(rows)}
 
 
-def join_dialogues(dialogues: list[Dialogue], context_utterances: int, file: Path) -> Path:
-    """Write long dialogues: each utterance of a context is a whole dialogue, the reply is an utterance."""
-    n = context_utterances
+def join_dialogues(dialogues: Dialogues, codec: DialogueCodec, file: Path) -> Path:
+    """Write long dialogues: a context fills max_prompt_tokens with the words of many, and the reply is an utterance."""
+    n, most = codec.format.context_utterances, codec.format.max_prompt_tokens
+    marker = len(codec.tokenizer(codec.format.eou_marker).input_ids) + 2  # tokens may split where texts are cut
+    each, words = max(1, most // n - marker), []
     with file.open("w", encoding="utf-8") as out:
-        for start in range(0, len(dialogues) - n, n + 1):
-            *context, last = dialogues[start : start + n + 1]
-            utterances = [" ".join(d.utterances) for d in context] + [last.utterances[0]]
-            out.write(json.dumps({"dialog": utterances, "act": [1] * n + [last.acts[0]]}) + "\n")
+        for dialogue in dialogues:
+            words += codec.tokenizer(" ".join(dialogue.utterances)).input_ids
+            if len(words) >= n * each:
+                utterances = [codec.tokenizer.decode(words[k * each : (k + 1) * each]) for k in range(n)]
+                row = {"dialog": [*utterances, dialogue.utterances[0]], "act": [1] * n + [dialogue.acts[0]]}
+                out.write(json.dumps(row) + "\n")
+                words = []
     return file
 
 

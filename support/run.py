@@ -103,7 +103,7 @@ class Run:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far a long stage is."""
-        self.monitor.stage(f"{what}: {done / max(1, total):.0%}")
+        self.monitor.stage(f"{what}: {done / total:.0%}" if total else what)
 
     def describe(self, actor_critic: nn.Module, replies: int, mini_batches: int) -> None:
         """Print what is trained. Call this before the weights are sharded."""

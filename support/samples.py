@@ -14,7 +14,16 @@ from support.data import Dialogue, Dialogues, form_sentence, load_splits
 from support.data_checks import overlap_note
 from support.errors import UserError
 from support.options import TEMPLATE_NEW_TOKENS
-from support.text import FORMAT_FILE, PROBE, DialogueCodec, Message, TemplateRefusal, messages_of
+from support.text import (
+    DATE_CALL,
+    FORMAT_FILE,
+    PROBE,
+    DialogueCodec,
+    Message,
+    TemplateRefusal,
+    messages_of,
+    own_template,
+)
 
 CHUNK = 256  # dialogues that are looked at together
 LOOKED_AT = 2000  # samples, to find out how many prompts are shortened
@@ -243,10 +252,12 @@ def load_samples(
 
     `options` has the settings of the data and of FormatOptions, `folder` is the model's. The codec comes back with the
     lengths that were chosen, within the model's `positions`. `report` is called with a stage, what is done and of how
-    much.
+    much (0: not known).
     """
     markers = [codec.stop] if codec.stop else []  # text that ends a turn must not be within one
-    dialogues = load_splits(options.data_path, splits, options.skip_bad_rows, markers)
+    dialogues = load_splits(
+        options.data_path, splits, options.skip_bad_rows, markers, lambda rows: report(f"reading: {rows:,} rows", 0, 0)
+    )
     for sentence in dict.fromkeys(form_sentence(options.data_path, found) for found in dialogues.values()):
         say(sentence)
     if "train" in dialogues and (note := overlap_note(options.data_path, dialogues)):
@@ -306,6 +317,8 @@ def format_notes(codec: DialogueCodec) -> list[str]:
     ends = sorted(codec.tokenizer.convert_ids_to_tokens(sorted(codec.end_ids)), key=str)
     ends += [repr(codec.stop)] if codec.stop else []
     notes = [f"chat template: replies end with {', '.join(map(str, ends))}"]
+    if DATE_CALL.search(own_template(codec.tokenizer)) and not DATE_CALL.search(codec.format.template):
+        notes.append("note: the chat template writes today's date; here it stays that of the day on which this began")
     if not codec.is_consistent():
         notes.append(
             "WARNING: the chat template is not consistent: a prompt with the beginning of a reply is not the beginning "
