@@ -41,7 +41,7 @@ from support.errors import UserError, run_script
 from support.libraries import quiet_libraries
 from support.pretrained import load_tokenizer
 from support.samples import make_samples
-from support.text import DialogueCodec, DialogueFormat
+from support.text import DialogueCodec, DialogueFormat, drop_torn_characters
 
 VOCABULARY = 50_257
 DAILY_DIALOG = ROOT.parent / "shared" / "data" / "dailydialog"
@@ -228,7 +228,8 @@ def join_dialogues(dialogues: Dialogues, codec: DialogueCodec, file: Path) -> Pa
         for dialogue in dialogues:
             words += codec.tokenizer(" ".join(dialogue.utterances)).input_ids
             if len(words) >= n * each:
-                utterances = [codec.tokenizer.decode(words[k * each : (k + 1) * each]) for k in range(n)]
+                parts = (codec.tokenizer.decode(words[k * each : (k + 1) * each]) for k in range(n))
+                utterances = [drop_torn_characters(part) for part in parts]
                 row = {"dialog": [*utterances, dialogue.utterances[0]], "act": [1] * n + [dialogue.acts[0]]}
                 out.write(json.dumps(row) + "\n")
                 words = []
