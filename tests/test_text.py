@@ -1,6 +1,7 @@
 """The text of conversations: chat templates give the ids of transformers, ends are found, and text stays text."""
 
 import json
+from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
@@ -30,7 +31,7 @@ from support.errors import UserError
 from support.generation import ReplySettings, generate_replies
 from support.judge import encode_pairs
 from support.models import load_codec
-from support.options import FormatOptions, Sampling, TextOptions
+from support.options import FormatOptions, SampleOptions, Sampling, TextOptions
 from support.pretrained import load_tokenizer
 from support.samples import choose_lengths, count_of_samples, make_samples
 from support.text import (
@@ -43,6 +44,12 @@ from support.text import (
     from_template,
     messages_of,
 )
+
+
+@dataclass
+class Options(FormatOptions, TextOptions, SampleOptions):
+    """All options of texts."""
+
 
 USER, REPLY = "How are you today ?", "Fine , thanks . And you ?"
 TALK = [USER, REPLY, "See you soon .", "Good bye !", "What time is it ?", "Half past six .", "Sure .", "No sugar ."]
@@ -246,18 +253,14 @@ def test_lengths_are_chosen_from_the_data_and_fit_the_model():
     codec = codec_of("ChatML")
     talks = [Dialogue((USER, f"{REPLY} " * k), (0, 0), (0, 0), ("user", "assistant")) for k in range(1, 21)]
     names = ("max_prompt_tokens", "max_new_tokens")
-    chosen = choose_lengths(codec, talks, FormatOptions_(), names).format
+    chosen = choose_lengths(codec, talks, Options(), names).format
     [longest] = codec.encode_targets([messages_of([USER])], [talks[-1].utterances[1]])
     assert 0.9 * len(longest) <= chosen.max_new_tokens <= len(longest) + 8
     assert chosen.max_prompt_tokens == 64
-    small = choose_lengths(codec, talks, FormatOptions_(), names, positions=100).format
+    small = choose_lengths(codec, talks, Options(), names, positions=100).format
     assert small.max_new_tokens == 50 and small.max_prompt_tokens == 50
-    given = choose_lengths(codec, talks, FormatOptions_(), names[1:], positions=100_000).format
+    given = choose_lengths(codec, talks, Options(), names[1:], positions=100_000).format
     assert given.max_prompt_tokens == codec.format.max_prompt_tokens
-
-
-class FormatOptions_(FormatOptions):
-    speaker, turns = "all", "all"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,29 +449,19 @@ def test_format_is_kept_beside_a_model_and_overridden_by_options(tmp_path):
         DialogueFormat.load(tmp_path)
 
 
-class Options(FormatOptions, TextOptions):
-    pass
-
-
-def options(**settings):
-    chosen = Options()
-    vars(chosen).update(vars(TextOptions()) | settings)
-    return chosen
-
-
 def test_the_format_is_that_of_the_options_the_folder_the_tokenizer_or_the_default(tmp_path):
     bare, chat = make_tokenizer(), chat_tokenizer("ChatML")
-    assert choose_format(options(), "nowhere", bare) == DialogueFormat()
-    assert choose_format(options(), "nowhere", chat).template == CHATML
-    assert choose_format(options(template="dialogue"), "nowhere", chat) == DialogueFormat()
+    assert choose_format(Options(), "nowhere", bare) == DialogueFormat()
+    assert choose_format(Options(), "nowhere", chat).template == CHATML
+    assert choose_format(Options(template="dialogue"), "nowhere", chat) == DialogueFormat()
     (tmp_path / "own.jinja").write_text(GEMMA)
-    assert choose_format(options(template=str(tmp_path / "own.jinja")), "nowhere", chat).template == GEMMA
+    assert choose_format(Options(template=str(tmp_path / "own.jinja")), "nowhere", chat).template == GEMMA
     DialogueFormat(3, "<END>").save(tmp_path)
-    assert choose_format(options(max_new_tokens=7), str(tmp_path), chat) == DialogueFormat(3, "<END>", 128, 7)
+    assert choose_format(Options(max_new_tokens=7), str(tmp_path), chat) == DialogueFormat(3, "<END>", 128, 7)
     (tmp_path / "role.txt").write_text("Be kind .\n")
     for text in ("Be kind .", str(tmp_path / "role.txt")):
-        assert choose_format(options(system_prompt=text), "nowhere", chat).system_prompt == "Be kind ."
-    assert choose_format(options(system_prompt="x" * 5000), "nowhere", chat).system_prompt == "x" * 5000
+        assert choose_format(Options(system_prompt=text), "nowhere", chat).system_prompt == "Be kind ."
+    assert choose_format(Options(system_prompt="x" * 5000), "nowhere", chat).system_prompt == "x" * 5000
 
 
 @pytest.mark.parametrize(
@@ -483,13 +476,13 @@ def test_the_format_is_that_of_the_options_the_folder_the_tokenizer_or_the_defau
 )
 def test_options_that_do_not_fit_the_format_are_said(settings, named, said):
     with pytest.raises(UserError, match=said):
-        choose_format(options(**settings), "a folder", chat_tokenizer(named) if named else make_tokenizer())
+        choose_format(Options(**settings), "a folder", chat_tokenizer(named) if named else make_tokenizer())
 
 
 def test_an_empty_template_is_said(tmp_path):
     (tmp_path / "empty.jinja").write_text(" \n")
     with pytest.raises(UserError, match=r"empty\.jinja' is empty; expected a chat template"):
-        choose_format(options(template=str(tmp_path / "empty.jinja")), "a folder", chat_tokenizer("ChatML"))
+        choose_format(Options(template=str(tmp_path / "empty.jinja")), "a folder", chat_tokenizer("ChatML"))
 
 
 @pytest.mark.parametrize("field", ["context_utterances", "eou_marker", "max_prompt_tokens", "max_new_tokens"])
