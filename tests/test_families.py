@@ -118,7 +118,7 @@ def test_each_family_is_trained_evaluated_and_talked_to_through_a_chat_template(
     assert all(row["approx_kl"] < 1e-6 and row["skipped_steps"] == 0 for row in rows)
     assert load_codec(str(whole / "policy")).format.template == FORMS["ChatML"].template
 
-    found = run_evaluation(EvalConfig(str(whole), str(tmp_path / name), limit=20))
+    found = run_evaluation(EvalConfig(model_path=str(whole), baseline_path=str(tmp_path / name), limit=20))
     assert found["settings"]["limit"] == 20 and found["policy"]["perplexity"] > 1
     agents = [Agent(str(folder), seed=1, max_new_tokens=16) for folder in (whole, whole / "policy", tmp_path / name)]
     said = [agent.reply("How are you ?") for agent in agents]
