@@ -92,6 +92,34 @@ def test_prompts_and_targets_are_what_transformers_makes_of_the_template(name):
     assert [list(text.messages) for text in texts] == asked
 
 
+def test_where_a_text_ends_turns_and_eos_the_whole_a_target_has_eos_alone():
+    source = FORMS["plain text"].template + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    codec = DialogueCodec(chat_tokenizer("plain text"), from_template(source))
+    [target] = codec.encode_targets([messages_of([USER])], [REPLY])
+    assert codec.stop == "\n### Human:" and target.count(codec.eos_token_id) == 1
+    assert codec.ended(target) and not any(codec.ended(target[:n]) for n in range(len(target)))
+    assert codec.decode_response(target) == REPLY
+
+
+def test_tokens_that_would_merge_where_prompt_and_reply_meet_stay_apart():
+    source = FORMS["Mistral"].template.replace("' [/INST]'", "' [/INST] '").replace("' ' + ", "")
+    codec, how = DialogueCodec(chat_tokenizer("Mistral"), from_template(source)), dict(tokenize=True, return_dict=False)
+    coffee = "I'd like a cup of coffee ."
+    [prompt], [target] = codec.prompt_ids([messages_of([USER])]), codec.encode_targets([messages_of([USER])], [coffee])
+    whole = codec.tokenizer.apply_chat_template(messages_of([USER, coffee]), chat_template=source, **how)
+    assert prompt + target != whole and codec.tokenizer.decode(prompt + target) == codec.tokenizer.decode(whole)
+    assert codec.ended(target) and codec.decode_response(target) == coffee
+
+
+def test_two_tokens_never_share_a_private_character():
+    codec = codec_of("ChatML")
+    said = "".join(map(chr, range(0xF0000, 0xF0028))) + "<|im_end|><|im_start|><|endoftext|>" * 2
+    [ids], [prompt] = codec.prompt_ids([messages_of([said])]), codec.write_prompts([messages_of([said])])
+    [harmless] = codec.prompt_ids([messages_of([USER])])
+    assert codec.tokenizer.decode(ids) == prompt and said in prompt
+    assert [ids.count(i) for i in range(3)] == [harmless.count(i) for i in range(3)]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_what_ends_a_turn_is_found_in_the_template(name):
     codec, form = codec_of(name), FORMS[name]
