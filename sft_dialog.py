@@ -191,28 +191,30 @@ def make_chains(dialogues: Sequence[Dialogue], codec: DialogueCodec, limit: int)
     as it does in PPO. The first prompt has one utterance in one dialogue, two in the next, and so on: any utterance may
     be a reply.
     """
-    fmt, beginning = codec.format, special_prefix(codec.tokenizer)
+    turns, beginning = codec.format.context_utterances, special_prefix(codec.tokenizer)
     chains: list[list[int]] = []
     for number, dialogue in enumerate(dialogues):
-        texts, context = [], []
+        parts, context = [], []
         for i, utterance in enumerate(dialogue.utterances):
-            if context and i % (fmt.context_utterances + 1) == 1 + number % fmt.context_utterances:
-                [prompt], [target] = (
-                    codec.prompt_ids([messages_of(context)]),
-                    codec.encode_targets([messages_of(context)], [utterance]),
-                )
-                texts += [prompt[len(beginning) :], target]
+            if context and i % (turns + 1) == 1 + number % turns:
+                parts += [prompt_part(codec, context), *codec.encode_targets([messages_of(context)], [utterance])]
                 context = []
             else:
                 context.append(utterance)
         if context:
-            texts.append(codec.prompt_ids([messages_of(context)])[0][len(beginning) :])
+            parts.append(prompt_part(codec, context))
         chains.append(beginning.copy())
-        for tokens in texts:
+        for tokens in parts:
             if len(chains[-1]) + len(tokens) > limit and len(chains[-1]) > len(beginning):
                 chains.append(beginning.copy())
             chains[-1] += tokens[: limit - len(beginning)]
     return [(chain, []) for chain in chains]
+
+
+def prompt_part(codec: DialogueCodec, context: Sequence[str]) -> list[int]:
+    """Token ids of a prompt, without those that begin a text."""
+    [ids] = codec.prompt_ids([messages_of(context)])
+    return ids[len(special_prefix(codec.tokenizer)) :]
 
 
 def collate(batch: list[Window], pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:

@@ -64,6 +64,7 @@ def peak_mib() -> float:
 def read(config: DataConfig) -> None:
     """Read a file, and print seconds and peak memory of each step."""
     from support.data import load_splits
+    from support.data_checks import overlap_note
     from support.models import load_codec
     from support.samples import make_samples
 
@@ -73,6 +74,9 @@ def read(config: DataConfig) -> None:
     seconds, rows = time.perf_counter() - started, sum(map(len, splits.values()))
     print(f"{Path(config.file).suffix}: {rows:,} rows read in {seconds:.0f} s, {rows / seconds:,.0f} rows/s, ", end="")
     print(f"peak {peak_mib():,.0f} MiB ({before:,.0f} before)", flush=True)
+    started = time.perf_counter()
+    overlap_note(config.file, splits)
+    print(f"{Path(config.file).suffix}: copies across splits looked for in {time.perf_counter() - started:.0f} s")
     if config.model_path:
         codec, started = load_codec(config.model_path), time.perf_counter()
         samples = make_samples(splits["train"], codec)

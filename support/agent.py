@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -188,8 +189,9 @@ class Agent:
         return messages, ids
 
     def summary(self) -> str:
-        """The size of the model and how it is talked to, in words."""
+        """The size of the model and how it is talked to, in words, with the beginning of its system message."""
         how = "its chat template" if self.uses_template else "the dialogue format"
+        how += f", after the system message '{shorten(self.system, 80)}'" if self.system else ""
         return f"{self.model.num_parameters():,} parameters, through {how}"
 
     def view(self) -> str:

@@ -129,7 +129,7 @@ class ChatPage:
 
     def _lay_out(self, names: list[str]) -> None:
         single = len(self.agents) == 1
-        about = [f"**`{agent.path}`**, {agent.summary()}" for agent in self.agents]
+        about = [f"**`{agent.path}`**, {html.escape(agent.summary())}" for agent in self.agents]
         about = about if single else [f"{name}: {line}" for name, line in zip(names, about)]
         note = html.escape(views_note(self.agents))
         self.tab = gr.State(Tab())
