@@ -163,13 +163,7 @@ def load_splits(
         else:
             loaded[split] = Dialogues(_read(Rows(), _rows(name, split), skip_bad_rows, markers, report))
         if not loaded[split]:
-            why = (
-                _why_no_dialogue(whole)
-                if whole and len(whole.numbers)
-                else ": the file is empty."
-                if path.is_file()
-                else "."
-            )
+            why = _why_no_dialogue(loaded[split].rows, cut=parts is not None)
             raise UserError(f"the {split} split of '{data_path}' holds no dialogue{why}")
     return loaded
 
@@ -183,8 +177,11 @@ def form_sentence(data_path: str, dialogues: Dialogues) -> str:
     return f"data: {data_path} has rows of '{form.name}' ({form.content}); {form.replies}{rejected}"
 
 
-def _why_no_dialogue(rows: Rows) -> str:
-    """Why a split of a single file has no dialogue, and what to do."""
+def _why_no_dialogue(rows: Rows, cut: bool) -> str:
+    """Why a split has no dialogue, and what to do; `cut` if it is part of a single file."""
+    if not len(rows.numbers):
+        rejected = f"all {rows.rejected:,} rows have a rejected completion (label false)"
+        return f": {rejected}." if rows.rejected else ": the file is empty." if cut else "."
     malformed = f" {rows.bad} rows are malformed ({rows.skipped[0]})." if rows.bad else ""
     return (
         f": of {len(rows.numbers)} rows, {rows.different} are different dialogues. A single file is cut 90/5/5, with "

@@ -90,7 +90,16 @@ def form_of(row: Mapping[str, Any]) -> Form | None:
     A prompt beside a reply under another name is no prompt alone.
     """
     form = next((form for form in FORMS if all(row.get(column) is not None for column in form.columns)), None)
-    return None if form is PROMPT and any(isinstance(row.get(name), str) for name in REPLY_NAMES) else form
+    return None if form is PROMPT and _other_reply(row) else form
+
+
+def _other_reply(row: Mapping[str, Any]) -> str:
+    """The column beside a prompt that holds a reply, a text or messages, under another name; "" without one."""
+    for name in REPLY_NAMES:
+        value = row.get(name)
+        if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
+            return name
+    return ""
 
 
 def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) -> Dialogue:
@@ -187,6 +196,8 @@ def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
 
 
 def _prompt(row: Mapping[str, Any]) -> Dialogue:
+    if reply := "completion" if row.get("completion") is not None else _other_reply(row):
+        raise ValueError(f"has a '{reply}', while the rows before it are a prompt alone")
     system, prompt = _side(row["prompt"], "prompt", "user")
     if prompt[-1][0] != "user":
         raise ValueError(f"'prompt' ends with a turn of the {prompt[-1][0]}; expected the user's")
@@ -223,7 +234,7 @@ def read_messages(value: Any, column: str) -> tuple[str | None, list[Turn]]:
     for i, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise ValueError(f"message {i} of {n} is not an object with role and content but {message!r:.40}")
-        said = message.get("role", message.get("from"))
+        said = _either(message, "role", "from")
         role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
         where = f"message {i} of {n} ({role})"
         if message.get("tool_calls") or (isinstance(said, str) and said.lower() in TOOLS):
@@ -231,17 +242,22 @@ def read_messages(value: Any, column: str) -> tuple[str | None, list[Turn]]:
         if role is None:
             found = f"the role {said!r:.40}" if said is not None else "no role"
             raise ValueError(f"message {i} of {n} has {found}; expected system, user or assistant")
-        text = _content(message.get("content", message.get("value")), where)
+        text = _content(_either(message, "content", "value"), where)
         if role == "system":
             if i > 1:
                 raise ValueError(f"{where} comes after others; expected a system message only at the beginning")
-            if text.strip():
+            system = text.strip() and text
+            if system:
                 check_text(text, where)
-                system = text
             continue
         check_text(text, where)
         turns.append((role, text))
     return system, turns
+
+
+def _either(message: Mapping[str, Any], key: str, other: str) -> Any:
+    """The value of one of two keys; a table of messages of both kinds has both, one of them null."""
+    return message.get(other) if message.get(key) is None else message[key]
 
 
 def _content(content: Any, where: str) -> str:
@@ -287,7 +303,13 @@ def _side(value: Any, column: str, role: str) -> tuple[str | None, list[Turn]]:
 
 def _is_message_list(text: str) -> bool:
     """Whether a text is a list of messages as JSON or Python write it."""
-    return bool(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text))
+    if not (begin := re.match(r"\s*\[\s*\{\s*['\"](\w*)['\"]\s*:", text)):
+        return False
+    if begin[1] in ("role", "from", "content", "value"):
+        return True
+    with contextlib.suppress(ValueError):  # another key comes first
+        return all(isinstance(m, Mapping) and not m.keys().isdisjoint(("role", "from")) for m in as_list(text, "text"))
+    return False
 
 
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
