@@ -262,7 +262,8 @@ def load_samples(
         say(sentence)
     if "train" in dialogues and (note := overlap_note(options.data_path, dialogues)):
         say(f"note: {note}")
-    check_format(codec, dialogues[splits[0]], options, folder)
+    for found in dialogues.values():
+        check_format(codec, found, options, folder)
     for note in format_notes(codec):
         say(note)
     chosen = lengths_to_choose(codec, options, folder)
