@@ -409,7 +409,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 for batch in opened.iter_batches(batch_size=BATCH):
                     yield from batch.to_pylist()
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            check_content(file, _beginning(file), text=False)
+            check_content(file, _beginning(file), "parquet")
             raise UserError(f"'{file}' is not a parquet file that can be read: {first_line(error)}.") from error
 
     return _dataset_rows(rows(), str(file))
@@ -432,6 +432,7 @@ def _arrow_rows(file: Path) -> Iterator[Row]:
                     for start in range(0, batch.num_rows, BATCH):
                         yield from batch.slice(start, BATCH).to_pylist()
         except (OSError, ValueError) as error:
+            check_content(file, _beginning(file), "Arrow")
             raise UserError(f"'{file}' is not an Arrow file that can be read: {first_line(error)}.") from error
 
     return _dataset_rows(rows(), str(file))

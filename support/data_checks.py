@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.data_forms import COMPLETION, IMPLICIT, PREFERENCES, form_of
 from support.errors import UserError
 
 UNPACK = "Unpack it and give the file that comes out"
@@ -42,14 +43,16 @@ KINDS = (  # how the content begins, what it is, what to do
 )
 
 
-def check_content(file: Path, content: bytes, text: bool = True) -> None:
-    """UserError if a file's content is not what its name promises: text (JSON, CSV), or parquet."""
-    found = next((kind for begin, *kind in KINDS if re.match(begin, content, re.DOTALL)), None) or _wide_text(content)
-    if found and (text or not content.startswith(b"PAR1")):
-        raise UserError(f"'{file}' is {found[0]}; expected {'UTF-8 text' if text else 'parquet'}. {found[1]}.")
+def check_content(file: Path, content: bytes, expected: str = "UTF-8 text") -> None:
+    """UserError if a file's content is not what its name promises: UTF-8 text (JSON, CSV), parquet or Arrow."""
+    text = expected == "UTF-8 text"
+    found = next((kind for begin, *kind in KINDS if re.match(begin, content, re.DOTALL)), None)
+    found = found or (_wide_text(content) if text else None)
+    if found and f" {expected} " not in found[0]:
+        raise UserError(f"'{file}' is {found[0]}; expected {expected}. {found[1]}.")
     if not text and content.lstrip()[:1] in (b"{", b"[", b'"') and b"\0" not in content:
         rename = "Rename it to .jsonl (a JSON object a line), .json or .csv."
-        raise UserError(f"'{file}' holds text; expected parquet. {rename}")
+        raise UserError(f"'{file}' holds text; expected {expected}. {rename}")
 
 
 def _wide_text(content: bytes) -> tuple[str, str] | None:
@@ -113,7 +116,7 @@ def _container(value: dict[str, Any]) -> str:
         form = "" if "dialog" in row else describe_form(row)
         found = f"one object with the rows in its list '{name}'. Write that list: json.load(open(OLD))[\"{name}\"]"
         return f"{found}. {form}" if form else found
-    if values and all(isinstance(v, dict) and ("dialog" in v or describe_form(v)) for v in values):
+    if values and all(isinstance(v, dict) and ("dialog" in v or form_of(v) or describe_form(v)) for v in values):
         return "one object with a dialogue under each name. Write its values: list(json.load(open(OLD)).values())"
     if len(values) > 1 and len(_lists_of(str, value)) == len(values):
         return 'one object with a dialogue under each name. Write {"dialog": [...]} for each of its values'
@@ -132,6 +135,8 @@ def describe_form(row: Mapping[str, Any]) -> str:
 
     Lists that were text in a cell must have been parsed.
     """
+    if form_of(row) in (PREFERENCES, IMPLICIT, COMPLETION):
+        return ""  # the columns are right
     return _header_form(row) or _messages_form(row) or _pair_form(row) or _text_form(row)
 
 
@@ -163,10 +168,10 @@ def _messages_form(row: Mapping[str, Any]) -> str:
             last = f'row["{column}"][-1]'
             return _use("Persona-Chat", f'{last}["history"] + {last}["candidates"][-1:]')
         if key := next((k for k in TEXT if all(isinstance(m.get(k), str) for m in value)), None):
-            if "role" in value[0] and key == "content":
-                return f"The column '{column}' holds chat messages: rename it to 'messages'"
-            if "from" in value[0] and key == "value":
-                return f"The column '{column}' holds ShareGPT conversations: rename it to 'conversations'"
+            known = {("role", "content"): "chat messages", ("from", "value"): "ShareGPT conversations"}
+            if what := next((known[k] for k in known if k[0] in value[0] and k[1] == key), ""):
+                name = what.split()[-1]
+                return "" if column == name else f"The column '{column}' holds {what}: rename it to '{name}'"
             return _use("messages", f'[m["{key}"] for m in row["{column}"]]')
     return ""
 

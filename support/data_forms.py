@@ -117,9 +117,9 @@ def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) ->
         for marker in markers:
             if marker in utterance:
                 n = len(dialogue.utterances)
-                raise ValueError(f"utterance {i} of {n} holds the marker '{marker}', which ends an utterance")
+                raise ValueError(f"utterance {i} of {n} holds the marker {marker!r}, which ends an utterance")
     if named := next((marker for marker in markers if marker in dialogue.system), ""):
-        raise ValueError(f"the system message holds the marker '{named}', which ends an utterance")
+        raise ValueError(f"the system message holds the marker {named!r}, which ends an utterance")
     return dialogue
 
 
@@ -169,6 +169,8 @@ def _implicit(row: Mapping[str, Any]) -> Dialogue:
     if sides[0] is None or sides[1] is None:
         return _shared_beginning(row)
     (system, chosen), (_, rejected) = sides
+    if not chosen:
+        raise ValueError("'chosen' has no turn of a user or an assistant")
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
     first = min(same, len(chosen) - 1)
     while first and chosen[first][0] != "assistant":
@@ -184,7 +186,7 @@ def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError("'chosen' and 'rejected' should both be texts, or both lists of messages")
     if chosen == rejected:
-        raise ValueError("'chosen' and 'rejected' are the same text")
+        raise ValueError("'chosen' and 'rejected' are the same text, so that nothing says where the reply begins")
     same = os.path.commonprefix([chosen, rejected])
     cut = max((i + 1 for i, letter in enumerate(same) if letter.isspace()), default=0)
     prompt, reply = chosen[:cut].strip(), chosen[cut:].strip()
@@ -270,10 +272,12 @@ def _content(content: Any, where: str) -> str:
         raise ValueError(f"the content of {where} is not text but {content!r:.40}")
     texts = []
     for i, part in enumerate(content, start=1):
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = part.get("type", "no text") if isinstance(part, Mapping) else f"{part!r:.40}"
+        kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind != "text":
             raise ValueError(f"part {i} of {where} is no text but {kind!s:.40}; expected text alone")
+        if not isinstance(text, str):
+            raise ValueError(f"part {i} of {where} has no text but {text!r:.40}")
         texts.append(text)
     return "".join(texts)
 
