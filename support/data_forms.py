@@ -150,8 +150,7 @@ def _messages(row: Mapping[str, Any], column: str = "messages") -> Dialogue:
 
 
 def _completion(row: Mapping[str, Any], column: str = "completion") -> Dialogue:
-    label = row.get("label")
-    if column == "completion" and (label is False or (isinstance(label, str) and label.strip().lower() == "false")):
+    if column == "completion" and str(row.get("label")).strip().lower() in ("false", "0"):
         raise Rejected
     system, prompt = _side(row["prompt"], "prompt", "user")
     own_system, reply = _side(row[column], column, "assistant")
