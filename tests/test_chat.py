@@ -815,7 +815,8 @@ def test_log_probability_is_that_of_the_evaluation(folder):
 def test_log_probability_through_a_template_counts_the_end(template_folder):
     agent = Agent(template_folder)
     ids = agent.tokenizer("[user] hello\n[assistant] ").input_ids
-    target = [*agent.tokenizer("good bye").input_ids, agent.tokenizer.eos_token_id]
+    assert agent.codec.stop == "\n["  # what this template writes after a reply, whoever speaks next
+    target = agent.tokenizer("good bye\n[").input_ids
     logprobs = agent.model(torch.tensor([ids + target])).logits[0].log_softmax(-1)
     expected = [logprobs[len(ids) + i - 1, token].item() for i, token in enumerate(target)]
     assert agent.log_probability(["hello"], "good bye") == pytest.approx(sum(expected) / len(target), abs=1e-5)

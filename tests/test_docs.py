@@ -197,6 +197,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     for name in "ENCODER MINILM models/intent models/dd-intent models/dd-intent-2 models/even models/odd".split():
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
+    shutil.copytree(worked / "DATA", tmp_path / "messages")
     for name in ("NAME", "ppo_dialog", "mine", "one", "two", "smollm2_daily_dialog"):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
