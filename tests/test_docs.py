@@ -203,7 +203,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
-    pages = [ROOT / "README.md", ROOT / "docs" / "reward.md"]
+    pages = [ROOT / "README.md", ROOT / "docs" / "reward.md", ROOT / "docs" / "notebook" / "chat_models.md"]
     code = [block.text for page in pages for block in blocks_of(page) if block.is_python]
     own = [text for text in code if re.search(r"^(def|class) ", text, re.M) and "train(" not in text]
     (tmp_path / "my_file.py").write_text("\n\n".join(own))
