@@ -32,9 +32,9 @@ from support.options import FitConfig
 from support.pretrained import count_parameters
 
 
-def load_train_and_validation(data_path: str, skip_bad_rows: bool, markers: Sequence[str] = ()) -> dict[str, Dialogues]:
+def load_train_and_validation(data_path: str, skip_bad_rows: bool) -> dict[str, Dialogues]:
     """Load the two splits that training reads; the main process prints how much they overlap."""
-    splits = load_splits(data_path, ("train", "validation"), skip_bad_rows, markers)
+    splits = load_splits(data_path, ("train", "validation"), skip_bad_rows)
     if PartialState().is_main_process and (note := overlap_note(data_path, splits)):
         print(f"note: {note}")
     return splits

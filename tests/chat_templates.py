@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+
+from support.models import load_codec
+from support.options import FormatOptions, SampleOptions, TextOptions
+from support.samples import load_samples
 
 
 @dataclass(frozen=True)
@@ -227,3 +232,18 @@ def chat_model(folder: Path, form: str = "ChatML", family: str = "llama") -> str
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("!")]
     model.generation_config.save_pretrained(folder)
     return str(folder)
+
+
+@dataclass
+class Options(SampleOptions, TextOptions, FormatOptions):
+    """What load_samples reads of a script's options."""
+
+    data_path: str = ""
+    skip_bad_rows: bool = False
+
+
+def load(folder: str, path: str, splits: tuple[str, ...] = ("train",), **settings: Any) -> SimpleNamespace:
+    """The codec, the samples, and the lines that a load says."""
+    options, lines = Options(data_path=path, **settings), []
+    codec, samples = load_samples(options, load_codec(folder, "", options), folder, splits, lines.append, 512)
+    return SimpleNamespace(codec=codec, samples=samples, lines=lines)

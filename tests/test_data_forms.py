@@ -6,20 +6,16 @@ import itertools
 import json
 import tracemalloc
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pytest
-from chat_templates import chat_model
+from chat_templates import chat_model, load
 
 import support.data
 from support.data import Dialogue, Dialogues, form_sentence, load_dialogues, load_splits
 from support.data_forms import FORMS, PROMPT, form_of
 from support.errors import UserError
-from support.models import load_codec
-from support.options import FormatOptions, SampleOptions, TextOptions
-from support.samples import load_samples
 from support.spool import Spool
 
 SPLITS = ("train", "validation", "test")
@@ -428,23 +424,10 @@ def test_many_rows_need_little_memory(form, chats, monkeypatch):
 # What a load says
 
 
-@dataclass
-class Options(SampleOptions, TextOptions, FormatOptions):
-    data_path: str = ""
-    skip_bad_rows: bool = False
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a model with the template of that name."""
     return functools.cache(lambda name: chat_model(tmp_path_factory.mktemp("model"), name))
-
-
-def load(folder, path, splits=("train",), **settings):
-    """The codec, the samples, and the lines that a load says."""
-    options, lines = Options(data_path=path, **settings), []
-    codec, samples = load_samples(options, load_codec(folder, "", options), folder, splits, lines.append, 512)
-    return SimpleNamespace(codec=codec, samples=samples, lines=lines)
 
 
 def test_a_load_says_what_the_data_is(model, chats):

@@ -3,20 +3,17 @@
 import functools
 import json
 import re
-from dataclasses import dataclass
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from chat_templates import chat_model
+from chat_templates import load as load_as
 
 from support.data import load_dialogues, load_splits
 from support.data_forms import form_of
 from support.errors import UserError
-from support.models import load_codec
-from support.options import FormatOptions, SampleOptions, TextOptions
-from support.samples import load_samples
 
 USER, REPLY = {"role": "user", "content": "Hi ."}, {"role": "assistant", "content": "Hello ."}
 SYSTEM = {"role": "system", "content": "Be kind ."}
@@ -362,23 +359,16 @@ def test_a_row_of_a_table_is_named_by_its_number(tmp_path):
 # What a template or its lengths have against a row
 
 
-@dataclass
-class Options(SampleOptions, TextOptions, FormatOptions):
-    data_path: str = ""
-    skip_bad_rows: bool = False
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a model with the template of that name."""
     return functools.cache(lambda name: chat_model(tmp_path_factory.mktemp("model"), name))
 
 
-def load(folder, path, splits=("train",), **settings):
+def load(*args, **settings):
     """The samples of each split, and the lines that a load says."""
-    options, lines = Options(data_path=path, **settings), []
-    samples = load_samples(options, load_codec(folder, "", options), folder, splits, lines.append, 512)[1]
-    return samples, lines
+    found = load_as(*args, **settings)
+    return found.samples, found.lines
 
 
 TALK = [[USER | {"content": f"{i} ?"}, REPLY] for i in range(12)]

@@ -1,7 +1,6 @@
 """The text of conversations: chat templates give the ids of transformers, ends are found, and text stays text."""
 
 import json
-from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
@@ -15,6 +14,7 @@ from chat_templates import (
     LLAMA3,
     NOT_JINJA,
     REFUSES_ALL,
+    Options,
     chat_model,
     chat_tokenizer,
 )
@@ -31,7 +31,7 @@ from support.errors import UserError
 from support.generation import ReplySettings, generate_replies
 from support.judge import encode_pairs
 from support.models import load_codec
-from support.options import FormatOptions, SampleOptions, Sampling, TextOptions
+from support.options import Sampling, TextOptions
 from support.pretrained import load_tokenizer
 from support.samples import choose_lengths, count_of_samples, make_samples
 from support.text import (
@@ -44,12 +44,6 @@ from support.text import (
     from_template,
     messages_of,
 )
-
-
-@dataclass
-class Options(FormatOptions, TextOptions, SampleOptions):
-    """All options of texts."""
-
 
 USER, REPLY = "How are you today ?", "Fine , thanks . And you ?"
 TALK = [USER, REPLY, "See you soon .", "Good bye !", "What time is it ?", "Half past six .", "Sure .", "No sugar ."]
