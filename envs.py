@@ -21,9 +21,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from rewards import Scores, checked_scores
 from support.errors import UserError
 from support.samples import Sample, Samples, pick
+from support.scoring import Scores, checked_scores
 from support.text import DialogueCodec, drop_torn_characters
 
 
@@ -121,7 +121,7 @@ class DialogueVectorEnv(VectorEnv):
 
     def _text(self, action: str) -> str:
         text, stop = drop_torn_characters(action), self.codec.stop
-        return (text.partition(stop)[0] if stop else text).strip()
+        return self.codec.as_reply((text.partition(stop)[0] if stop else text).strip())
 
 
 @functools.lru_cache(2)

@@ -20,7 +20,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -57,6 +57,9 @@ class EvalOptions:
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
     """Another judge, which training did not use. It shows whether a gain in intent holds for more than one judge."""
+    reward_models: tuple[str, ...] = ()
+    """Reward models, by folder or hub name: each one's mean score, and how often it prefers the model to the baseline.
+    One that training did not use shows whether a gain is real."""
 
     replies: str = ""
     """File for the replies, a line of JSON each. Another evaluation can take it as --baseline-path to save time."""
@@ -101,6 +104,8 @@ class EvalConfig(EvalOptions, TextOptions, SampleOptions):
             if not Path(name).is_file():
                 check_models(model=name)
         check_models(intent_model=self.intent_model, second_intent_model=self.second_intent_model)
+        for name in self.reward_models:
+            check_models(reward_model=name)
         check_data(self.data_path)
         check_template(self.template)
 
@@ -121,7 +126,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoConfig
 
-from rewards import Scores, intent_hits
+from rewards import intent_hits, label_parts
 from support.builtin import resolve_model
 from support.data import Dialogue, Dialogues, form_sentence, load_dialogues
 from support.files import nan_to_none, write_json
@@ -131,9 +136,10 @@ from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar
 from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
-from support.metric_names import LABELS
+from support.metric_names import LABELS, OF_REWARD_MODEL, label_of
 from support.models import load_causal_lm, load_codec, longest_text
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
+from support.reward_model import RewardModel, check_reward_model, wilson
 from support.samples import (
     Sample,
     Samples,
@@ -145,6 +151,7 @@ from support.samples import (
     pick,
     why_no_samples,
 )
+from support.scoring import Scores
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
@@ -260,7 +267,8 @@ class Evaluation:
 
     texts: list[str]  # the model's replies
     references: list[str]  # the human replies
-    # (N,) each: ROUGE, meteor, mean_output_length, and intent with a judge; NaN if the human reply has no act
+    # (N,) each: ROUGE, meteor, mean_output_length, intent with a judge (NaN if the human reply has no act), and the
+    # scores of reward models
     scores: dict[str, np.ndarray]
     bleu: np.ndarray | None  # (N, 10), see bleu_statistics; None without human replies
     ngrams: dict[str, NGrams]  # distinct1 and distinct2
@@ -270,8 +278,9 @@ class Evaluation:
     turns: np.ndarray | None = None  # (N,) which reply of its conversation each is, counted from 1
 
     def metrics(self, weights: np.ndarray | None = None) -> dict[str, float | None]:
-        """Return every metric of LABELS, in that order. With `weights` (N,), sample i counts weights[i] times.
+        """Return every metric of LABELS, in that order, and those of reward models.
 
+        With `weights` (N,), sample i counts weights[i] times.
         `mean_output_length` counts sampled tokens, with the one that ends the reply (EOS, or the last of the marker).
         `perplexity` is exp(-log-likelihood / tokens) of the human replies with their marker. Perplexities of models
         with different tokenizers cannot be compared. A metric that was not computed is None; intent_second_judge is
@@ -288,7 +297,8 @@ class Evaluation:
         if tokens := weights @ self.reply_tokens:
             loss = -(weights @ self.reply_log_likelihoods) / tokens
             values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        return {name: values.get(name) for name in LABELS if name in values or name != "intent_second_judge"}
+        known = {name: values.get(name) for name in LABELS if name in values or name != "intent_second_judge"}
+        return known | {name: value for name, value in values.items() if name not in LABELS}  # of reward models
 
 
 @dataclass
@@ -375,6 +385,7 @@ def score_answers(
     samples: Sequence[Sample],
     judge: IntentJudge | None = None,
     second_judge: IntentJudge | None = None,
+    reward_models: Mapping[str, RewardModel] | None = None,
 ) -> Evaluation:
     """Compute every metric of these answers.
 
@@ -387,6 +398,8 @@ def score_answers(
     if has_references:
         scores = rouge_scores(texts, references) | {"meteor": meteor_scores(texts, references)}
     scores["mean_output_length"] = np.array(answers.lengths, dtype=float)
+    for name, reward_model in (reward_models or {}).items():
+        scores[OF_REWARD_MODEL + name] = reward_model.scores([s.messages for s in samples], texts)
     for name, asked in (("intent", judge), ("intent_second_judge", second_judge)):
         if asked is not None and any(s.act for s in samples):
             scores[name] = intent_hits(asked, [s.context[-1] for s in samples], texts, [s.act for s in samples])
@@ -451,7 +464,7 @@ def paired_difference(
         else:
             drawn = [p[name] - b[name] for p, b in resampled if p[name] is not None]
             interval = np.percentile(drawn or [np.nan], [2.5, 97.5]).tolist()
-        relative = value / theirs[name] if theirs[name] else None
+        relative = value / theirs[name] if theirs[name] > 0 else None  # a reward model may score below 0
         result[name] = {"value": value, "ci95": interval, "relative": relative}
     return result
 
@@ -462,10 +475,10 @@ def compare(
     n_bootstrap: int = 1000,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of one or two models as one JSON object: policy, baseline, difference, settings.
+    """Return the metrics of one or two models as one JSON object: policy, baseline, difference, win_rate, settings.
 
-    Without a baseline, baseline and difference are None. `settings` also gets the numbers of samples and resamples, the
-    seconds of each model, the tokenizer of words, and whether METEOR used synonyms.
+    Without a baseline, baseline and difference are None, and win_rate is empty. `settings` also gets the numbers of
+    samples and resamples, the seconds of each model, the tokenizer of words, and whether METEOR used synonyms.
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
@@ -479,8 +492,39 @@ def compare(
         "baseline": baseline.metrics() if baseline else None,
         "difference": paired_difference(policy, baseline, n_bootstrap) if baseline else None,
         "settings": (settings or {}) | known,
+        "win_rate": win_rates(policy, baseline) if baseline else {},
         "by_turn": metrics_by_turn(policy, baseline),
     }
+
+
+def win_rates(policy: Evaluation, baseline: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return for each reward model how often it scores the policy's reply higher than the baseline's.
+
+    {"wins", "ties", "losses", "value", "ci95"}: a tie counts as half a win, and the interval is Wilson's.
+    """
+    found = {}
+    for name in policy.scores:
+        if not name.startswith(OF_REWARD_MODEL) or name not in baseline.scores:
+            continue
+        gains = policy.scores[name] - baseline.scores[name]
+        wins, ties, losses = (int(count.sum()) for count in (gains > 0, gains == 0, gains < 0))
+        counts = {"wins": wins, "ties": ties, "losses": losses}
+        value = (wins + 0.5 * ties) / len(gains)
+        found[name.removeprefix(OF_REWARD_MODEL)] = counts | {
+            "value": value,
+            "ci95": list(wilson(wins + 0.5 * ties, len(gains))),
+        }
+    return found
+
+
+def format_win_rates(result: dict[str, Any]) -> str:
+    """Format the win rates as text, a line for each reward model."""
+    lines = []
+    for name, found in (result.get("win_rate") or {}).items():
+        low, high = found["ci95"]
+        counts = f"{found['wins']:,} wins, {found['ties']:,} ties, {found['losses']:,} losses"
+        lines.append(f"win rate by reward model {name}: {found['value']:.3f} [{low:.3f}, {high:.3f}] ({counts})")
+    return "\n".join(lines)
 
 
 def metrics_by_turn(policy: Evaluation, baseline: Evaluation | None = None, most: int = 10) -> dict[str, Any]:
@@ -517,11 +561,12 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
     two = result["difference"] is not None
     rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
     models = ("baseline", "policy") if two else ("policy",)
-    for name, label in LABELS.items():
+    names = [*LABELS, *(name for name in result["policy"] if name not in LABELS)]
+    for name in names:
         # without human replies there are no metrics of them
         if name not in result["policy"] or (name in OF_REFERENCES and result["policy"]["meteor"] is None):
             continue
-        row = [label] + ["-" if (v := result[m].get(name)) is None else f"{v:.4f}" for m in models]
+        row = [label_of(name)] + ["-" if (v := result[m].get(name)) is None else f"{v:.4f}" for m in models]
         if two and (difference := result["difference"][name]):
             low, high = difference["ci95"]
             star = "*" if low > 0 or high < 0 else " "
@@ -572,10 +617,21 @@ class Scored:
     scores: Scores
 
 
-def score_result(answers: Answers, samples: Sequence[Sample], score: Callable, judge: IntentJudge | None) -> Scored:
-    """Compute the metrics of a run's model, and the run's reward of each reply."""
+def score_result(
+    answers: Answers,
+    samples: Sequence[Sample],
+    score: Callable,
+    judge: IntentJudge | None,
+    reward_models: Sequence[str] = (),
+) -> Scored:
+    """Compute the metrics of a run's model, and the run's reward of each reply.
+
+    `reward_models` names the metrics of the reward that are the scores of a reward model.
+    """
     evaluation = score_answers(answers, samples, judge)
-    return Scored(evaluation, reward_of_replies(answers.texts, samples, score))
+    scores = reward_of_replies(answers.texts, samples, score)
+    evaluation.scores |= {OF_REWARD_MODEL + name: scores.metrics[name] for name in reward_models}
+    return Scored(evaluation, scores)
 
 
 def write_comparison(run: Path, split: str, samples: list[Sample], before: Scored, after: Scored) -> None:
@@ -599,7 +655,7 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
             row = {"context": sample.context, "act": sample.act, "human": sample.reply, "before": first, "after": last}
             file.write(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n")
     write_json(run / "eval.json", result)
-    print(format_table(result, headings=("supervised", "PPO")))
+    print("\n".join(filter(None, [format_table(result, ("supervised", "PPO")), format_win_rates(result)])))
     print(
         f"{split} reward: {before.scores.total.mean():.3f} -> {after.scores.total.mean():.3f}, "
         f"a change of {gain:+.3f} with a standard error of {error:.3f}",
@@ -610,7 +666,7 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
 def sample_scores(scored: Scored) -> list[dict[str, Any]]:
     """Return for each sample the reply, its length in tokens, its reward and every metric of a single reply."""
     evaluation = scored.evaluation
-    columns = scored.scores.metrics | evaluation.scores
+    columns = scored.scores.metrics | {n: v for n, v in evaluation.scores.items() if not n.startswith(OF_REWARD_MODEL)}
     columns |= {"reward": scored.scores.total, "length": columns.pop("mean_output_length")}
     return [
         {"text": text} | {name: float(column[i]) for name, column in columns.items()}
@@ -669,11 +725,18 @@ def load_judges(
     return judges, measured
 
 
+def load_reward_models(config: EvalConfig, device: torch.device) -> dict[str, RewardModel]:
+    """Load the reward models, each under a short name."""
+    return {label: RewardModel(name, device) for name, label in label_parts(config.reward_models).items()}
+
+
 def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check the settings, evaluate, print the table and write `output`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
     judge_names = find_judges(config)
+    for name in config.reward_models:
+        check_reward_model(name)
     codecs = open_codecs(config)
     markers = dict.fromkeys(codec.stop for codec in codecs.values() if codec.stop)
     dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
@@ -692,14 +755,14 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         model.cpu()
     if config.replies and "policy" in codecs:
         answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
-    asked_judges = judges.get("judge"), judges.get("second judge")
+    asked_judges = judges.get("judge"), judges.get("second judge"), load_reward_models(config, device)
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     settings = dataclasses.asdict(config) | {"device": str(device)}
     settings |= {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
-    if turns := format_turns(result):
-        print(turns)
+    for more in filter(None, (format_win_rates(result), format_turns(result))):
+        print(more)
     if config.output:
         write_json(Path(config.output), result)
         print(f"written to {config.output}")

@@ -21,6 +21,7 @@ from support.options import (
     NamedValues,
     Number,
     Positive,
+    RewardWeights,
     RunOptions,
     SampleOptions,
     Sampling,
@@ -28,9 +29,11 @@ from support.options import (
     TextOptions,
     Weight,
     check_values,
+    checked_value,
 )
-from support.paths import check_data, check_models, check_template
+from support.paths import check_data, check_models, check_reward_path, check_template
 
+DEFAULT_REWARD = {"intent": 0.5, "meteor": 0.5}  # that of OpenRL's tutorial
 SMALL_MODEL = 10_000_000  # parameters, below which a model learns at the rates of the built-in one
 
 
@@ -60,20 +63,21 @@ class ModelOptions:
 class RewardOptions:
     """Reward, KL penalty and length penalty."""
 
-    reward: str = "default"
-    """'default' (intent and METEOR), a registered name, or the import path of a Reward or function of your own."""
+    reward: RewardWeights = field(default_factory=lambda: dict(DEFAULT_REWARD))
+    """Parts of the reward, with weights (0: measure only): intent, meteor, consensus, commonplace, a reward model
+    (folder or hub name), a judge (YAML file), your own (my_file.py:name). See docs/reward.md."""
     reward_args: NamedValues = field(default_factory=dict)
-    """Arguments for a reward of your own: --reward-args weight=2 word=please."""
+    """Arguments for a part of your own: --reward-args weight=2 word=please; of several parts, polite.word=please."""
     intent_model: str = "builtin"
-    """Dialogue-act classifier, the judge of the intent reward: hub name, folder or 'builtin'."""
-    intent_coef: Weight = 0.5
-    """Weight of the intent reward (0: no judge is loaded)."""
-    meteor_coef: Weight = 0.5
-    """Weight of the METEOR reward."""
-    consensus_coef: Weight = 0.0
-    """Weight of METEOR against the other replies to the same prompt."""
-    commonplace_coef: Weight = 0.0
-    """Penalty on a reply's share of word pairs that replies to other prompts have too."""
+    """Dialogue-act classifier, the judge of intent: hub name, folder or 'builtin' ('': none)."""
+    intent_coef: Annotated[Weight | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Earlier name of the weight of intent in `reward` (0: no judge is loaded)."""
+    meteor_coef: Annotated[Weight | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Earlier name of the weight of meteor."""
+    consensus_coef: Annotated[Weight | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Earlier name of the weight of consensus."""
+    commonplace_coef: Annotated[Weight | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Earlier name of the weight of commonplace."""
     ref_model: str = ""
     """Frozen reference of the KL penalty; left out: the model in model_path."""
     reward_timeout: Weight = 0.0
@@ -159,6 +163,20 @@ class PPOConfig(
 ):
     """PPO on dialogues. Names are those of the OpenRL tutorial where it has one."""
 
+    def __post_init__(self):
+        """Put what the earlier names say (`reward: default`, intent_coef, ...) into `reward`."""
+        self.reward = checked_value(PPOConfig, "reward", self.reward)
+        if "default" in self.reward:
+            times = self.reward.pop("default")
+            self.reward = {name: times * weight for name, weight in DEFAULT_REWARD.items()} | self.reward
+        if self.intent_coef == 0:
+            self.intent_model = ""
+        for name in ("intent", "meteor", "consensus", "commonplace"):
+            if getattr(self, f"{name}_coef") is not None:
+                weight = checked_value(PPOConfig, f"{name}_coef", getattr(self, f"{name}_coef"))
+                self.reward = {n: w for n, w in self.reward.items() if n != name} | ({name: weight} if weight else {})
+                setattr(self, f"{name}_coef", None)
+
     def check(self) -> None:
         """UserError for values that cannot work, before anything is loaded."""
         check_values(self)
@@ -176,11 +194,15 @@ class PPOConfig(
         if HIDDEN in self.reward_args.values():
             name = next(k for k, v in self.reward_args.items() if v == HIDDEN)
             raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
-        if self.reward == "default" and not (self.intent_coef or self.meteor_coef or self.consensus_coef):
-            raise UserError("intent_coef, meteor_coef and consensus_coef are all 0: nothing is rewarded.")
-        for name in ("consensus_coef", "commonplace_coef"):
-            if getattr(self, name) and self.samples_per_prompt == 1:
-                raise UserError(f"{name} needs other replies to the same prompt: set samples_per_prompt to 2 or more.")
+        if not any(self.reward.values()):
+            raise UserError(f"reward is {self.reward or 'empty'}: nothing is rewarded; expected a part with a weight.")
+        for name in ("consensus", "commonplace"):
+            if name in self.reward and self.samples_per_prompt == 1:
+                raise UserError(
+                    f"the reward '{name}' needs other replies to the same prompt: set samples_per_prompt to 2 or more."
+                )
+        if "intent" in self.reward and not self.intent_model:
+            raise UserError("intent is rewarded, and intent_model is empty; name the judge, or leave intent out.")
         self.check_processes(int(os.environ.get("WORLD_SIZE", 1)))  # as the launcher has set it
         check_models(
             model=self.model_path,
@@ -188,6 +210,8 @@ class PPOConfig(
             ref_model=self.ref_model,
             intent_model=self.intent_model,
         )
+        for name in self.reward:
+            check_reward_path(name)
         check_data(self.data_path)
         check_template(self.template)
 
@@ -228,4 +252,4 @@ class PPOConfig(
     @property
     def rewards_intent(self) -> bool:
         """Whether the reward asks the judge."""
-        return self.reward == "default" and self.intent_coef != 0
+        return "intent" in self.reward

@@ -41,16 +41,7 @@ from transformers import AutoConfig
 
 from envs import DialogueVectorEnv
 from eval_metrics import answer, progress, reward_of_replies, sample_dialogue, score_result, write_comparison
-from rewards import (
-    LENGTH_PENALTY,
-    Reward,
-    Scores,
-    check_reward,
-    keep_random_states,
-    make_reward,
-    score_episodes,
-    token_kl,
-)
+from rewards import WeightedSum, make_reward, token_kl
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
 from support.data import SPLITS
@@ -85,8 +76,9 @@ from support.packing import get_conventions, logits_at, pack, packed_lengths, sp
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, load_samples, longest_lengths
+from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
-from support.words import WordTokenizer, describe, word_tokenizer_for
+from support.words import describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -267,6 +259,7 @@ class Rollout:
     values: torch.Tensor  # (N, T) of the state before each token, in units of reward
     candidates: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p leave, see generation.choose_candidates
     scores: torch.Tensor  # (N,) the reward of the whole reply
+    token_scores: torch.Tensor  # (N, T) how much of it was earned at each token; the rest is earned at the last one
     parts: dict[str, torch.Tensor]  # (N,) each, parts of the reward
     metrics: dict[str, torch.Tensor]  # (N,) each, what else the reward returned
     prompts: list[str]
@@ -358,6 +351,7 @@ def collect_round(
     # 4. the environment scores the replies and hands out the next dialogues
     observations, _, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
     final, scores = infos["final_info"], env.scores
+    by_token = np.zeros((len(out.mask), 0)) if scores.by_token is None else scores.by_token
     as_column = partial(torch.tensor, dtype=torch.float32, device=device)
     rollout = Rollout(
         input_ids=input_ids,
@@ -368,6 +362,7 @@ def collect_round(
         values=value_scale.denormalize(values) * out.mask,
         candidates=out.candidates,
         scores=as_column(scores.total),
+        token_scores=pad_right(as_column(by_token), out.mask.shape[1]),
         parts={name: as_column(values) for name, values in scores.parts.items()},
         metrics={name: as_column(values) for name, values in scores.metrics.items()},
         prompts=list(final["prompt"]),
@@ -425,7 +420,7 @@ def join(rounds: list[Rollout]) -> Rollout:
         **{name: torch.cat([text(r, getattr(r, name)) for r in rounds]) for name in ("input_ids", "attention_mask")},
         **{
             name: torch.cat([pad_right(getattr(r, name), length) for r in rounds])
-            for name in ("mask", "logprobs", "kl", "values")
+            for name in ("mask", "logprobs", "kl", "values", "token_scores")
         },
         candidates=candidates,
         scores=torch.cat([r.scores for r in rounds]),
@@ -447,10 +442,13 @@ def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.
 
 
 def token_rewards(rollout: Rollout, kl_coef: float, scores: torch.Tensor) -> torch.Tensor:
-    """Return rewards (N, T): the KL penalty at every token, and the reply's score (N,) at its last one."""
-    rewards = -kl_coef * rollout.kl
+    """Return rewards (N, T): the KL penalty and what was earned at every token, and the rest of the scores at the last.
+
+    `scores` (N,) are those of whole replies. Their sum over the tokens does not depend on where they were earned.
+    """
+    rewards = rollout.token_scores - kl_coef * rollout.kl
     last = rollout.mask.sum(-1) - 1  # (N,)
-    rewards[torch.arange(len(last), device=last.device), last] += scores
+    rewards[torch.arange(len(last), device=last.device), last] += scores - rollout.token_scores.sum(-1)
     return rewards
 
 
@@ -687,14 +685,14 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
 
 SAMPLING, SHUFFLING = 0, 1  # what random numbers are for: each purpose has a stream of its own
 SHOWN = 8  # validation dialogues that the sample dialogues are taken from
-LENGTH_PROMPTS = 256  # enough to estimate the mean length of replies within 2%
+START_PROMPTS = 256  # enough to estimate the mean length of replies within 2%
 
 
 class TrainState:
     """Counters, controllers, value scale, tracker ids and measurements of the start: what progress.json stores."""
 
     COUNTERS = dict(updates=0, env_steps=0, episodes=0, training_seconds=0.0, skipped_steps=0, rounds=0)
-    SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers")
+    SAVED = (*COUNTERS, "start_reward", "start_replies", "best_reward", "trackers", "reward_scales")
     SAVED_PARTS = {
         "kl_controller": ["coef"],
         "length_controller": ["correction", "start"],
@@ -706,6 +704,7 @@ class TrainState:
         self.start_reward: float | None = None  # on the validation samples, before training
         self.start_replies: list[str] = []  # to the sample dialogues, before training
         self.best_reward: float | None = None  # the largest of the checkpoints so far
+        self.reward_scales: dict[str, tuple[float, float]] = {}  # mean and deviation, see WeightedSum
         self.trackers: dict[str, str] = {}  # their ids, with which a resumed run continues the same ones
         self.kl_controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_rate, config.kl_clip)
         self.length_controller = LengthController(config.length_rate, config.length_ratio)
@@ -718,6 +717,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict returned. KeyError for the state of an earlier version."""
+        state = {"reward_scales": {}} | state  # earlier versions had no rewards with a scale
         for name in self.SAVED:
             setattr(self, name, state[name])
         for part, names in self.SAVED_PARTS.items():
@@ -775,7 +775,10 @@ class Parts:
         run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
         # `model` is what the engine makes of actor_critic
         self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
-        self.score, self.judge, self.judge_metrics = load_reward(config, self.codec, self.samples, accelerator, run)
+        self.reward = build_reward(config, self.codec, self.samples["train"], accelerator, run)
+        self.score, self.judge, self.judge_metrics = try_reward(
+            self.reward, config, self.codec, self.samples, accelerator, run
+        )
         self.env = DialogueVectorEnv(
             self.samples["train"],
             self.codec,
@@ -818,7 +821,8 @@ class Parts:
 
     def inference(self) -> contextlib.AbstractContextManager[None]:
         """Prepare all networks for passes without gradients."""
-        frozen = [self.ref_model] if self.judge is None else [self.ref_model, self.judge.model]
+        judges = [] if self.judge is None else [self.judge.model]
+        frozen = [self.ref_model, *judges, *self.reward.models]
         return inference(self.accelerator, self.model, frozen, self.gather)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -887,21 +891,21 @@ def read_data(
 
 def leave_out_impossible(config: PPOConfig, samples: Samples, run: Run) -> PPOConfig:
     """Leave out what the data cannot give: METEOR without human replies, intent without dialogue acts. Say so."""
-    gone = {}
+    reward, gone = dict(config.reward), {}
     if not samples.has_references:
         run.say("note: the data has no human replies: METEOR, ROUGE, SacreBLEU and perplexity are left out")
-        gone["meteor_coef"] = 0.0
+        reward.pop("meteor", None)
     if not any(samples.acts):
-        if config.intent_coef:
+        if config.intent_model:
             run.say("note: the data has no dialogue acts: intent is left out of reward and table")
-        gone["intent_coef"] = 0.0
-    config = replace(config, **gone)
-    if config.reward == "default" and not (config.intent_coef or config.meteor_coef or config.consensus_coef):
+        reward.pop("intent", None)
+        gone["intent_model"] = ""
+    if not any(reward.values()):
         raise UserError(
-            f"nothing of the default reward is left for '{config.data_path}', which has neither what METEOR nor what "
-            "intent needs; name a reward of your own with --reward my_file.py:my_reward (docs/reward.md)."
+            f"nothing of the reward is left for '{config.data_path}', which has neither what METEOR nor what intent "
+            "needs; name another with --reward, such as a reward model or my_file.py:my_reward (docs/reward.md)."
         )
-    return config
+    return replace(config, reward=reward, **gone)
 
 
 def fit_settings(
@@ -946,23 +950,41 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
     )
 
 
-def load_reward(
-    config: PPOConfig, codec: DialogueCodec, samples: dict[str, Samples], accelerator: Accelerator, run: Run
-) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
-    """Load reward and judge, and try both before training. Return the checked reward, the judge and its metrics."""
-    word_tokenizer = word_tokenizer_for(samples["train"].replies())
+def build_reward(
+    config: PPOConfig, codec: DialogueCodec, samples: Samples, accelerator: Accelerator, run: Run
+) -> WeightedSum:
+    """Make the reward that the configuration names, with its models placed. `samples` tell how words are counted."""
+    run.stage("loading the reward")
+    word_tokenizer = word_tokenizer_for(samples.replies())
     if word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
     marker = "" if codec.format.template else codec.format.eou_marker
-    reward = build_reward(config, accelerator.device, marker, word_tokenizer)
+    judge = resolve_model(config.intent_model, "judge") if config.rewards_intent else ""
+    how = accelerator.device, marker, word_tokenizer, judge
+    reward = make_reward(config.reward, config.reward_args, *how)
+    for model in reward.models:
+        place(model, config.intent_placement, accelerator)
+    return reward
 
-    def score(*episodes):
-        return score_episodes(reward, *episodes, timeout=config.reward_timeout)
+
+def try_reward(
+    reward: WeightedSum,
+    config: PPOConfig,
+    codec: DialogueCodec,
+    samples: dict[str, Samples],
+    accelerator: Accelerator,
+    run: Run,
+) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
+    """Try reward and judge before training. Return the checked reward, the judge and its metrics."""
+
+    def score(prompts, responses, references, acts):
+        replies = [codec.as_reply(response) for response in responses]
+        return score_episodes(reward, prompts, replies, references, acts, timeout=config.reward_timeout)
 
     judge, judge_metrics = load_judge(reward, config, accelerator.device), {}
     models = [] if judge is None else [place(judge.model, config.intent_placement, accelerator)]
     run.stage("trying the reward on two replies")
-    with on_device(*models, once=config.gather):
+    with on_device(*models, *reward.models, once=config.gather):
         check_reward(score, samples["train"][0], config.samples_per_prompt)
     if judge is not None:
         run.stage("measuring the judge")
@@ -976,24 +998,12 @@ def load_reward(
     return score, judge, judge_metrics
 
 
-def build_reward(
-    config: PPOConfig, device: torch.device, eou_marker: str, word_tokenizer: WordTokenizer = "unicode"
-) -> Reward:
-    """Make the reward that the configuration names."""
-    args = dict(config.reward_args)
-    if config.reward == "default":
-        judge = resolve_model(config.intent_model, "judge") if config.intent_coef else ""
-        coefs = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
-        args = dict(intent_model=judge) | {name: getattr(config, name) for name in coefs} | args
-    return make_reward(config.reward, args, device, eou_marker, word_tokenizer)
-
-
-def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> IntentJudge | None:
+def load_judge(reward: WeightedSum, config: PPOConfig, device: torch.device) -> IntentJudge | None:
     """Return the judge of the reward; for a reward without one, the judge of the final comparison, or None."""
-    judge = getattr(reward, "judge", None)
-    if judge is None and config.intent_coef and (config.intent_model != "builtin" or config.data_path == "builtin"):
-        judge = IntentJudge(resolve_model(config.intent_model, "judge"), device)
-    return judge
+    if reward.judge is None and config.intent_model:
+        if config.intent_model != "builtin" or config.data_path == "builtin":
+            return IntentJudge(resolve_model(config.intent_model, "judge"), device)
+    return reward.judge
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1001,19 +1011,44 @@ def load_judge(reward: Reward, config: PPOConfig, device: torch.device) -> Inten
 
 
 def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
-    """Measure the model before training: validation reward, sample replies, and the length of replies if controlled."""
+    """Measure the model before training: scales and validation reward, sample replies, length if controlled.
+
+    A resumed run has all of it in its state.
+    """
+    parts.reward.scales = state.reward_scales
+    if state.updates:
+        return
     run.stage("measuring the model before training")
     with keep_random_states(), parts.inference():
+        if parts.reward.unbounded_parts:
+            measure_scales(parts, config, state, run)
         state.start_reward = validation_reward(parts, config)
         if config.sample_interval:
             state.start_replies = [parts.reply_to(sample, config.seed) for sample in parts.shown]
         if config.length_rate:
-            samples = parts.samples["train"]
-            spread = samples[:: -(-len(samples) // LENGTH_PROMPTS)]
-            _, lengths = generate_replies(parts.policy, spread, parts.reply_settings(config.seed, config.sampling))
+            *_, lengths = replies_to_spread(parts, config)
             state.length_controller.start = sum(lengths) / len(lengths)
             start, target = state.length_controller.start, state.length_controller.target
             run.say(f"replies have {start:.1f} tokens before training; the target is {target:.1f}")
+
+
+def replies_to_spread(parts: Parts, config: PPOConfig) -> tuple[list[Sample], list[str], list[int]]:
+    """Return samples from all over the training data, the model's replies to them, and their lengths in tokens."""
+    samples = parts.samples["train"]
+    spread = list(samples[:: -(-len(samples) // START_PROMPTS)])
+    return spread, *generate_replies(parts.policy, spread, parts.reply_settings(config.seed, config.sampling))
+
+
+def measure_scales(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
+    """Measure mean and deviation of rewards without a scale of their own over replies of the model before training."""
+    spread, replies, _ = replies_to_spread(parts, config)
+    columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
+    state.reward_scales = parts.reward.scales = parts.reward.measure_scales(*columns)
+    for name, (mean, deviation) in state.reward_scales.items():
+        run.say(
+            f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(replies)} replies before training; "
+            "scores count in deviations from this mean"
+        )
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
@@ -1077,7 +1112,8 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
             with progress(label, lines=False, main=not quiet) as report:
                 answers.append(answer(model, samples, parts.reply_settings(config.seed), report))
         if parts.scores_replies:
-            before, after = (score_result(a, samples, parts.score, parts.judge) for a in answers)
+            asked = parts.score, parts.judge, parts.reward.unbounded_parts
+            before, after = (score_result(a, samples, *asked) for a in answers)
             if run.main:
                 write_comparison(run.folder, config.eval_split, samples, before, after)
             run.log_comparison()
@@ -1166,8 +1202,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
         config, model, optimizer, env, sizes = parts.config, parts.model, parts.optimizer, parts.env, parts.sizes
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
-        if not state.updates:
-            measure_start(parts, config, state, run)
+        measure_start(parts, config, state, run)
         observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
         run.catch_signals()
 

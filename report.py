@@ -64,7 +64,7 @@ from matplotlib.lines import Line2D
 from support.data import ACTS
 from support.files import is_number
 from support.live_display import clock
-from support.metric_names import BETTER, LABELS, verdict
+from support.metric_names import BETTER, LABELS, label_of, verdict
 
 SUPPORT = Path(__file__).parent / "support"
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
@@ -550,14 +550,16 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         (low, high), value = difference["ci95"], difference["value"]
         base, after = evaluation["baseline"][name], evaluation["policy"][name]
         relative = [v / abs(base) for v in (low, value, high)] if base else None
-        judged = verdict(low, high, BETTER[name])
+        judged = verdict(low, high, BETTER.get(name, 1))
         return dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
 
     rows = []
-    for name, label in LABELS.items():
+    of_runs = (name for run in runs for name in run.evaluation.get("difference") or {})
+    for name in dict.fromkeys([*LABELS, *of_runs]):
         cells = [cell(run.evaluation, name) for run in runs]
         if any(cells):
-            rows.append({"label": label, "arrow": {1: "\u2191", -1: "\u2193", 0: ""}[BETTER[name]], "cells": cells})
+            arrow = {1: "\u2191", -1: "\u2193", 0: ""}[BETTER.get(name, 1)]
+            rows.append({"label": label_of(name), "arrow": arrow, "cells": cells})
     shown = [c for row in rows for c in row["cells"] if c and c["relative"]]
     bounds = [max(map(abs, c["relative"])) for c in shown]
     # one wide interval must not flatten all others: it is cut off at the edge

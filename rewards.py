@@ -1,6 +1,8 @@
-"""Scores of responses: what PPO maximises. Change the reward here, or give your own with `--reward my_file:MyReward`.
+"""Scores of responses: what PPO maximises. Change the reward here, or give your own with `--reward my_file.py:Mine`.
 
-A reward looks at whole replies, a batch at a time:
+The reward is a weighted sum of parts, such as `--reward intent=0.5 meteor=0.5` (that of OpenRL's tutorial),
+`--reward models/my_reward_model=1` or `--reward my_file.py:brevity=0.2 meteor=1`. A part looks at whole replies, a
+batch at a time:
 
     class Politeness(Reward):
         def __call__(self, prompts, responses, references, acts):
@@ -10,87 +12,38 @@ A reward looks at whole replies, a batch at a time:
     def brevity(prompts, responses, references, acts):      # a plain function works too
         return np.array([1 / (1 + len(r.split())) for r in responses])
 
-The default is that of OpenRL's tutorial: intent_coef * intent + meteor_coef * METEOR for each reply. PPO adds a KL
-penalty for each token to every reward (`token_kl`). Its coefficient is adaptive (`AdaptiveKL` in
+PPO adds a KL penalty for each token to every reward (`token_kl`). Its coefficient is adaptive (`AdaptiveKL` in
 support/controllers.py). `length_rate` adds a penalty on length (`LengthController`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-import random
-import threading
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from support.errors import UserError, describe_exception, did_you_mean, import_path
+from support.errors import UserError, did_you_mean, import_path
 from support.judge import IntentJudge
 from support.meteor import _meteor_parts, meteor
-from support.samples import Sample
+from support.reward_model import RewardModel
+from support.scoring import (
+    CompletionFunction,
+    FunctionReward,
+    Reward,
+    Scores,
+    checked_scores,
+    is_completion_function,
+)
 from support.text import Prompt
 from support.words import WordTokenizer, words
-
-LENGTH_PENALTY = "length_price"  # the name of LengthController's penalty among the parts of the reward
-
-
-@dataclass
-class Scores:
-    """What a reward returns for N replies. Each array is (N,)."""
-
-    total: np.ndarray
-    """The scores that PPO maximises: finite numbers."""
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-    """Weighted parts, logged as means reward_NAME and share_NAME. They must add up to the total (not checked)."""
-    metrics: dict[str, np.ndarray] = field(default_factory=dict)
-    """Other numbers, logged as means NAME. NaN for a reply does not count. A name reward_NAME makes it a part."""
-
-    @property
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Metrics and parts under the names that they are logged with."""
-        return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
-
-    def __iter__(self) -> Iterator[Any]:
-        """Unpack as a pair of total and statistics, the form that a reward of your own may return."""
-        return iter((self.total, self.statistics))
-
-
-class Reward:
-    """A score for each reply. Subclass it, define `__call__`, and name it in the configuration.
-
-    The constructor gets `reward_args` of the configuration as keyword arguments. Before the first call a run sets
-    `device`, `eou_marker` (the text between the utterances of a prompt; "" with a chat template) and `word_tokenizer`
-    (support/words.py).
-    """
-
-    device: torch.device | str = "cpu"
-    eou_marker: str = "<EOU>"
-    word_tokenizer: WordTokenizer = "unicode"
-
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], acts: Sequence[int]
-    ) -> Scores | tuple[Sequence[float], dict[str, Sequence[float]]] | Sequence[float]:
-        """Return `Scores` of N replies; or N numbers; or a pair of N numbers and statistics by name.
-
-        Numbers may be a list, an array or a tensor. In a pair, statistics called reward_NAME are parts of the reward,
-        and the others are metrics.
-
-        `prompts` are the contexts as the policy sees them; `prompt.messages` is the conversation of one. `references`
-        are the human replies ("" without one), `acts` their dialogue acts (1 inform, 2 question, 3 directive,
-        4 commissive; 0 without a label).
-        """
-        raise NotImplementedError
-
-    def setup(self, device: torch.device | str, eou_marker: str) -> None:
-        """Load models here and put them on `device`. A run calls this once, before the first batch."""
-        self.device, self.eou_marker = device, eou_marker
-
 
 REWARDS: dict[str, Callable[..., Any]] = {}
 
@@ -106,24 +59,49 @@ def register_reward(name: str):
 
 
 def make_reward(
-    name: str,
+    weights: Mapping[str, float],
     args: Mapping[str, Any],
     device: torch.device | str,
     eou_marker: str,
     word_tokenizer: WordTokenizer = "unicode",
-) -> Reward:
-    """Make the reward `name`: a registered name, or an import path `module:Name` or `file.py:name`.
+    intent_model: str = "",
+) -> WeightedSum:
+    """Make the reward that is the weighted sum of parts, by their names.
 
-    UserError if there is none, if `args` do not fit it, or if it is neither a class nor a function.
+    A name is that of a registered reward, the import path `module:Name` or `file.py:name` of one's own, the YAML file
+    of a judge (support/llm_judge.py), or the folder or hub name of a reward model. `args` are for a part of one's own;
+    of several, `PART.NAME` is the argument NAME of one. UserError if a part cannot be made.
     """
+    labels = label_parts(weights)
+    parts = {}
+    own = [labels[name] for name in weights if ":" in name or name in REWARDS and name not in KNOWN]
+    of_parts = distribute_arguments(args, own)
+    for name, weight in weights.items():
+        made = make_part(name, of_parts.get(labels[name], {}), intent_model)
+        parts[labels[name]] = weight, made
+    reward = WeightedSum(parts)
+    reward.word_tokenizer = word_tokenizer
+    reward.setup(device, eou_marker)
+    return reward
+
+
+def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any:
+    """Make one part of the reward, see make_reward; it is not set up yet."""
+    if name == "intent":
+        return Intent(intent_model)
     if name in REWARDS:
         target = REWARDS[name]
+    elif Path(name).suffix in (".yaml", ".yml"):
+        return LanguageModelReward(name)
     elif ":" in name:
         target = import_path(name, "reward")
+    elif "/" in name or Path(name).is_dir():
+        return ModelReward(name)
     else:
         raise UserError(
-            f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, or the import path of your own, "
-            f"such as my_rewards:Politeness.{did_you_mean(name, REWARDS)}"
+            f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, the folder or hub name of a reward "
+            "model, the YAML file of a judge, or the import path of your own, such as my_rewards.py:Politeness."
+            f"{did_you_mean(name, REWARDS)}"
         )
 
     def check_arguments(target: Callable[..., Any], positional: list[None]) -> None:
@@ -134,142 +112,138 @@ def make_reward(
 
     if inspect.isclass(target):
         check_arguments(target, [])
-        reward = target(**args)
-    elif callable(target):
+        made = target(**args)
+        return CompletionFunction(made, {}) if is_completion_function(made) else made
+    if is_completion_function(target):
+        return CompletionFunction(target, args)
+    if callable(target):
         check_arguments(target, [None] * 4)
-        reward = FunctionReward(target, args)
-    else:
-        raise UserError(f"reward '{name}' is a {type(target).__name__}; expected a class or a function.")
-    if isinstance(reward, Reward):
-        reward.word_tokenizer = word_tokenizer
-    if hasattr(reward, "setup"):
-        reward.setup(device, eou_marker)
-    return reward
+        return FunctionReward(target, args)
+    raise UserError(f"reward '{name}' is a {type(target).__name__}; expected a class or a function.")
 
 
-class FunctionReward(Reward):
-    """A plain function of (prompts, responses, references, acts) that returns scores, or scores and statistics."""
+def label_parts(names: Sequence[str] | Mapping[str, float]) -> dict[str, str]:
+    """Return a short name of each part, for metrics: `models/my_rm` is my_rm, `my_file.py:polite` is polite."""
+    labels: dict[str, str] = {}
+    for name in names:
+        short = name.rpartition(":")[2] if ":" in name else Path(name).stem if name.endswith("ml") else Path(name).name
+        short = re.sub(r"\W+", "_", short).strip("_") or "part"
+        short += "_part" if short in TAKEN else ""
+        same = sum(label == short or label.startswith(f"{short}_") for label in labels.values())
+        labels[name] = f"{short}_{same + 1}" if short in labels.values() else short
+    return labels
 
-    def __init__(self, function: Callable[..., Any], args: Mapping[str, Any]):
-        self.function, self.args = function, args
+
+# names of metrics that a run has in any case
+TAKEN = {"score", "kl", "prompt", "reply", "act", "response", "tokens", "episodes", "update", "lr", "alpha", "length"}
+
+
+def distribute_arguments(args: Mapping[str, Any], own: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of each of one's own parts, by label. UserError for an argument that belongs to none."""
+    found: dict[str, dict[str, Any]] = {label: {} for label in own}
+    for name, value in args.items():
+        label, dot, rest = name.partition(".")
+        if dot and label in found:
+            found[label][rest] = value
+        elif len(own) == 1:
+            found[own[0]][name] = value
+        elif own:
+            raise UserError(
+                f"reward_args.{name} could be for any of {', '.join(own)}; say for which, as {own[0]}.{name}=VALUE."
+            )
+        else:
+            raise UserError(f"reward_args.{name} was given, but no part of the reward is your own; leave it out.")
+    return found
+
+
+class WeightedSum(Reward):
+    """The sum of parts, each with a weight. A part with weight 0 is measured and not rewarded.
+
+    The scores of an unbounded part, such as a reward model, are put on a common scale first: `scales` has the mean and
+    the deviation of each over replies of the supervised model.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[float, Any]]):
+        self.parts = dict(parts)
+        self.scales: dict[str, tuple[float, float]] = {}
+
+    @property
+    def judge(self) -> IntentJudge | None:
+        return next((part.judge for _, part in self.parts.values() if getattr(part, "judge", None) is not None), None)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The networks of all parts but the judge, which a run places."""
+        return [model for _, part in self.parts.values() for model in getattr(part, "models", ())]
+
+    @property
+    def unbounded_parts(self) -> list[str]:
+        """The parts whose scale is measured before training."""
+        return [label for label, (_, part) in self.parts.items() if getattr(part, "unbounded", False)]
+
+    def setup(self, device, eou_marker):
+        super().setup(device, eou_marker)
+        for _, part in self.parts.values():
+            if isinstance(part, Reward):
+                part.word_tokenizer = self.word_tokenizer
+            if hasattr(part, "setup"):
+                part.setup(device, eou_marker)
+
+    def measure_scales(self, prompts, responses, references, acts) -> dict[str, tuple[float, float]]:
+        """Return mean and deviation of the scores of each unbounded part over N replies. UserError for a constant."""
+        scales = {}
+        for label in self.unbounded_parts:
+            scores = self._score(label, prompts, responses, references, acts).total
+            mean, deviation = float(scores.mean()), float(scores.std())
+            if not deviation > 1e-8:
+                raise UserError(
+                    f"the reward '{label}' gives all {len(scores)} replies of the model the score {mean:.4g}; expected "
+                    "scores that differ. Is it a reward model for other conversations?"
+                )
+            scales[label] = mean, deviation
+        return scales
+
+    def _score(self, label: str, prompts, responses, references, acts) -> Scores:
+        """The checked scores of one part. A UserError of one among several names the part."""
+        try:
+            return checked_scores(self.parts[label][1](prompts, responses, references, acts), responses)
+        except UserError as error:
+            raise UserError(f"{label}: {error}" if len(self.parts) > 1 else str(error)) from error
 
     def __call__(self, prompts, responses, references, acts):
-        return self.function(prompts, responses, references, acts, **self.args)
+        total, by_token = np.zeros(len(responses)), None
+        parts: dict[str, np.ndarray] = {}
+        metrics: dict[str, np.ndarray] = {}
+        for label, (weight, _) in self.parts.items():
+            found = self._score(label, prompts, responses, references, acts)
+            mean, deviation = self.scales.get(label, (0.0, 1.0))
+            scaled = (found.total - mean) / deviation
+            if found.skipped is not None:
+                scaled, found.total[found.skipped] = np.where(found.skipped, 0.0, scaled), np.nan
+            named = found.parts if found.parts and deviation == 1 else {label: scaled}
+            metrics |= found.metrics or {label: found.total}
+            if not weight:
+                continue
+            total = total + weight * scaled
+            for name, values in named.items():
+                parts[f"{label}_{name}" if name in parts else name] = weight * values
+            if found.by_token is not None:
+                earned = weight / deviation * found.by_token
+                by_token = earned if by_token is None else add_padded(by_token, earned)
+        return Scores(total, parts, metrics, by_token)
 
 
-def score_episodes(reward: Callable[..., Any], prompts, responses, references, acts, timeout: float = 0.0) -> Scores:
-    """Call a reward, and check what it returns (see `checked_scores`).
-
-    UserError also for what the reward raises, and for a call that takes longer than `timeout` seconds, if that is set.
-    """
-    return checked_scores(_call(reward, (prompts, responses, references, acts), timeout), responses)
-
-
-def checked_scores(result: Any, responses: Sequence[str]) -> Scores:
-    """Return as `Scores` what a reward returned. UserError unless each reply has one finite number."""
-    scores, statistics = result, {}
-    if isinstance(result, Scores):
-        scores, statistics = result.total, result.statistics
-    elif isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping):
-        scores, statistics = result
-    if scores is None or isinstance(scores, (str, Mapping)):
-        raise UserError(
-            f"the reward returned {'nothing' if result is None else f'a {type(result).__name__}'}; expected scores "
-            "(one each is due, in a list or an array), or scores and statistics, (list, dict)."
-        )
-    try:
-        scores = _numbers(scores)
-        statistics = {name: _numbers(values) for name, values in statistics.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the reward gave something that is no number: {error}.") from error
-    if scores.shape != (len(responses),):
-        raise UserError(
-            f"the reward gave scores of shape {scores.shape} for {len(responses)} replies; one each is due."
-        )
-    if not np.isfinite(scores).all():
-        at = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise UserError(f"the reward gave {scores[at]} for the reply {responses[at]!r:.80}; expected a finite number.")
-    for name, values in statistics.items():
-        if values.shape not in ((), scores.shape):
-            raise UserError(f"the reward's statistic '{name}' has shape {values.shape} for {len(responses)} replies.")
-        if name == f"reward_{LENGTH_PENALTY}":
-            raise UserError(f"the reward calls a statistic '{name}', which is length_rate's own metric; rename it.")
-    statistics = {name: np.broadcast_to(values, scores.shape) for name, values in statistics.items()}
-    parts = {n.removeprefix("reward_"): v for n, v in statistics.items() if n.startswith("reward_")}
-    return Scores(scores, parts, {n: v for n, v in statistics.items() if not n.startswith("reward_")})
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """Return a number, or numbers in a list, an array or a tensor on any device, as an array."""
-    if isinstance(values, (list, tuple)):
-        values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
-    if isinstance(values, torch.Tensor):
-        values = values.detach().double().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
-def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
-    """Call the reward. UserError for what it raises, with the place, and for a call that takes too long."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(reward(*arguments))
-        except Exception as error:
-            outcome.append(error)
-
-    if timeout:  # a call that hangs cannot be ended from here, but a daemon thread does not keep the process alive
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(timeout)
-    else:
-        run()
-    if not outcome:
-        raise UserError(
-            f"the reward did not return within {timeout:g} s (reward_timeout) on {len(arguments[1])} replies."
-        )
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    if isinstance(outcome[0], Exception):
-        raise UserError(f"the reward raised {describe_exception(outcome[0])}.") from outcome[0]
-    return outcome[0]
-
-
-def check_reward(score: Callable, sample: Sample, group: int) -> None:
-    """Try the reward on a human reply and an empty one, so that its faults appear before the first rollout.
-
-    The two alternate, max(2, group) replies to one prompt in all. `score` is a checked call of the
-    reward (score_episodes). Random numbers that the reward draws do not change those of the run.
-    """
-    replies = [sample.reply.strip(), ""] * (-(-max(2, group) // 2))
-    replies = replies[: max(2, group)]
-
-    def repeat(value):
-        return [value] * len(replies)
-
-    try:
-        with keep_random_states():
-            score(repeat(sample.prompt), replies, repeat(sample.reply.strip()), repeat(sample.act))
-    except UserError as error:
-        raise UserError(f"{error} (It was tried before training, on a human reply and an empty one.)") from error
-
-
-@contextlib.contextmanager
-def keep_random_states() -> Iterator[None]:
-    """Restore the global generators of Python, NumPy and torch after the block."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+def add_padded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Add two arrays (N, S) and (N, T), of which the narrower is padded with zeros."""
+    width = max(a.shape[1], b.shape[1])
+    return sum(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The default reward
+# Rewards that have a name
 
 
+@register_reward("intent")
 class Intent(Reward):
     """1 if the judge gives the response the dialogue act of the human reply, else 0.
 
@@ -299,6 +273,7 @@ def intent_hits(
     return np.array([float(bool(r) and p == a) if a else np.nan for r, p, a in zip(responses, predicted, acts)])
 
 
+@register_reward("meteor")
 class Meteor(Reward):
     """METEOR of the response against the human reply (Banerjee & Lavie, 2005), 0 to 1."""
 
@@ -311,6 +286,7 @@ class Meteor(Reward):
         return Scores(scores, metrics={"meteor": scores})
 
 
+@register_reward("consensus")
 class MBRConsensus(Meteor):
     """Mean METEOR of the response against the other replies to its prompt; 0 for a single reply.
 
@@ -328,6 +304,7 @@ class MBRConsensus(Meteor):
         return Scores(scores, metrics={"consensus": scores})
 
 
+@register_reward("commonplace")
 class CrossPromptOverlap(Reward):
     """Minus the share of a reply's word pairs that replies to other prompts have too; 0 if the prompt has one reply.
 
@@ -351,44 +328,48 @@ def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> 
     return [run for run in (list(indices) for _, indices in runs) if len(run) > 1]
 
 
-@register_reward("default")
-class DialogueReward(Reward):
-    """intent_coef * intent + meteor_coef * METEOR + consensus_coef * consensus - commonplace_coef * commonplaces.
+class ModelReward(Reward):
+    """The score of a reward model (support/reward_model.py), by its folder or hub name."""
 
-    A part with weight 0 is not computed.
-    """
+    unbounded = True
 
-    def __init__(
-        self,
-        intent_model: str,
-        intent_coef: float = 0.5,
-        meteor_coef: float = 0.5,
-        consensus_coef: float = 0.0,
-        commonplace_coef: float = 0.0,
-    ):
-        parts = {
-            "intent": (intent_coef, lambda: Intent(intent_model)),
-            "meteor": (meteor_coef, Meteor),
-            "consensus": (consensus_coef, MBRConsensus),
-            "commonplace": (commonplace_coef, CrossPromptOverlap),
-        }
-        self.parts = {name: (weight, make()) for name, (weight, make) in parts.items() if weight}
-
-    @property
-    def judge(self) -> IntentJudge | None:
-        return self.parts["intent"][1].judge if "intent" in self.parts else None
+    def __init__(self, name: str):
+        self.name, self.models = name, []
 
     def setup(self, device, eou_marker):
         super().setup(device, eou_marker)
-        for _, part in self.parts.values():
-            part.word_tokenizer = self.word_tokenizer
-            part.setup(device, eou_marker)
+        self.model = RewardModel(self.name, device)
+        self.models = [self.model.model]
 
     def __call__(self, prompts, responses, references, acts):
-        found = {name: part(prompts, responses, references, acts) for name, (_, part) in self.parts.items()}
-        parts = {name: weight * found[name].total for name, (weight, _) in self.parts.items()}
-        metrics = {name: values for scores in found.values() for name, values in scores.metrics.items()}
-        return Scores(sum(parts.values(), np.zeros(len(responses))), parts, metrics)
+        return self.model.scores([conversation_of(prompt) for prompt in prompts], responses)
+
+
+class LanguageModelReward(Reward):
+    """The score, 0 to 1, that a language model gives a reply (support/llm_judge.py), by the YAML file of the judge.
+
+    An answer without a score gets the mean of the others in the batch, 0.5 without any. NAME_without_score counts it.
+    """
+
+    def __init__(self, file: str):
+        from support.llm_judge import LanguageModelJudge
+
+        self.name, self.judge_model = Path(file).stem, LanguageModelJudge(file)
+
+    def __call__(self, prompts, responses, references, acts):
+        scores = self.judge_model.scores([conversation_of(prompt) for prompt in prompts], responses)
+        unknown = np.isnan(scores)
+        mean = 0.5 if unknown.all() else np.nanmean(scores)
+        metrics = {self.name: scores, f"{self.name}_without_score": unknown.astype(float)}
+        return Scores(np.where(unknown, mean, scores), metrics=metrics)
+
+
+KNOWN = tuple(REWARDS)
+
+
+def conversation_of(prompt: str) -> Sequence[Mapping[str, str]]:
+    """Return the messages that a prompt was made of; a text of one's own is one message."""
+    return getattr(prompt, "messages", ()) or [{"role": "user", "content": str(prompt)}]
 
 
 def last_utterance(prompt: str, eou_marker: str) -> str:

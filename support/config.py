@@ -63,6 +63,8 @@ OLD_FLAGS = SWITCHES | {
     "kl_clip": "kl_clip in a file",
     "max_skipped_steps": "max_skipped_steps in a file",
 }
+# Earlier flags for the weights of the reward, which are taken still
+OLD_WEIGHTS = ("intent_coef", "meteor_coef", "consensus_coef", "commonplace_coef")
 # The tutorial's own classes are what this project does anyway
 TUTORIAL_VALUES = {
     "reward": {"NLPReward": "default"},
@@ -93,24 +95,43 @@ def command_line(cls: type, description: str, arguments: Sequence[str] | None = 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     markers = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitArgPrefixes)
     with_file = {"prog": f"{Path(sys.argv[0]).name} [--config FILE.yaml]"} if default and "--help" in arguments else {}
+    old_weights: dict[str, Any] = {}
     groups = [c for c in cls.__mro__ if dataclasses.is_dataclass(c) and _own_fields(c)]
     if "early_stop_kl" in {f.name for f in dataclasses.fields(cls)}:
         _refuse_old_flags(arguments)
+        arguments, old_weights = _take_old_weights(cls, arguments)
     try:
         if len(groups) == 1:
             given = {} if default is None else {"default": default}
             return tyro.cli(cls, args=arguments, description=description, config=markers, **given, **with_file)
         values = vars(default) if default else {f.name: _default(f) for f in dataclasses.fields(cls)}
-        parts = {re.sub("(Options|Config)$", "", g.__name__).lower(): g for g in groups}
+        parts = {re.sub("(Options|Config)$", "", g.__name__).lower(): _as_given(cls, g) for g in groups}
         grouped = dataclasses.make_dataclass(cls.__name__, parts.items())
-        default = grouped(*(g(**{f.name: values[f.name] for f in dataclasses.fields(g)}) for g in groups))
+        default = grouped(*(g(**{f.name: values[f.name] for f in dataclasses.fields(g)}) for g in parts.values()))
         chosen = tyro.cli(
             grouped, args=arguments, default=default, description=description, config=markers, **with_file
         )
     except BrokenPipeError:  # `--help | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    return cls(**{f.name: getattr(group, f.name) for group in vars(chosen).values() for f in dataclasses.fields(group)})
+    found = {f.name: getattr(group, f.name) for group in vars(chosen).values() for f in dataclasses.fields(group)}
+    return cls(**found | old_weights)
+
+
+def _take_old_weights(cls: type, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the arguments without OLD_WEIGHTS, and the values of these."""
+    rest, weights, words = [], {}, iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in OLD_WEIGHTS:
+            value = value if equals else next(words, "")
+            with contextlib.suppress(ValueError):
+                value = float(value)
+            weights[name] = checked_value(cls, name, value, source=f"{flag} is")
+        else:
+            rest.append(word)
+    return rest, weights
 
 
 def _refuse_old_flags(arguments: Sequence[str]) -> None:
@@ -125,6 +146,13 @@ def _own_fields(cls: type) -> set[str]:
     """Return the fields that a class of options adds to those of its bases; another default of one adds none."""
     inherited = {f.name for base in cls.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
     return {f.name for f in dataclasses.fields(cls)} - inherited
+
+
+def _as_given(cls: type, group: type) -> type:
+    """Return the class by which a script has a group of options: a subclass may give its fields other types."""
+    names = [f.name for f in dataclasses.fields(group)]
+    same = (c for c in cls.__mro__ if issubclass(c, group) and [f.name for f in dataclasses.fields(c)] == names)
+    return next(same, group)
 
 
 def _default(field: dataclasses.Field) -> Any:

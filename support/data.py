@@ -9,10 +9,12 @@ here that yields such rows.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import marshal
 import random
 import re
 import zipfile
@@ -64,7 +66,11 @@ class Rows:
 
     def add(self, place: str, dialogue: Dialogue) -> None:
         self.numbers.append(len(self.good))
-        self.good.append((place, *vars(dialogue).values()))
+        try:
+            self.good.append((place, *vars(dialogue).values()))
+        except ValueError:  # another column holds what is neither text nor number, such as a date
+            columns = {name: _storable(value) for name, value in dialogue.columns.items()}
+            self.good.append((place, *vars(dataclasses.replace(dialogue, columns=columns)).values()))
         self.has_acts = self.has_acts or any(dialogue.acts)
         if not self.compare:
             return
@@ -84,6 +90,14 @@ class Rows:
     def different(self) -> int:
         """How many different dialogues there are."""
         return len(self._known)
+
+
+def _storable(value: Any) -> Any:
+    """A value as it can be kept outside memory: one of another type as text."""
+    try:
+        return marshal.loads(marshal.dumps(value))
+    except ValueError:
+        return str(value)
 
 
 class Dialogues(Sequence):
@@ -139,6 +153,22 @@ def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, mark
     return load_splits(data_path, [split], skip_bad_rows, markers)[split]
 
 
+def has_splits(data_path: str) -> bool:
+    """Whether data has splits of its own: it is neither a single file nor one stored dataset."""
+    path = Path(data_path).expanduser()
+    return data_path == "builtin" or not (path.is_file() or (path / "state.json").is_file())
+
+
+def load_whole(data_path: str, skip_bad_rows: bool = False) -> Dialogues:
+    """Load all dialogues of a file, or of a stored dataset, that has no splits. UserError as load_dialogues."""
+    return Dialogues(_read_whole(Rows(), data_path, skip_bad_rows, (), no_report))
+
+
+def _read_whole(rows: Rows, data_path: str, *how: Any) -> Rows:
+    path = Path(data_path).expanduser()
+    return _read(rows, _file_rows(path) if path.is_file() else _dataset_rows(_stored(path), str(path)), *how)
+
+
 def load_splits(
     data_path: str,
     splits: Sequence[str],
@@ -150,11 +180,9 @@ def load_splits(
     if unknown := [split for split in splits if split not in SPLITS]:
         hint = did_you_mean(unknown[0], SPLITS)
         raise UserError(f"split '{unknown[0]}' is unknown; expected one of {', '.join(SPLITS)}.{hint}")
-    name, path = str(data_path), Path(data_path).expanduser()
-    parts = whole = None
-    if name != "builtin" and (path.is_file() or (path / "state.json").is_file()):  # it has no splits of its own
-        rows = _file_rows(path) if path.is_file() else _dataset_rows(_stored(path), str(path))
-        whole = _read(Rows(compare=True), rows, skip_bad_rows, markers, report)
+    name, parts, whole = str(data_path), None, None
+    if not has_splits(name):
+        whole = _read_whole(Rows(compare=True), name, skip_bad_rows, markers, report)
         parts = _cut(whole)
     loaded = {}
     for split in splits:

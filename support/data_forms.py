@@ -13,7 +13,7 @@ import os
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -29,6 +29,8 @@ class Dialogue:
     first_reply: int = 0
     """Utterances from here on may be replies to learn; earlier ones are context. n: a reply to the whole is wanted,
     and the data has none. 0: the data does not say."""
+    rejected: str | None = field(default=None, compare=False)  # of preferences: the other reply at `first_reply`
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the other columns of the row
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,13 @@ def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) ->
                 raise ValueError(f"utterance {i} of {n} holds the marker {marker!r}, which ends an utterance")
     if named := next((marker for marker in markers if marker in dialogue.system), ""):
         raise ValueError(f"the system message holds the marker {named!r}, which ends an utterance")
-    return dialogue
+    return replace(dialogue, columns=_other_columns(row, form))
+
+
+def _other_columns(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """The columns of a row that are no part of the dialogue, for rewards; also a prompt that is a text."""
+    columns = {name: row[name] for name in row if name not in (*form.columns, *LABELS) and name[:1] != "_"}
+    return columns | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +168,24 @@ def _completion(row: Mapping[str, Any], column: str = "completion") -> Dialogue:
         raise ValueError(f"'{column}' begins with a turn of the {reply[0][0]}; expected the assistant's")
     if prompt[-1][0] != "user":
         raise ValueError(f"'prompt' ends with a turn of the {prompt[-1][0]}; expected the user's")
-    return _dialogue(system or own_system, [*prompt, *reply], len(prompt))
+    dialogue = _dialogue(system or own_system, [*prompt, *reply], len(prompt))
+    return replace(dialogue, rejected=_rejected(row, prompt)) if column == "chosen" else dialogue
+
+
+def _rejected(row: Mapping[str, Any], prompt: Sequence[Turn]) -> str | None:
+    """The rejected reply to a prompt, which may be empty; None if it cannot be read, or is no reply of an assistant."""
+    value = row.get("rejected")
+    messages = value if isinstance(value, list) else [value]
+    if len(messages) == 1 and isinstance(messages[0], Mapping) and messages[0].get("role") == "assistant":
+        messages = [messages[0].get("content")]
+    if len(messages) == 1 and isinstance(messages[0], str) and not messages[0].strip():
+        return ""
+    try:
+        _, reply = _side(value, "rejected", "assistant")
+    except ValueError:
+        return None
+    reply = reply[len(prompt) :] if reply[: len(prompt)] == list(prompt) else reply
+    return reply[0][1] if reply and reply[0][0] == "assistant" else None
 
 
 def _implicit(row: Mapping[str, Any]) -> Dialogue:
@@ -176,7 +201,8 @@ def _implicit(row: Mapping[str, Any]) -> Dialogue:
         first -= 1
     if not first or chosen[first - 1][0] != "user":
         raise ValueError("'chosen' and 'rejected' do not begin with the same turns of a user, so there is no prompt")
-    return _dialogue(system, chosen, first)
+    other = rejected[first][1] if first < len(rejected) and rejected[first][0] == "assistant" else None
+    return replace(_dialogue(system, chosen, first), rejected=other)
 
 
 def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
@@ -193,7 +219,8 @@ def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
         raise ValueError("'chosen' and 'rejected' have no common beginning that could be the prompt")
     check_text(prompt, "the prompt")
     check_text(reply, "'chosen'")
-    return _dialogue(None, [("user", prompt), ("assistant", reply)], 1)
+    dialogue = _dialogue(None, [("user", prompt), ("assistant", reply)], 1)
+    return replace(dialogue, rejected=rejected[cut:].strip())
 
 
 def _prompt(row: Mapping[str, Any]) -> Dialogue:

@@ -118,7 +118,7 @@ def _learning_warnings(first: Rows, recent: Rows, config: Watched) -> Iterator[t
         yield (
             "reward_saturated",
             f"the judge accepts {now('intent'):.3f} of the replies: the intent reward is used up, and more "
-            "training only pleases this judge. Try --intent-coef 0.2 --meteor-coef 0.8, and ask a second judge "
+            "training only pleases this judge. Try --reward intent=0.2 meteor=0.8, and ask a second judge "
             "(eval_metrics.py --second-intent-model).",
         )
     # with several replies to a prompt their mean is the baseline, and leaves the value function nothing to explain
@@ -149,5 +149,5 @@ def warn_of_judge(accuracy: float, weak_below: float) -> dict[str, str]:
         return {}
     return {
         "judge_weak": f"the judge is right on {accuracy:.3f} of the human replies, below {weak_below}: its reward is "
-        "noise to a large part. Train a better one (intent_classifier.py), or lower --intent-coef."
+        "noise to a large part. Train a better one (intent_classifier.py), or lower its weight in --reward."
     }

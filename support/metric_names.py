@@ -22,6 +22,16 @@ LABELS = {  # every metric in the order of all outputs, with its name in tables
 BETTER = dict.fromkeys(LABELS, 1) | {"mean_output_length": 0, "perplexity": -1}
 
 
+OF_REWARD_MODEL = "reward_model_"  # begins the name of a metric that is a reward model's mean score
+
+
+def label_of(name: str) -> str:
+    """Return a metric's name in tables."""
+    if name.startswith(OF_REWARD_MODEL):
+        return f"reward model {name.removeprefix(OF_REWARD_MODEL)}"
+    return LABELS.get(name, name)
+
+
 def verdict(low: float, high: float, better: int) -> Literal["better", "worse", "changed", ""]:
     """Say what a difference with the 95% interval [low, high] means for a metric of this direction (see BETTER).
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from support.errors import UserError
 
@@ -46,6 +47,42 @@ NamedValues = Annotated[
         instance_from_str=_named_values,
         is_instance=lambda x: isinstance(x, dict),
         str_from_instance=lambda values: [f"{name}={json.dumps(value)}" for name, value in values.items()],
+    ),
+]
+
+
+def reward_weights(given: Any) -> Any:
+    """Return the weight of each part of the reward: of words `NAME=WEIGHT` or `NAME`, one or a list, or of a mapping.
+
+    ValueError for a word without a name, and for a part that is given twice.
+    """
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, (list, tuple)):
+        return given  # a mapping, whose values are checked elsewhere
+    words = [part for word in words for part in (word.split() if str(word).count("=") > 1 else [word])]
+    weights: dict[str, float] = {}
+    for word in words:
+        name, equals, weight = str(word).rpartition("=") if "=" in str(word) else (str(word), "", "1")
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(f"NAME=WEIGHT with a number, not '{word}'") from None
+        if not name or not math.isfinite(number) or name in weights:
+            raise ValueError(f"a name and a finite number, each name once, not '{word}'")
+        weights[name] = number
+    return weights
+
+
+# Parts of the reward, each with its weight. On the command line: `intent=0.5 meteor=0.5 models/my_rm`
+RewardWeights = Annotated[
+    dict[str, Number],
+    BeforeValidator(reward_weights),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=WEIGHT ...]",
+        instance_from_str=reward_weights,
+        is_instance=lambda x: isinstance(x, dict),
+        str_from_instance=lambda weights: [f"{name}={weight:g}" for name, weight in weights.items()],
     ),
 ]
 

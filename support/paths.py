@@ -53,6 +53,16 @@ def check_models(**names: str) -> None:
             check_name(what.replace("_", " "), model_folder(name))
 
 
+def check_reward_path(name: str) -> None:
+    """Raise UserError for a part of the reward that names a file or a folder that does not exist."""
+    file = Path(name.partition(":")[0])
+    if ":" in name or file.suffix in (".yaml", ".yml"):
+        if file.suffix in (".py", ".yaml", ".yml") and not file.is_file():
+            raise UserError(f"reward is '{name}', but there is no file '{file}'.")
+    elif "/" in name or file.is_dir():
+        check_models(reward_model=name)
+
+
 def check_data(name: str) -> None:
     """Raise UserError for a path of data that does not exist."""
     path = Path(name).expanduser()

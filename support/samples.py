@@ -93,16 +93,18 @@ class Samples(Sequence):
         """Return samples with their prompts, which have lost their oldest turns if they were too long."""
         codec, most = self.codec, self.codec.format.max_prompt_tokens
         keys = [(self.numbers[i], self.utterances[i]) for i in indices]
-        conversations = [conversation(self.dialogues[number], at, codec) for number, at in keys]
+        dialogues = {number: self.dialogues[number] for number, _ in keys}  # which are read from a file
+        conversations = [conversation(dialogues[number], at, codec) for number, at in keys]
         rows = codec.prompt_ids(conversations)
         for i, ids in enumerate(rows):
             if len(ids) > most:
                 conversations[i], rows[i] = codec.fit(conversations[i], most)
+        prompts = codec.write_prompts(conversations)
+        for (number, _), prompt in zip(keys, prompts):
+            prompt.columns = dialogues[number].columns
         return [
-            Sample(tuple(messages), prompt, *_reply_of(self.dialogues[number], at), ids, (number, at))
-            for (number, at), messages, prompt, ids in zip(
-                keys, conversations, codec.write_prompts(conversations), rows
-            )
+            Sample(tuple(messages), prompt, *_reply_of(dialogues[number], at), ids, (number, at))
+            for (number, at), messages, prompt, ids in zip(keys, conversations, prompts, rows)
         ]
 
     def __iter__(self) -> Iterator[Sample]:

@@ -6,15 +6,17 @@ given, or `joined_template`, which joins the last utterances by a marker as Open
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -170,15 +172,48 @@ def joined_template(fmt: DialogueFormat, prefix: str = "") -> str:
 
 
 class Prompt(str):
-    """A prompt as the model reads it. `messages` is the conversation that it was made of."""
+    """A prompt as the model reads it.
+
+    `messages` is the conversation that it was made of, and `columns` has the other columns of its row of the data.
+    """
 
     messages: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def of(cls, text: str, messages: Sequence[Message]) -> Prompt:
+    def of(cls, text: str, messages: Sequence[Message], columns: Mapping[str, Any] = columns) -> Prompt:
         prompt = cls(text)
-        prompt.messages = tuple(messages)
+        prompt.messages, prompt.columns = tuple(messages), columns
         return prompt
+
+
+class Reply(str):
+    """A reply as text. `token_ids` are its T tokens with those that ended it; () if the text alone is known."""
+
+    token_ids: tuple[int, ...] = ()
+    _decode: Callable[[Sequence[int]], str] | None = None
+
+    @classmethod
+    def of(cls, text: str, token_ids: Sequence[int], decode: Callable[[Sequence[int]], str] | None = None) -> Reply:
+        """`decode` gives the text of tokens, with the blanks before it."""
+        reply = cls(text)
+        reply.token_ids, reply._decode = tuple(token_ids), decode
+        return reply
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reply.of, (str(self), self.token_ids)  # without the tokenizer
+
+    def token_at(self, end: int) -> int:
+        """Return the number (0 to T - 1) of the token with which the first `end` characters are complete.
+
+        It is the last token for a reply that came from another process, which has no tokenizer.
+        """
+        if self._decode is None:
+            return len(self.token_ids) - 1
+        whole = self._decode(self.token_ids)
+        end += len(whole) - len(whole.lstrip())
+        complete = range(1, len(self.token_ids))
+        return bisect.bisect_left(complete, True, key=lambda n: len(self._decode(self.token_ids[:n])) >= end)
 
 
 class PlainText:
@@ -424,6 +459,10 @@ class DialogueCodec:
         """Token ids of the prompts of conversations, uncut."""
         return self._tokenize(self._write(conversations, replied=False))
 
+    def whole_ids(self, answered: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Token ids of conversations that end with a reply, as the template writes them; uncut."""
+        return self._tokenize(self._write(answered, replied=True))
+
     def fit(self, messages: Sequence[Message], most: int) -> tuple[list[Message], list[int]] | None:
         """Leave out the oldest turns, each whole, until the prompt has at most `most` tokens; return it with its ids.
 
@@ -535,16 +574,27 @@ class DialogueCodec:
         # a model may embed ids that the tokenizer lacks
         return token in self.end_ids or (token < len(self.may_end) and self.may_end[token])
 
-    def decode_response(self, response_ids: Sequence[int]) -> str:
+    def decode_response(self, response_ids: Sequence[int]) -> Reply:
         """The text of a response, without its end and surrounding blanks. Negative ids are padding."""
         ids = [int(i) for i in response_ids if i >= 0]
+        return Reply.of(self._text_of(ids).strip(), ids, self._text_of)
+
+    def as_reply(self, text: str) -> Reply:
+        """A text with the tokens that it would have as a reply."""
+        if isinstance(text, Reply) and text.token_ids:
+            return text
+        [ids] = self.text.encode([text])
+        return Reply.of(text, [*ids, *self.last_ids], self._text_of)
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        """The text of a response, or of its beginning, without its end."""
         of_text = self.turn_end_id if self.stop else None  # a marker of one token is found in the text
         end = next((k for k, id in enumerate(ids) if id in self.end_ids and id != of_text), len(ids))
         text = drop_torn_characters(self.tokenizer.decode(ids[:end]))
         if self.stop:
             text, *after = text.split(self.stop)
             text = text if after else drop_torn_marker(text, self.stop)
-        return text.strip()
+        return text
 
 
 Hidden = tuple[str, dict[str, str]]  # a text with private characters, and what each of them stands for

@@ -20,7 +20,7 @@ TEXTS = dict(zip(PARTS[::2], PARTS[1::2]))
 
 ENV = dict(tokenizer_path="gpt2", data_path="daily_dialog", lr=1e-6, critic_lr=1e-6)
 SECOND = ENV | dict(model_path=GPT2, use_share_model=True, ppo_epoch=5, episode_length=128, num_mini_batch=20)
-MODELS = dict(reward="default", intent_model=JUDGE, ref_model=GPT2)
+MODELS = dict(reward={"default": 1.0}, intent_model=JUDGE, ref_model=GPT2)
 WANDB = dict(stats="", wandb_entity="openrl", experiment_name="train_nlp", run_dir="./run_results/", log_interval=1)
 DEEPSPEED = MODELS | dict(use_offload=False, deepspeed_config="ds_config.json")
 DEEPSPEED |= dict.fromkeys(("ref_placement", "intent_placement"), "offloaded")
@@ -28,7 +28,7 @@ BLOCKS = {  # the fields that a block sets, and its keys that have no meaning he
     "first": (ENV | dict(seed=0, episode_length=20), ["use_recurrent_policy"]),
     "model": (SECOND, []),
     "reward": (SECOND | MODELS, []),
-    "custom reward": (dict(reward="CustomReward"), []),
+    "custom reward": (dict(reward={"CustomReward": 1.0}), []),
     "wandb": (WANDB, []),
     "custom info": (dict(stats="CustomVecInfo"), []),
     "amp": (dict(mixed_precision="auto"), []),
@@ -185,11 +185,11 @@ def test_arguments_of_ones_own_reward(write):
         PPOConfig,
         write("reward_class:\n  id: my_file:MyReward\n  args: {word: please, weights: [1, 2], intent_model: folder}\n"),
     )
-    assert values["reward"] == "my_file:MyReward" and not notes
+    assert values["reward"] == {"my_file:MyReward": 1.0} and not notes
     assert values["reward_args"] == {"word": "please", "weights": [1, 2]} and values["intent_model"] == "folder"
     both = load_yaml(PPOConfig, write("reward_args: {a: 1, b: 2}\nreward_class: {args: {b: 3}}\n"))[0]
     assert both == {"reward_args": {"a": 1, "b": 3}}
-    assert load_yaml(PPOConfig, write("reward_class: {id: x:Y, args: }\n"))[0] == {"reward": "x:Y"}
+    assert load_yaml(PPOConfig, write("reward_class: {id: x:Y, args: }\n"))[0] == {"reward": {"x:Y": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_an_empty_file_sets_nothing_and_bytes_are_refused(write, tmp_path):
     [
         {},
         dict(lr=1e-6, early_stop_kl=0.1, max_new_tokens=30, eou_marker="<END>", track=("wandb", "tensorboard")),
-        dict(reward="a.py:B", reward_args={"word": "größe", "n": [1, 2.5, None], "deep": {"x": True}}),
+        dict(reward="a:B", reward_args={"word": "größe", "n": [1, 2.5, None], "deep": {"x": True}}),
         dict(mixed_precision="bf16", max_grad_norm=float("inf"), experiment_name="1e5", model_path="yes"),
     ],
     ids=["defaults", "optional fields", "reward_args", "words that YAML might take for others"],
@@ -319,8 +319,8 @@ def test_values_that_cannot_work_are_refused(name, value):
     "settings, fault",
     [
         (dict(model_class="a:B", policy_class="a:C"), "model_class is policy and value together"),
-        (dict(consensus_coef=1.0), "consensus_coef needs other replies"),
-        (dict(commonplace_coef=1.0), "commonplace_coef needs other replies"),
+        (dict(consensus_coef=1.0), "the reward 'consensus' needs other replies"),
+        (dict(commonplace_coef=1.0), "the reward 'commonplace' needs other replies"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, fault):

@@ -50,6 +50,7 @@ TINY = {  # appended to a command; the last of two values counts
     "chat.py": "--max-new-tokens 4",
     "eval_metrics.py": "--limit 8 --bootstrap 10 --mixed-precision no",
     "intent_classifier.py": FIT,
+    "reward_model.py": "--max-minutes 0.05 --pairs 20 --mixed-precision no",
     "sft_dialog.py": FIT,
     "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 2 --num-mini-batch 2 --ppo-epoch 1 "
     "--eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
@@ -391,16 +392,17 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
         execute("ppo_dialog.py", f"{common} --experiment-name {name} {own}".split())
     folders = worked / "runs" / "NAME", clone / "runs" / "plain", clone / "runs" / "alike"
     rows = [json.loads(line) for f in folders for line in (f / "metrics.jsonl").read_text().splitlines()]
-    assert set().union(*rows) == glossary("metrics.jsonl")
+    names = {name.replace("brevity", "NAME") for row in rows for name in row}  # the part of one's own
+    assert names == glossary("metrics.jsonl")
 
     result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
-    assert set(result) == {"policy", "baseline", "difference", "settings", "reward", "by_turn"}
+    assert set(result) == {"policy", "baseline", "difference", "settings", "reward", "win_rate", "by_turn"}
     known = glossary("eval.json")
     assert set(result["policy"]) == set(result["baseline"]) == set(result["difference"])
     assert set(result["policy"]) | {"intent_second_judge"} == set(LABELS)
     parts = {f"difference.*.{part}" for value in result["difference"].values() for part in value}
     parts |= {f"{part}.{name}" for part in ("reward", "settings") for name in result[part]}
-    assert known == set(LABELS) | parts | {"by_turn.*"}
+    assert known == set(LABELS) | parts | {"by_turn.*", "win_rate.*", "reward_model_NAME"}
 
 
 def test_the_pages_exit_statuses_are_those_of_the_code():

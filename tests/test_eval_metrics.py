@@ -269,7 +269,7 @@ def test_without_a_judge_intent_is_null_everywhere():
     one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(REFERENCES, REFERENCES)
     del other.scores["intent"]
     result = compare(other, one, n_bootstrap=20, settings={"split": "test"})
-    assert list(result) == ["policy", "baseline", "difference", "settings", "by_turn"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn"]
     assert result["policy"]["intent"] is None and result["difference"]["intent"] is None
     assert result["settings"]["samples"] == 6 and result["settings"]["split"] == "test"
     table = format_table(result, headings=("supervised", "PPO")).splitlines()

@@ -14,6 +14,7 @@ import eval_metrics
 import intent_classifier
 import ppo_dialog
 import report
+import reward_model
 import sft_dialog
 from reproduce import results
 from support.config import command_line
@@ -24,6 +25,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     estimate: (estimate.EstimateConfig, [*PPO_GROUPS, "launch"]),
     sft_dialog: (sft_dialog.SFTConfig, ["sft", "fit", "text", "sample", "format"]),
     intent_classifier: (intent_classifier.IntentConfig, ["intent", "fit"]),
+    reward_model: (reward_model.RewardModelConfig, ["rewardmodel", "pair", "fit", "text", "sample"]),
     eval_metrics: (eval_metrics.EvalConfig, ["eval", "text", "sample"]),
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
@@ -127,6 +129,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "generation": ("ppo_dialog", "eval_metrics", "chat"),
     "live_display": PPO,
     "models": PPO,
+    "preferences": ("reward_model",),
     "report": PPO,  # it names commands that go on with a run
     "results": PPO,
     "rewards": PPO,
@@ -136,7 +139,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "paths": ("ppo_dialog", "sft_dialog", "eval_metrics", "chat", "estimate"),
     "judge": ("ppo_dialog", "eval_metrics", "chat"),
     "diagnostics": PPO,
-    "supervised": ("sft_dialog", "intent_classifier"),
+    "supervised": ("sft_dialog", "intent_classifier", "reward_model"),
 }
 ROOT = Path(chat.__file__).parent
 SOURCES = [file for folder in ("", "support", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))]

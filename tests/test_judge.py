@@ -27,7 +27,7 @@ import eval_metrics
 import ppo_dialog
 from eval_metrics import EvalConfig, run_evaluation
 from intent_classifier import IntentConfig, train_intent
-from rewards import DialogueReward, score_episodes
+from rewards import make_reward
 from sft_dialog import collate, learned_tokens, window_loss
 from support.builtin import builtin_model
 from support.data import ACTS, load_dialogues
@@ -253,10 +253,10 @@ def test_ppo_rewards_intent_where_there_is_an_act(mixed, tmp_path, capsys):
 
 
 def test_a_reply_without_an_act_earns_nothing_for_intent():
-    reward = DialogueReward(str(builtin_model("judge")), intent_coef=1.0, meteor_coef=2.0)
-    reward.setup("cpu", "<EOU>")
+    judge = str(builtin_model("judge"))
+    reward = make_reward({"intent": 1.0, "meteor": 2.0}, {}, "cpu", "<EOU>", intent_model=judge)
     episodes = ["How are you ?<EOU>"] * 2, ["Fine , thanks ."] * 2, ["Fine , thanks ."] * 2
-    scores, statistics = score_episodes(reward, *episodes, [1, 0])
+    scores, statistics = reward(*episodes, [1, 0])
     assert scores == pytest.approx([1 + 2 * statistics["meteor"][0], 2 * statistics["meteor"][1]])
     assert statistics["intent"][0] == 1 and math.isnan(statistics["intent"][1])
     assert statistics["reward_intent"].tolist() == [1, 0]
@@ -272,7 +272,7 @@ def test_data_without_any_act_leaves_intent_out_and_says_so(tmp_path, capsys):
     assert "the data has no dialogue acts: intent is left out" in capsys.readouterr().out
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert row["score"] == pytest.approx(row["reward_meteor"]) and "intent" not in row
-    with pytest.raises(UserError, match="nothing of the default reward is left .*--reward my_file.py"):
+    with pytest.raises(UserError, match="nothing of the reward is left .*my_file.py"):
         ppo_dialog.train(ppo_dialog.PPOConfig(**settings, meteor_coef=0.0))
 
 

@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 
 from ppo_dialog import PPOConfig, load_causal_lm
-from rewards import score_episodes
 from support import checkpoint, signals
 from support.builtin import builtin_model
 from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
 from support.run import FolderLock, compute_stats, load_stats, open_run
+from support.scoring import score_episodes
 from support.signals import StopSignals
 from support.trackers import Log
 

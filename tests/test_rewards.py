@@ -18,7 +18,6 @@ from intent_classifier import labelled_pairs
 from rewards import (
     REWARDS,
     CrossPromptOverlap,
-    DialogueReward,
     Intent,
     MBRConsensus,
     Meteor,
@@ -26,7 +25,6 @@ from rewards import (
     last_utterance,
     make_reward,
     register_reward,
-    score_episodes,
     token_kl,
     words,
 )
@@ -36,6 +34,7 @@ from support.data import load_dialogues
 from support.errors import UserError
 from support.judge import IntentJudge
 from support.meteor import meteor, meteor_uses_synonyms
+from support.scoring import score_episodes
 from support.text import Prompt
 
 RESPONSE = "It is a guide to action which ensures that the military always obeys the commands of the party"
@@ -261,8 +260,7 @@ def test_pairs_of_leaves_out_unlabelled_utterances():
 
 def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     folder = judge_folder(intent_input="pair")
-    args = dict(intent_model=folder, intent_coef=0.25, meteor_coef=2.0)
-    reward = make_reward("default", args, "cpu", "<EOU>")
+    reward = make_reward({"intent": 0.25, "meteor": 2.0}, {}, "cpu", "<EOU>", intent_model=folder)
     scores, statistics = score_episodes(reward, *EPISODES)
     intent, meteors = statistics["intent"], statistics["meteor"]
     assert scores == pytest.approx(0.25 * intent + 2.0 * meteors)
@@ -272,8 +270,6 @@ def test_default_reward_is_the_weighted_sum(judge_folder, no_wordnet):
     alone = Intent(folder)
     alone.setup("cpu", "<EOU>")
     assert intent.tolist() == alone(*EPISODES).total.tolist()
-    halves = make_reward("default", dict(intent_model=folder), "cpu", "<EOU>")
-    assert score_episodes(halves, *EPISODES).total == pytest.approx(0.5 * (intent + meteors))
 
 
 def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonplaces_cost(no_wordnet):
@@ -297,22 +293,19 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     for part in (MBRConsensus(), CrossPromptOverlap()):
         assert not part(["a", "a"], ["one", ""], ["x", "x"], [0, 0]).total.any()  # no pairs, no matches
 
-    args = dict(intent_model="/no/such/judge", intent_coef=0, consensus_coef=2.0, commonplace_coef=0.3)
-    total, statistics = make_reward("default", args, "cpu", "<EOU>")(*episodes)
+    weights = {"meteor": 0.5, "consensus": 2.0, "commonplace": 0.3}
+    total, statistics = make_reward(weights, {}, "cpu", "<EOU>")(*episodes)
     assert total == pytest.approx(0.5 * statistics["meteor"] + 2 * consensus + 0.3 * price)
     assert statistics["reward_consensus"] == pytest.approx(2 * consensus)
     assert statistics["reward_commonplace"] == pytest.approx(0.3 * price)
 
 
-def test_weight_0_loads_nothing(no_wordnet, judge_folder, monkeypatch):
-    reward = make_reward("default", dict(intent_model="/no/such/judge", intent_coef=0), "cpu", "<EOU>")
+def test_a_part_with_weight_0_is_measured_alone(no_wordnet):
+    reward = make_reward({"meteor": 1.0, "commonplace": 0.0}, {}, "cpu", "<EOU>")
     assert reward.judge is None
     scores, statistics = reward(PROMPTS, RESPONSES, REFERENCES, [0, 0, 0, 0])  # no acts are needed
-    assert scores == pytest.approx(0.5 * statistics["meteor"]) and set(statistics) == {"meteor", "reward_meteor"}
-    monkeypatch.setattr(rewards, "meteor", None)  # it is not called
-    reward = make_reward("default", dict(intent_model=judge_folder(), meteor_coef=0.0), "cpu", "<EOU>")
-    scores, statistics = reward(*EPISODES)
-    assert set(statistics) == {"intent", "reward_intent"} and set(scores) <= {0.0, 0.5}
+    assert scores == pytest.approx(statistics["meteor"])
+    assert set(statistics) == {"meteor", "reward_meteor", "commonplace"}
 
 
 # --- Rewards of one's own
@@ -355,15 +348,15 @@ def own_file(tmp_path, monkeypatch):
 def test_own_class_and_function_by_path(own_file, where):
     where = where.format(folder=own_file.parent)
     replies = ["Please go on .", "No"]
-    polite = make_reward(f"{where}:Polite", {}, "cpu", "<END>")
+    polite = make_reward({f"{where}:Polite": 1}, {}, "cpu", "<END>")
     assert isinstance(polite, Reward) and (polite.device, polite.eou_marker) == ("cpu", "<END>")
     scores, statistics = score_episodes(polite, ["", ""], replies, ["", ""], [0, 0])
     assert scores.tolist() == statistics["polite"].tolist() == [1, 0]
-    curt = make_reward(f"{where}:Polite", {"word": "no"}, "cpu", "<EOU>")
+    curt = make_reward({f"{where}:Polite": 1}, {"word": "no"}, "cpu", "<EOU>")
     assert score_episodes(curt, ["", ""], replies, ["", ""], [0, 0]).total.tolist() == [0, 1]
-    brevity = make_reward(f"{where}:brevity", {"scale": 10}, "cpu", "<EOU>")
+    brevity = make_reward({f"{where}:brevity": 1}, {"scale": 10}, "cpu", "<EOU>")
     scores, statistics = score_episodes(brevity, ["", ""], replies, ["", ""], [0, 0])
-    assert scores.tolist() == [2, 5] and statistics == {}
+    assert scores.tolist() == statistics["brevity"].tolist() == statistics["reward_brevity"].tolist() == [2, 5]
 
 
 @pytest.mark.parametrize(
@@ -377,25 +370,25 @@ def test_own_class_and_function_by_path(own_file, where):
         ("my_own_rewards:", {}, "expected an import path 'module:Name'"),
         (":Polite", {}, "expected an import path 'module:Name'"),
         ("my_own_rewards:Polite", {"wrod": 1}, r"cannot be made from reward_args \{'wrod': 1\}: .*wrod"),
-        ("default", {"intent_coef": 1}, "cannot be made from reward_args .*'intent_model'"),
+        ("meteor", {"wrod": 1}, "no part of the reward is your own"),
         ("my_own_rewards:brevity", {"scael": 1}, "reward_args .*scael"),
     ],
 )
 def test_rewards_that_cannot_be_made(own_file, name, args, fault):
     with pytest.raises(UserError, match=fault):
-        make_reward(name, args, "cpu", "<EOU>")
+        make_reward({name: 1}, args, "cpu", "<EOU>")
 
 
 def test_a_missing_import_in_the_users_file_is_no_missing_file(own_file):
     own_file.write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        make_reward("my_own_rewards:Polite", {}, "cpu", "<EOU>")
+        make_reward({"my_own_rewards:Polite": 1}, {}, "cpu", "<EOU>")
 
 
 def test_the_users_file_may_be_called_rewards(own_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "rewards", rewards)  # put back afterwards
     (own_file.parent / "rewards.py").write_text(OWN)
-    reward = make_reward("rewards.py:Polite", {}, "cpu", "<EOU>")
+    reward = make_reward({"rewards.py:Polite": 1}, {}, "cpu", "<EOU>")
     assert isinstance(reward, Reward) and sys.modules["rewards"] is rewards
 
 
@@ -411,17 +404,17 @@ def test_registered_rewards(monkeypatch):
     def length(prompts, responses, references, acts):
         return torch.tensor([len(r) for r in responses]), {"one": 1}
 
-    assert isinstance(make_reward("CustomReward", {}, "cpu", "<EOU>"), Custom)
-    scores, statistics = score_episodes(make_reward("length", {}, "cpu", "<EOU>"), *EPISODES)
+    assert isinstance(make_reward({"CustomReward": 1}, {}, "cpu", "<EOU>").parts["CustomReward"][1], Custom)
+    scores, statistics = score_episodes(make_reward({"length": 1}, {}, "cpu", "<EOU>"), *EPISODES)
     assert scores.tolist() == [len(r) for r in RESPONSES] and scores.dtype == np.float64
     assert statistics["one"].tolist() == [1, 1, 1, 1]
-    with pytest.raises(UserError, match="expected CustomReward, default, length.*Did you mean 'CustomReward'"):
-        make_reward("CustomRewards", {}, "cpu", "<EOU>")
+    with pytest.raises(UserError, match="expected CustomReward, commonplace, .*Did you mean 'CustomReward'"):
+        make_reward({"CustomRewards": 1}, {}, "cpu", "<EOU>")
 
 
 def test_an_object_without_setup_will_do(own_file):
     own_file.write_text("class Bare:\n    def __call__(self, *episodes):\n        return [1], {}\n")
-    bare = make_reward("my_own_rewards:Bare", {}, "cpu", "")
+    bare = make_reward({"my_own_rewards:Bare": 1}, {}, "cpu", "")
     assert score_episodes(bare, [""], ["a"], [""], [0]).total.tolist() == [1]
 
 
@@ -434,8 +427,8 @@ def test_an_object_without_setup_will_do(own_file):
         (([0, 1, float("nan"), 0], {}), "gave nan for the reply 'Could I have a table"),
         (([0, float("inf"), 0, 0], {}), "gave inf for the reply 'It is six"),
         (np.zeros(3), r"scores of shape \(3,\) for 4 replies"),
-        ((np.zeros(4), np.zeros(4)), r"scores of shape \(2, 4\) for 4 replies"),
-        ((np.zeros(4), None), "number"),
+        ((np.zeros(4), np.zeros(4)), "gave 2 values for 4 replies"),
+        ((np.zeros(4), None), "gave 2 values for 4 replies"),
         ((x for x in (1, 2, 3, 4)), "number"),
         (None, "returned nothing; expected .* scores and statistics"),
         ({"one": [1, 2, 3, 4]}, "returned a dict; expected .* scores and statistics"),
@@ -470,13 +463,15 @@ def test_scores_alone_will_do_in_any_form(kind, value, monkeypatch):
 
     own = Own if kind == "class" else lambda prompts, responses, references, acts: value
     monkeypatch.setitem(REWARDS, "own", own)
-    reward = make_reward("own", {}, "cpu", "<EOU>")
+    reward = make_reward({"own": 1}, {}, "cpu", "<EOU>")
     scores, statistics = score_episodes(reward, PROMPTS[:2], RESPONSES[:2], REFERENCES[:2], ACTS[:2])
-    assert scores.dtype == np.float64 and scores.tolist() == [0.25, 0.5] and statistics == {}
+    assert scores.dtype == np.float64 and scores.tolist() == [0.25, 0.5]
+    assert {name: values.tolist() for name, values in statistics.items()} == dict.fromkeys(
+        ("own", "reward_own"), [0.25, 0.5]
+    )
 
 
-def test_default_is_registered_and_reads_as_documented():
-    assert REWARDS["default"] is DialogueReward
+def test_a_reward_reads_as_documented():
     assert re.search(r"class Politeness\(Reward\)", rewards.__doc__)
 
 

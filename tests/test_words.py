@@ -139,13 +139,13 @@ def test_leaving_out_a_chinese_reply():
 
 
 def test_rewards_count_the_words_that_the_run_chose():
-    args = dict(intent_model="", intent_coef=0, meteor_coef=1.0, consensus_coef=1.0, commonplace_coef=1.0)
+    parts = dict.fromkeys(("meteor", "consensus", "commonplace"), 1.0)
     episodes = ["a", "a", "b", "b"], ["我很好", "我好", "很好", "你好"], ["我很好", "我很好", "OK", "OK"], [0] * 4
-    _, statistics = make_reward("default", args, "cpu", "<EOU>", "unicode")(*episodes)
+    _, statistics = make_reward(parts, {}, "cpu", "<EOU>", "unicode")(*episodes)
     assert statistics["meteor"][0] == pytest.approx(1 - 0.5 / 27) and statistics["meteor"][1] > 0.3
     assert (statistics["consensus"] > 0).all()  # also where the human reply is "OK"
     assert statistics["commonplace"].tolist() == [0.5, 0, 1, 0]  # 很好 stands in replies to both prompts
-    _, before = make_reward("default", args, "cpu", "<EOU>", "english")(*episodes)
+    _, before = make_reward(parts, {}, "cpu", "<EOU>", "english")(*episodes)
     assert before["meteor"].tolist() == [0.5, 0, 0, 0] and not before["consensus"].any()
     for part in (MBRConsensus, CrossPromptOverlap):
         assert part().word_tokenizer == "unicode"

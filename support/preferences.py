@@ -1,0 +1,145 @@
+"""Preferences: pairs of replies to one conversation, of which one was chosen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from support.data import Dialogue, Dialogues, has_splits, load_splits, load_whole
+from support.data_forms import IMPLICIT, PREFERENCES
+from support.errors import UserError
+from support.text import Message
+
+FEW = 500  # pairs, below which a fifth of them is held out rather than a tenth
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to a conversation. Pairs of one `source`, such as a dialogue, belong to the same half of the data."""
+
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+
+    @property
+    def prompt(self) -> str:
+        """The conversation as one text, to find pairs with the same prompt."""
+        return "\n".join(f"{m['role']}: {m['content'].strip()}" for m in self.messages)
+
+
+@dataclass
+class Preferences:
+    """Pairs to learn from and pairs with other prompts to measure on, and what was left out."""
+
+    train: list[Pair]
+    held_out: list[Pair]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def describe(self) -> str:
+        """`900 pairs to learn from, 100 held out; left out: 3 ties`."""
+        said = f"{len(self.train):,} pairs to learn from, {len(self.held_out):,} held out"
+        return said + "".join(f"; {n:,} {what}" for what, n in self.left_out.items())
+
+
+def load_preferences(data_path: str, skip_bad_rows: bool = False, half: str = "all") -> Preferences:
+    """Load pairs. The validation split is held out; without one, a part of the prompts.
+
+    `half` is "first", "second" or "all" of the sources to learn from. UserError for data without preferences.
+    """
+    found, held_out = Preferences([], []), []
+    if has_splits(data_path):
+        pairs = pairs_of(load_splits(data_path, ["train"], skip_bad_rows)["train"], data_path, found.left_out)
+        held_out = _validation_pairs(data_path, skip_bad_rows, found.left_out)
+    else:
+        pairs = pairs_of(load_whole(data_path, skip_bad_rows), data_path, found.left_out)
+    if not held_out:
+        share = 5 if len(pairs) < FEW else 10
+        held_out = _cut(pairs, share)
+    prompts = {pair.prompt for pair in held_out}
+    apart = [pair for pair in pairs if pair.prompt not in prompts]
+    if has_splits(data_path) and len(apart) < len(pairs):
+        found.left_out["have a prompt that is held out"] = len(pairs) - len(apart)
+    found.held_out = held_out
+    found.train = [pair for pair in apart if half == "all" or _number(pair.source) % 2 == (half == "second")]
+    if not found.train or not found.held_out:
+        raise UserError(
+            f"'{data_path}' has {found.describe()}; expected pairs with at least two different prompts, of which one "
+            "can be held out."
+        )
+    return found
+
+
+def _cut(pairs: list[Pair], share: int) -> list[Pair]:
+    """The pairs of one prompt in `share`, at least of one, in an order that does not depend on the rows'."""
+    prompts = sorted({pair.prompt for pair in pairs}, key=_number)
+    chosen = set(prompts[: max(1, len(prompts) // share)])
+    return [pair for pair in pairs if pair.prompt in chosen]
+
+
+def _validation_pairs(data_path: str, skip_bad_rows: bool, left_out: Counter[str]) -> list[Pair]:
+    """The pairs of the validation split; none for data without one."""
+    try:
+        dialogues = load_splits(data_path, ["validation"], skip_bad_rows)["validation"]
+    except UserError as error:
+        if "has no validation split" in str(error):
+            return []
+        raise
+    return pairs_of(dialogues, data_path, left_out)
+
+
+def pairs_of(dialogues: Dialogues, data_path: str, left_out: Counter[str]) -> list[Pair]:
+    """The pairs of rows of preferences; `left_out` counts the others. UserError for rows of another form."""
+    if dialogues.form not in (PREFERENCES, IMPLICIT):
+        raise UserError(
+            f"the rows of '{data_path}' are of '{dialogues.form.name}'; expected preferences: 'prompt', 'chosen' and "
+            "'rejected'. With dialogues give --from-dialogues MODEL, whose replies are then the rejected ones."
+        )
+    if dialogues.n_skipped:
+        left_out["malformed rows are left out"] += dialogues.n_skipped
+    pairs = []
+    for dialogue in dialogues:
+        if why := _why_no_pair(dialogue):
+            left_out[why] += 1
+            continue
+        pairs.append(pair := pair_of(dialogue))
+        if not (pair.chosen.strip() and pair.rejected.strip()):
+            left_out["have an empty side, and are kept"] += 1
+    return pairs
+
+
+def _why_no_pair(dialogue: Dialogue) -> str:
+    """Why a row of preferences gives no pair; "" if it gives one."""
+    if dialogue.rejected is None:
+        return "without a rejected reply that can be read are left out"
+    tie = dialogue.columns.get("tie")
+    if tie is True or str(tie).strip().lower() == "true":
+        return "ties are left out"
+    if dialogue.rejected.strip() == dialogue.utterances[dialogue.first_reply].strip():
+        return "with two equal sides are left out"
+    return ""
+
+
+def pair_of(dialogue: Dialogue) -> Pair:
+    """The pair of a row of preferences."""
+    n = dialogue.first_reply
+    turns = [{"role": role, "content": text} for role, text in zip(dialogue.roles[:n], dialogue.utterances)]
+    system = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
+    source = dialogue.columns.get("dialogue")
+    prompt = "\n".join(dialogue.utterances[:n])
+    return Pair((*system, *turns), dialogue.utterances[n], dialogue.rejected, str(prompt if source is None else source))
+
+
+def row_of(messages: Sequence[Message], chosen: str, rejected: str, source: Any) -> dict[str, Any]:
+    """A row of preferences in TRL's form, with the number of its dialogue."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    row: dict[str, Any] = {"prompt": [dict(message) for message in messages]}
+    return row | {n: [{"role": "assistant", "content": text}] for n, text in sides.items()} | {"dialogue": source}
+
+
+def _number(text: str) -> int:
+    """A number that depends on the text alone, in any process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big")

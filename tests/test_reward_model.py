@@ -1,0 +1,285 @@
+"""Reward models: reading preferences, training, what is reported, and evaluation by them."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval_metrics import EvalConfig, run_evaluation
+from reward_model import RewardModelConfig, make_pairs, train_reward_model
+from support.errors import UserError
+from support.preferences import Pair, load_preferences
+from support.reward_model import RewardModel, calibration, describe_report, measure_reward_model, wilson
+from support.text import messages_of
+
+ROOT = Path(__file__).parent.parent
+
+
+def side(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def row(prompt, chosen, rejected, **more):
+    return {"prompt": messages_of([prompt]), "chosen": side(chosen), "rejected": side(rejected)} | more
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i: row(f"Question {i} ?", "Yes .", "No ."),
+        lambda i: {"prompt": f"Question {i} ?", "chosen": "Yes .", "rejected": "No ."},
+        lambda i: {
+            n: [*messages_of([f"Question {i} ?"]), *side(t)] for n, t in (("chosen", "Yes ."), ("rejected", "No ."))
+        },
+        lambda i: {
+            n: f"\n\nHuman: Question {i} ?\n\nAssistant: {t}" for n, t in (("chosen", "Yes ."), ("rejected", "No ."))
+        },
+    ],
+    ids=["messages", "texts", "implicit messages", "transcripts"],
+)
+def test_all_forms_of_preferences_are_read(make, tmp_path):
+    found = load_preferences(write(tmp_path / "rows.jsonl", map(make, range(10))))
+    assert len(found.train) == 8 and len(found.held_out) == 2  # a fifth of few pairs
+    for pair in (*found.train, *found.held_out):
+        assert (pair.chosen, pair.rejected) == ("Yes .", "No .")
+        assert re.fullmatch(r"user: Question \d \?", pair.prompt)
+
+
+def test_rows_without_a_choice_are_counted(tmp_path):
+    rows = [row(f"{i} ?", "Yes .", "No .") for i in range(6)]
+    rows += [row("a ?", "Yes .", "No .", tie=True), row("b ?", "Yes .", " Yes . "), row("c ?", "Yes .", "")]
+    rows += [row("d ?", "Yes .", "No .") | {"rejected": [{"role": "user", "content": "Who ?"}]}]
+    for r in rows:
+        r.setdefault("tie", False)
+    found = load_preferences(write(tmp_path / "rows.jsonl", rows))
+    assert len(found.train) + len(found.held_out) == 7
+    assert found.describe().split("; ")[1:] == [
+        "1 ties are left out",
+        "1 with two equal sides are left out",
+        "1 have an empty side, and are kept",
+        "1 without a rejected reply that can be read are left out",
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, fault",
+    [
+        ([{"dialog": ["Hi .", "Hello ."]}], "are of 'dialog'; expected preferences.*--from-dialogues MODEL"),
+        ([row("a ?", "Yes .", "No .")] * 3, "at least two different prompts"),
+        ([row("a ?", "", "No .")] * 3, "empty"),
+        ([{"chosen": "Yes .", "rejected": "No ."}], "no common beginning that could be the prompt"),
+        (
+            [{"chosen": [*messages_of(["a ?"]), *side("b")], "rejected": [*messages_of(["c ?"]), *side("d")]}],
+            "do not begin",
+        ),
+    ],
+)
+def test_data_that_is_refused(rows, fault, tmp_path):
+    with pytest.raises(UserError, match=fault):
+        load_preferences(write(tmp_path / "rows.jsonl", rows))
+
+
+def test_halves_share_no_source_and_held_out_prompts_are_not_learned(tmp_path):
+    rows = [row(f"{i} ?", "Yes .", "No .", dialogue=i // 2) for i in range(200)]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "validation.jsonl", [row(f"{i} ?", "Yes .", "No .", dialogue=i) for i in range(190, 230)])
+    first, second, whole = (load_preferences(str(tmp_path), half=half) for half in ("first", "second", "all"))
+    assert [pair.prompt for pair in first.held_out] == [f"user: {i} ?" for i in range(190, 230)]
+    assert first.held_out == second.held_out
+    sources = [{pair.source for pair in found.train} for found in (first, second)]
+    assert not sources[0] & sources[1] and sorted(map(len, sources), reverse=True)[1] > 30
+    assert len(first.train) + len(second.train) == len(whole.train) == 190
+    assert "10 have a prompt that is held out" in whole.describe()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def pairs_of_lengths(lengths):
+    return [Pair((), "word " * a, "word " * b, "") for a, b in lengths]
+
+
+def test_the_report_by_hand():
+    pairs = pairs_of_lengths([(3, 1), (3, 3), (1, 3), (9, 1), (2, 1)])
+    margins = np.array([1.0, -1.0, 2.0, 0.0, 3.0])
+    report = measure_reward_model(margins, pairs, pairs_of_lengths([(2, 1)] * 3), other=np.array([1.0, 1, -1, 1, 1]))
+    assert report["accuracy"] == pytest.approx(3.5 / 5)
+    assert report["loss"] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in margins]))
+    assert report["length_alone"]["prefers"] == "longer"
+    assert report["length_alone"]["accuracy"] == pytest.approx(3.5 / 5)
+    assert report["length_alone"]["gain"] == pytest.approx(0)
+    assert [(b["words"], b["pairs"], b["accuracy"]) for b in report["by_length_difference"]] == [
+        ("1 to 5 words shorter", 1, 1.0),
+        ("as long", 1, 0.0),
+        ("1 to 5 words longer", 2, 1.0),
+        ("6 or more words longer", 1, 0.5),
+    ]
+    assert report["other_model"] == {"agreement": pytest.approx(2 / 5), "accuracy": pytest.approx(4 / 5)}
+    assert "WARNING: on these pairs the model is not shown to be better" in describe_report(report)
+
+
+def test_a_model_that_counts_words_gets_a_warning_and_a_better_one_does_not():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 20, (400, 2))
+    pairs = pairs_of_lengths(lengths)
+    counts = (lengths[:, 0] - lengths[:, 1]).astype(float)
+    assert "WARNING" in describe_report(measure_reward_model(counts, pairs, pairs))
+    knows = np.where(rng.random(400) < 0.9, 2.0, -2.0)
+    assert "WARNING" not in describe_report(measure_reward_model(knows, pairs, pairs))
+
+
+def test_calibration_of_a_model_that_is_right_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    margins = np.abs(rng.normal(0, 2, 20_000))
+    right = rng.random(20_000) < 1 / (1 + np.exp(-margins))
+    found = calibration(np.where(right, margins, -margins))
+    assert found["error"] < 0.01 and sum(b["pairs"] for b in found["bins"]) == 20_000
+    assert calibration(np.full(100, -3.0))["error"] == pytest.approx(1 / (1 + math.exp(-3.0)))
+
+
+def test_wilsons_interval():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)  # the published example
+    low, high = wilson(0, 30)
+    assert low == pytest.approx(0, abs=1e-9) and 0 < high < 0.12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def polite(tmp_path_factory):
+    """Choices of somebody who wants to be thanked, and a reward model of them."""
+    folder = tmp_path_factory.mktemp("polite")
+    rng = np.random.default_rng(0)
+    things = ["table", "room", "ticket", "car", "seat", "book", "coat", "bag"]
+    rows = []
+    for i in range(160):
+        thing = things[rng.integers(len(things))]
+        ends = ["Here it is .", "It is over there .", "I have none .", "Wait a minute ."]
+        a, b = (ends[rng.integers(len(ends))] for _ in range(2))
+        rows.append(row(f"I would like a {thing} for {i} .", f"Thank you . {a}", f"{b}"))
+    data = write(folder / "preferences.jsonl", rows)
+    output = folder / "rm"
+    train_reward_model(RewardModelConfig(data_path=data, output_dir=str(output), progress="plain"))
+    return data, output
+
+
+def test_a_reward_model_learns_what_was_chosen(polite):
+    data, output = polite
+    record = json.loads((output / "reward_model.json").read_text())
+    assert record["report"]["pairs"] == 32 and record["report"]["accuracy"] > 0.9
+    assert record["config"]["lr"] == 5e-4 and record["config"]["epochs"] == pytest.approx(100 / 8)
+    scores = RewardModel(str(output)).scores([messages_of(["A seat , please ."])] * 2, ["Thank you .", "No ."])
+    assert scores[0] > scores[1]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(polite, tmp_path, monkeypatch):
+    import support.supervised as supervised
+
+    data, output = polite
+    config = dict(data_path=data, output_dir=str(tmp_path / "rm"), progress="plain", eval_every=40)
+    calls = []
+    original = supervised.SupervisedRun.evaluate
+
+    def stop_at_the_second(run):
+        original(run)
+        calls.append(run.step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervised.SupervisedRun, "evaluate", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(RewardModelConfig(**config))
+    monkeypatch.undo()
+    train_reward_model(RewardModelConfig(**config, resume=True))
+    train_reward_model(RewardModelConfig(**config | {"output_dir": str(tmp_path / "whole")}))
+    one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("rm", "whole"))
+    assert one == other
+
+
+def test_pairs_from_dialogues_are_kept_and_reused(tmp_path, capsys):
+    settings = dict(from_dialogues="builtin", pairs=40, output_dir=str(tmp_path / "rm"), progress="plain")
+    folder = make_pairs(RewardModelConfig(**settings), tmp_path / "rm")
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and len((folder / "validation.jsonl").read_text().splitlines()) == 100
+    assert all(r["chosen"] == side(r["chosen"][0]["content"].strip()) for r in rows)
+    assert make_pairs(RewardModelConfig(**settings), tmp_path / "rm") == folder
+    assert "has the pairs already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds pairs of other settings"):
+        make_pairs(RewardModelConfig(**settings | {"pairs": 50}), tmp_path / "rm")
+
+
+def test_sampling_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    import reward_model
+
+    monkeypatch.setattr(reward_model, "CHUNK", 16)
+    settings = dict(from_dialogues="builtin", pairs=40, progress="plain")
+    whole = make_pairs(RewardModelConfig(**settings, output_dir=str(tmp_path / "a")), tmp_path / "a")
+    generate, calls = reward_model.generate_replies, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    config = RewardModelConfig(**settings, output_dir=str(tmp_path / "b"))
+    monkeypatch.setattr(reward_model, "generate_replies", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(config, tmp_path / "b")
+    part = tmp_path / "b-pairs/train.jsonl.part"
+    part.write_text(part.read_text() + '{"prompt": [')  # a line that a killed process did not finish
+    again = make_pairs(config, tmp_path / "b")
+    assert len(calls) == 3 + 1 + math.ceil(100 / 16)
+    for split in ("train", "validation"):
+        assert (again / f"{split}.jsonl").read_bytes() == (whole / f"{split}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [
+        ({}, "built-in data are dialogues and have no choices"),
+        ({"from_dialogues": "builtin", "top_p": 0.0}, "top_p is 0.0"),
+        ({"from_dialogues": "./no/model"}, "from dialogues './no/model' does not exist"),
+        ({"data_path": "./no/file.jsonl"}, "does not exist"),
+    ],
+)
+def test_settings_that_are_refused_at_once(settings, fault):
+    with pytest.raises(UserError, match=fault):
+        RewardModelConfig(**settings).check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluation_has_the_scores_and_the_win_rate(polite, tmp_path, capsys):
+    _, output = polite
+    file = tmp_path / "metrics.json"
+    config = dict(model_path="builtin", baseline_path="builtin", limit=12, perplexity=False, intent_model="")
+    run_evaluation(EvalConfig(**config, reward_models=(str(output),), output=str(file), bootstrap=50))
+    printed, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert result["win_rate"]["rm"] == {"wins": 0, "ties": 12, "losses": 0, "value": 0.5, "ci95": list(wilson(6, 12))}
+    assert "win rate by reward model rm: 0.500" in printed and "reward model rm " in printed
+    assert result["difference"]["reward_model_rm"]["value"] == 0
+
+
+def test_the_command_says_what_it_lacks():
+    done = subprocess.run([sys.executable, "reward_model.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--from-dialogues MODEL" in done.stderr
