@@ -248,13 +248,12 @@ def _plain(text: Any) -> str:
 ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("٫٬−", ".,-")
 NUMBER = r"(?<![\d.,A-Za-z])(?P<number>[-+]?(?:\d+(?:[.,]\d+)*|\.\d+))(?![A-Za-z]|[.,]?\d)"
 LABEL = re.compile(
-    r"(?:score|rating|得分|评分|分数|スコア|점수)[\s*_\"'`]*(?:\([^()\n]*\))?[\s*_\"'`]*[:=]", re.IGNORECASE
+    r"(?:score|rating|得分|评分|分数|スコア|점수)[\s*_\"'`]{0,9}(?:\([^()\n]{0,40}\))?[\s*_\"'`]{0,9}[:=]",
+    re.IGNORECASE,
 )
 LABELLED = re.compile(LABEL.pattern + r"[\s*_\"'`<\[($]*(?:\\boxed\{)?" + NUMBER, re.IGNORECASE)
 OUT_OF = re.compile(r"[ \t*_`\]>})]*(?:/|out of\b)[ \t*_`]*" + NUMBER.replace("number", "most"), re.IGNORECASE)
-THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.IGNORECASE | re.DOTALL)
-END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)  # a template may have written the start
-UNENDED_THOUGHT = re.compile(r"<think(?:ing)?>.*", re.IGNORECASE | re.DOTALL)
+THOUGHT, END_OF_THOUGHT = (re.compile(tag, re.IGNORECASE) for tag in (r"<think(?:ing)?>", r"</think(?:ing)?>"))
 
 
 def parse_score(answer: str | None, scale: tuple[float, float], cut: bool = False) -> float | None:
@@ -263,8 +262,7 @@ def parse_score(answer: str | None, scale: tuple[float, float], cut: bool = Fals
     The last `Score: N` counts; else N of `N/10`, where 10 is the highest score; else the only number of the answer.
     `cut` says that the answer reached its largest length: then only a `Score: N` with more text behind it counts.
     """
-    text = (answer or "").translate(ASCII)
-    text = UNENDED_THOUGHT.sub("", END_OF_THOUGHT.split(THOUGHT.sub("", text))[-1])
+    text = _without_thoughts(answer or "").translate(ASCII)
     labelled = list(LABELLED.finditer(text))
     if cut:
         found = {_number_at(m, scale) for m in labelled[-1:] if text[m.end() :].strip("*_` \t.,/")}
@@ -277,6 +275,12 @@ def parse_score(answer: str | None, scale: tuple[float, float], cut: bool = Fals
             found = {_value(m["number"]) for m in numbers}
     score = found.pop() if len(found) == 1 else None
     return score if score is not None and scale[0] <= score <= scale[1] else None
+
+
+def _without_thoughts(answer: str) -> str:
+    """Return what is outside `<think>...</think>`. Either tag may be missing: the template had it, or it was cut."""
+    *ended, last = END_OF_THOUGHT.split(answer)
+    return "".join(THOUGHT.split(part)[0] for part in (*filter(THOUGHT.search, ended), last))
 
 
 def _number_at(match: re.Match, scale: tuple[float, float]) -> float | None:
@@ -512,7 +516,13 @@ class LanguageModelJudge:
             raise self._failure(f"the answer is not JSON; {NOT_THE_SERVER}") from None
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list) or not choices:
-            said = answer if isinstance(answer, str) else getattr(answer, "model_dump_json", lambda: answer)()
+            said = (
+                answer
+                if isinstance(answer, str)
+                else answer.to_dict(warnings=False)
+                if hasattr(answer, "to_dict")
+                else answer
+            )
             raise self._failure(f"the answer holds no choices: {self._shown(said)!r}; {NOT_THE_SERVER}")
         content = getattr(getattr(choices[0], "message", None), "content", None)
         text = content if isinstance(content, str) else ""
@@ -527,12 +537,8 @@ class LanguageModelJudge:
 
     def _shown(self, said: Any) -> str:
         """Return what a server or the client said, in a line without the key."""
-        if isinstance(said, Exception):
-            body = getattr(said, "body", None)
-            body = json.dumps(body, ensure_ascii=False) if isinstance(body, dict) else body
-            more = [said.__cause__, body if str(said).startswith("Error code") and " - " not in str(said) else None]
-            said = " ".join(str(part) for part in (said, *more) if part)
-        return self._hidden(" ".join(str(said).split()))[:300].rstrip(" .")
+        text = _message(said) if isinstance(said, Exception) else str(said)
+        return self._hidden(" ".join(text.split()))[:300].rstrip(" .")
 
     def _hidden(self, text: str) -> str:
         """Return a text without the key, which a server may repeat."""
@@ -543,7 +549,7 @@ class LanguageModelJudge:
         import openai
 
         config = self.config
-        tries = f"{config.max_retries + 1} tries"
+        tries = f"{config.max_retries + 1} tries" if config.max_retries else "1 try"
         if isinstance(error, openai.APITimeoutError):
             return f"{tries} of {config.timeout:g} s each; raise timeout, or lower concurrency or max_tokens"
         if isinstance(error, openai.APIConnectionError):
@@ -562,6 +568,18 @@ class LanguageModelJudge:
 
 
 NOT_THE_SERVER = "is base_url the address of a server with /chat/completions? It often ends in /v1"
+
+
+def _message(error: Exception) -> str:
+    """Return the status and the message of an HTTP error, or what broke a connection."""
+    if not (status := getattr(error, "status_code", None)):
+        return " ".join(str(part) for part in (error, error.__cause__) if part)
+    body = getattr(error, "body", None)
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        named = [inner.get(name) for name in ("message", "detail")] if isinstance(inner, dict) else [inner]
+        body = next((text for text in named if isinstance(text, str)), json.dumps(body, ensure_ascii=False))
+    return f"status {status}: {body}" if body else f"status {status}"
 
 
 def question_key(request: Mapping[str, Any]) -> str:
