@@ -425,17 +425,15 @@ class LanguageModelJudge:
         return (found - low) / (high - low)
 
     def _request(self, conversation: Sequence[Mapping[str, Any]], reply: str) -> dict[str, Any]:
-        """Return the body of a request."""
+        """Return the arguments of the client's call, which are all that the server gets of a question."""
         config = self.config
         messages = [
             {"role": "system", "content": config.rubric},
             {"role": "user", "content": question(conversation, reply, config.scale)},
         ]
-        body = {"model": config.model, "messages": messages}
-        body |= {
-            name: getattr(config, name) for name in ("temperature", "max_tokens") if getattr(config, name) is not None
-        }
-        return body | {"extra_body": config.extra_body}
+        limits = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        return {"model": config.model, "messages": messages} | limits | {"extra_body": config.extra_body}
 
     def _ask_all(self, requests: Mapping[str, dict[str, Any]]) -> None:
         """Ask side by side and keep the answers. The first failure ends it.
@@ -516,13 +514,7 @@ class LanguageModelJudge:
             raise self._failure(f"the answer is not JSON; {NOT_THE_SERVER}") from None
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list) or not choices:
-            said = (
-                answer
-                if isinstance(answer, str)
-                else answer.to_dict(warnings=False)
-                if hasattr(answer, "to_dict")
-                else answer
-            )
+            said = answer.to_dict(warnings=False) if hasattr(answer, "to_dict") else answer
             raise self._failure(f"the answer holds no choices: {self._shown(said)!r}; {NOT_THE_SERVER}")
         content = getattr(getattr(choices[0], "message", None), "content", None)
         text = content if isinstance(content, str) else ""

@@ -1,11 +1,13 @@
 """A language model as judge, against a real server on this machine that answers well, badly, or not at all."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -259,6 +261,17 @@ print([name for name in ("torch", "openai", "numpy", "transformers") if name in 
 def test_the_example_can_be_loaded():
     config = JudgeConfig.load(ROOT / "examples" / "judge.yaml")
     assert config.rubric == (ROOT / "examples" / "rubric.md").read_text().strip()
+
+
+def test_the_page_shows_the_example_and_its_values_are_the_defaults():
+    example = yaml.safe_load((ROOT / "examples" / "judge.yaml").read_text())
+    page = (ROOT / "docs" / "reward.md").read_text()
+    assert yaml.safe_load(re.search(r"(?m)(?:^ {4}.*\n)*^ {4}rubric: .*\n(?:^ {4}.*\n)*", page)[0]) == example
+    table = re.search(r"\| key \| meaning \|\n(\|.*\n)+", page)[0]
+    fields = {f.name: f.default for f in dataclasses.fields(JudgeConfig)}
+    assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()))) == set(fields)
+    for name in example.keys() - {"base_url", "model", "rubric", "extra_body"}:
+        assert fields[name] == (tuple(example[name]) if name == "scale" else example[name]), name
 
 
 # --- The question, and the score in an answer
@@ -657,6 +670,23 @@ except llm_judge.UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=25)
     assert "401" in done.stdout and not done.stderr and done.returncode == 0
+
+
+def test_an_interrupt_does_not_wait_for_the_server(server, judge_file):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    server.answer = lambda reply, n: HANG
+    judge, before = LanguageModelJudge(judge_file(timeout=60)), signal.signal(signal.SIGALRM, interrupt)
+    began = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.4)
+        with pytest.raises(KeyboardInterrupt):
+            ask(judge, "a", "b")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 5
 
 
 # --- The key
