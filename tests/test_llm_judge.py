@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import logging
@@ -524,6 +525,24 @@ def test_processes_append_side_by_side(tmp_path):
     rows = kept(file)
     assert len(rows) == len({row["key"] for row in rows}) == 400
     assert Answers(file).scores == {row["key"]: row["score"] for row in rows}
+
+
+def test_an_answer_waits_for_another_process_that_writes(tmp_path):
+    answers = Answers(tmp_path / "judge.answers.jsonl")
+    writer = threading.Thread(target=answers.keep, args=("a", 1.0, "Score: 1"))
+    with answers.file.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.2)
+        assert not answers.file.read_bytes()
+    writer.join(5)
+    assert Answers(answers.file).scores == {"a": 1}
+
+
+def test_what_another_process_has_asked_meanwhile_is_known(server, judge_file):
+    one, two = LanguageModelJudge(judge_file()), LanguageModelJudge(judge_file())
+    assert ask(one, "a") == ask(two, "a")
+    assert server.replies == ["a"] and (two.asked, two.from_disk) == (0, 1)
 
 
 def test_the_first_answer_of_several_processes_counts(server, judge_file):
