@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from support.config import HIDDEN
 from support.errors import UserError
+from support.llm_judge import JudgeConfig
 from support.options import (
     Above0,
     EngineOptions,
@@ -212,6 +213,8 @@ class PPOConfig(
         )
         for name in self.reward:
             check_reward_path(name)
+            if name.endswith((".yaml", ".yml")):
+                JudgeConfig.load(name)
         check_data(self.data_path)
         check_template(self.template)
 

@@ -32,6 +32,7 @@ from torch import nn
 
 from support.errors import UserError, did_you_mean, import_path
 from support.judge import IntentJudge
+from support.llm_judge import LanguageModelJudge
 from support.meteor import _meteor_parts, meteor
 from support.reward_model import RewardModel
 from support.scoring import (
@@ -352,8 +353,6 @@ class LanguageModelReward(Reward):
     """
 
     def __init__(self, file: str):
-        from support.llm_judge import LanguageModelJudge
-
         self.name, self.judge_model = Path(file).stem, LanguageModelJudge(file)
 
     def __call__(self, prompts, responses, references, acts):

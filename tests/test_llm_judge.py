@@ -26,6 +26,9 @@ from chat_templates import chat_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import ppo_dialog
+from ppo_config import PPOConfig
+from rewards import LanguageModelReward
 from support import llm_judge
 from support.errors import UserError
 from support.llm_judge import Answers, JudgeConfig, LanguageModelJudge, parse_score, question
@@ -786,3 +789,55 @@ def test_a_model_behind_transformers_serve(judge_file, tmp_path, monkeypatch):
     finally:
         served.terminate()
         served.wait(30)
+
+
+# --- A run of PPO that a judge scores
+
+
+def rows_of(run: Path) -> list[dict]:
+    timed = ("_s", "fps", "seconds", "peak_memory_mb")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in rows]
+
+
+def test_a_run_goes_on_after_its_server_died_and_asks_nothing_twice(server, judge_file, tmp_path):
+    def answer(reply, n):
+        return "I cannot say." if len(reply) % 5 == 0 else f"Score: {1 + len(reply) % 10}"
+
+    file = judge_file(concurrency=2)
+    config = dict(reward={str(file): 1.0, "meteor": 0.5}, intent_coef=0.0, total_time_steps=500, env_num=8)
+    config |= dict(eval_limit=8, validation_limit=4, sample_interval=2, save_interval=1, run_dir=str(tmp_path / "runs"))
+    server.answer = answer
+    whole = ppo_dialog.train(PPOConfig(**config, experiment_name="whole"))
+    file.with_name("judge.answers.jsonl").unlink()
+    server.seen.clear()
+
+    server.answer = lambda reply, n: answer(reply, n) if n < 60 else (500, {}, "no memory")
+    with pytest.raises(UserError, match="500.*no memory"):
+        ppo_dialog.train(PPOConfig(**config, experiment_name="stopped"))
+    assert list((tmp_path / "runs/stopped/checkpoints").iterdir())
+    server.answer = answer
+    stopped = ppo_dialog.train(PPOConfig(**config, experiment_name="stopped", resume=True))
+    assert rows_of(stopped) == rows_of(whole)
+    answered = [(row["key"]) for row in kept(file)]
+    assert len(answered) == len(set(answered)) and len(server.seen) < len(answered) + 10
+
+    for row in rows_of(whole):
+        assert 0 < row["judge"] < 1
+        assert row["score"] == pytest.approx(row["reward_judge"] + row["reward_meteor"], abs=1e-6)
+    assert any(0 < row["judge_without_score"] < 1 for row in rows_of(whole))
+
+
+def test_an_answer_without_a_score_gets_the_mean_of_the_batch(server, judge_file):
+    server.answer = lambda reply, n: {"a": "Score: 10", "b": "no idea", "c": "Score: 1"}[reply]
+    reward = LanguageModelReward(str(judge_file()))
+    scores = reward(["Hi ."] * 3, ["a", "b", "c"], [""] * 3, [0] * 3)
+    assert scores.total.tolist() == [1, 0.5, 0] and scores.metrics["judge_without_score"].tolist() == [0, 1, 0]
+    assert np.isnan(scores.metrics["judge"][1])
+    assert reward(["Hi ."], ["b"], [""], [0]).total.tolist() == [0.5]
+
+
+def test_a_judge_that_cannot_be_used_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "judge.yaml").write_text("model: m\nrubric: Be kind.\n")
+    with pytest.raises(UserError, match="base_url"):
+        PPOConfig(reward={str(tmp_path / "judge.yaml"): 1.0}).check()
