@@ -15,6 +15,7 @@ import intent_classifier
 import ppo_dialog
 import report
 import sft_dialog
+import tally
 from reproduce import results
 from support.config import command_line
 
@@ -27,6 +28,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     eval_metrics: (eval_metrics.EvalConfig, ["eval", "text", "sample"]),
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
+    tally: (tally.TallyConfig, []),
     results: (results.ResultsConfig, []),
 }
 CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}
