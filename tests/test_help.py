@@ -139,6 +139,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "judge": ("ppo_dialog", "eval_metrics", "chat"),
     "diagnostics": PPO,
     "supervised": ("sft_dialog", "intent_classifier"),
+    "tally": ("chat",),  # it names the command that writes its file
 }
 ROOT = Path(chat.__file__).parent
 SOURCES = [file for folder in ("", "support", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))]

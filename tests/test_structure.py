@@ -47,7 +47,7 @@ def test_no_imports_form_a_circle():
     ids=["help", "mistake"],
 )
 def test_options_are_answered_without_heavy_libraries(name, arguments, status, phrase):
-    arguments = ["builtin", *arguments] if name == "chat" else arguments
+    arguments = ["builtin", *arguments] if name in ("chat", "tally") else arguments
     code = f"""
 import runpy, sys
 
