@@ -5,6 +5,7 @@
     python chat.py gpt2 --top-p 0.9 --seed 1         # a hub name or a folder
     python chat.py runs/my_run --versus builtin      # two side by side: both answer each line
     python chat.py runs/my_run --web                 # a page in the browser, where the better reply can be chosen
+    python chat.py A --versus B --web --blind        # the page hides which model wrote which reply; see tally.py
     python chat.py FOLDER --prompt "How are you ?"   # one reply, then end
     python chat.py FOLDER < lines.txt > replies.txt  # a reply to each line: no prompts, no banner
 
@@ -37,7 +38,7 @@ from typing import Any
 from support.config import check_command_line, command_line
 from support.errors import UserError, did_you_mean, run_script
 from support.options import AgentConfig
-from support.paths import check_models, check_template
+from support.paths import check_models, check_template, model_folder
 
 
 @dataclass
@@ -52,6 +53,8 @@ class ConversationOptions:
     """Judge of dialogue acts for /scores: folder, hub name or 'builtin'; left out, that of the run, if it is one."""
     web: bool = False
     """Talk on a page at http://127.0.0.1:PORT instead, with two replies side by side and a choice of the better one."""
+    blind: bool = False
+    """Hide on the page which of the two models wrote which reply, and write both their names down with each choice."""
     port: int = 7860
     """Port of the page."""
     preferences: str = "preferences.jsonl"
@@ -68,6 +71,11 @@ class ChatConfig(ConversationOptions, AgentConfig):
             raise UserError("--prompt is blank; expected something to reply to.")
         if self.web and self.prompt is not None:
             raise UserError("--web and --prompt were both given; expected one of them.")
+        if self.blind and not (self.versus and self.web):
+            missing = "--versus MODEL" if self.web else "--web" if self.versus else "--versus MODEL and --web"
+            raise UserError(f"--blind compares two models on a page; give {missing} too.")
+        if self.blind and os.path.realpath(model_folder(self.path)) == os.path.realpath(model_folder(self.versus)):
+            raise UserError(f"a blind comparison needs two different models; --versus names '{self.path}' again.")
         for name in (self.path, self.versus):
             check_models(model=name, tokenizer=self.tokenizer_path, intent_model=self.intent_model)
         check_template(self.template)
@@ -380,7 +388,10 @@ def main() -> None:
         from support.chat_page import check_page, serve  # here, because a terminal need not wait seconds for gradio
 
         check_page(config.preferences, config.port)
-        return serve(open_agents(config), config.preferences, config.port)
+        agents = open_agents(config)
+        if config.blind and (note := views_note(agents)):  # not on the page, where it would tell the two apart
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        return serve(agents, config.preferences, config.port, config.blind)
     agents = open_agents(config)
     at_terminal = config.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if not at_terminal and (note := views_note(agents)):

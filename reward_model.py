@@ -233,10 +233,12 @@ def make_pairs(config: RewardModelConfig, output: Path) -> Path:
         raise UserError(f"'{config.data_path}' has no human replies, which would be the chosen ones.")
     model = load_causal_lm(name, longest=longest_text(codec.format)).to(PartialState().device).eval()
     check_vocabulary(codec.tokenizer, model, name)
-    settings_of = ReplySettings(codec, config.sampling, config.seed, share=True)
+    how = ReplySettings(codec, config.sampling, config.seed, batch_size=64, share=True)
     limits = {"train": config.pairs, "validation": config.pairs and max(100, config.pairs // 10)}
+    device = PartialState().device.type
     for split, limit in limits.items():
-        write_pairs(model, spread(samples[split], limit), settings_of, folder / f"{split}.jsonl", config.progress)
+        with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            write_pairs(model, spread(samples[split], limit), how, folder / f"{split}.jsonl", config.progress)
     return folder
 
 

@@ -23,7 +23,7 @@ def cpu_seconds(script: str, *arguments: str) -> float:
 
 if __name__ == "__main__":
     print("| script | --help | mistyped path |\n|---|---|---|")
-    for name in "ppo_dialog sft_dialog intent_classifier eval_metrics chat report estimate".split():
-        option = [] if name in ("chat", "report") else ["--model-path"]
+    for name in "ppo_dialog sft_dialog intent_classifier eval_metrics chat report estimate tally".split():
+        option = [] if name in ("chat", "report", "tally") else ["--model-path"]
         times = cpu_seconds(f"{name}.py", "--help"), cpu_seconds(f"{name}.py", *option, "./nowhere")
         print(f"| {name}.py | {times[0]:.2f} | {times[1]:.2f} |")

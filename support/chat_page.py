@@ -2,11 +2,16 @@
 
     python chat.py runs/my_run --web                       # http://127.0.0.1:7860
     python chat.py runs/my_run --versus builtin --web      # replies of two models to choose from
+    python chat.py A --versus B --web --blind              # which model wrote which reply is hidden
 
 Only this machine can open the page, and it works without a network. Each tab has its own conversation; a reload begins
 a new one. A choice becomes one line of the file of `--preferences`, {"prompt", "chosen", "rejected"}, which
 `datasets.load_dataset("json", data_files=...)` and TRL's DPOTrainer read. The values are strings for a model of the
 dialogue format, messages for one with a chat template. The conversation goes on with the chosen reply.
+
+A blind page shows no name of a model until the tally is asked for, and draws anew for each pair which reply is first.
+Both replies appear together, because a model's speed could tell it from the other. Its rows have the columns of
+support/tally.py too: the two models, and whether they tied.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import html
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -28,10 +34,14 @@ import gradio as gr
 
 from support.agent import Agent, views_note
 from support.errors import UserError, first_line
+from support.tally import MODEL_COLUMNS, Tally, one_line, read_choices, tally_of
 from support.text import messages_of
 
 HOST = "127.0.0.1"
 CHOOSE_FIRST = "Choose a reply first; *Neither* takes both back."
+SHOW_TALLY, HIDE_TALLY = "Show the tally", "Hide the tally"
+BOTH = (0, 1)
+PROMPTS_SHOWN = 20  # in the tally on the page; tally.py lists all
 CSS = """
 .gradio-container { width: min(100%, 60rem) !important; margin: 0 auto !important; padding: 0.25rem !important; }
 .gradio-container > .main { padding: 0.5rem !important; }
@@ -40,6 +50,9 @@ CSS = """
 #chat button[aria-label="Clear"] { display: none; }  /* Reset does that */
 #chat .message-buttons-right { display: none; }  /* a copy of one's own words */
 #status { min-height: 1.5em; }
+#tally { overflow-wrap: anywhere; }
+#tally td, #tally th { padding: 0 0.4rem; text-align: right; white-space: nowrap; border: 1px solid #8884; }
+#tally td:last-child, #tally th:last-child { text-align: left; white-space: normal; }
 @media (max-width: 40rem) { .gradio-container:has(#pair) #chat { height: 14rem !important; } }
 """
 
@@ -92,11 +105,17 @@ def _check_rows(rows: bytes, row: dict[str, Any], file: Path) -> None:
     except ValueError as error:
         why = f"its first line is no JSON ({first_line(error)})"
         raise UserError(f"'{file}' is no file of preferences: {why}.") from error
-    if not isinstance(first, dict) or {k: type(v) for k, v in first.items()} != {k: type(v) for k, v in row.items()}:
-        raise UserError(
-            f"the rows of '{file}' have another form than messages, as an earlier version wrote them; start again with "
-            "another --preferences."
-        )
+    if isinstance(first, dict) and {k: type(v) for k, v in first.items()} == {k: type(v) for k, v in row.items()}:
+        return
+    columns, names = set(first) if isinstance(first, dict) else set(), {"prompt", "chosen", "rejected"}
+    blind = names | set(MODEL_COLUMNS)
+    if columns == blind != row.keys():
+        why = "are of a blind comparison, with the names of the models, and those of this page have none"
+    elif columns == names != row.keys():
+        why = "do not name the models, and those of a blind comparison do"
+    else:
+        why = "have another form than messages, as an earlier version wrote them"
+    raise UserError(f"the rows of '{file}' {why}; start again with another --preferences.")
 
 
 class Stop(threading.Event):
@@ -109,7 +128,7 @@ class Tab(NamedTuple):
     """The conversation of one tab."""
 
     history: list[str] = []  # what user and agent said, in turn
-    pending: dict[str, Any] | None = None  # the two replies to choose from: text, said (2), attempt
+    pending: dict[str, Any] | None = None  # the two replies to choose from: text, said (2), writers (2), attempt
     chosen: int = 0  # choices written down
     tries: int = 1  # the attempt that the next retry makes
 
@@ -120,20 +139,28 @@ class ChatPage:
     The methods that answer events return the widgets that change. Gradio keeps a `Tab` for each tab.
     """
 
-    def __init__(self, agents: Sequence[Agent], preferences: str | Path):
-        self.agents, self.preferences = agents, preferences
+    def __init__(self, agents: Sequence[Agent], preferences: str | Path, blind: bool = False):
+        self.agents, self.preferences, self.blind = agents, preferences, blind
+        self.draws = random.Random(agents[0].seed)  # which model is first, and which reply goes on after a tie
         self.writing: dict[str, Stop] = {}  # by session, while a reply is being written there
-        with gr.Blocks(title=f"Chat: {agents[0].path}", analytics_enabled=False) as self.page:
-            self._lay_out(["First", "Second"] if len(agents) == 1 else ["A", "B"])
+        title = "Chat: blind comparison" if blind else f"Chat: {agents[0].path}"
+        with gr.Blocks(title=title, analytics_enabled=False) as self.page:
+            self._lay_out(["A", "B"] if len(agents) > 1 and not blind else ["First", "Second"])
             self._connect()
+
+    def _heading(self, names: list[str]) -> str:
+        """What the page says about the agents."""
+        if self.blind:
+            return "**Blind comparison**: two models answer. Which of them is first is drawn anew for each pair."
+        about = [f"**`{agent.path}`**, {html.escape(agent.summary())}" for agent in self.agents]
+        about = about if len(self.agents) == 1 else [f"{name}: {line}" for name, line in zip(names, about)]
+        note = html.escape(views_note(self.agents))
+        return "<br>".join([*about, note] if note else about)
 
     def _lay_out(self, names: list[str]) -> None:
         single = len(self.agents) == 1
-        about = [f"**`{agent.path}`**, {html.escape(agent.summary())}" for agent in self.agents]
-        about = about if single else [f"{name}: {line}" for name, line in zip(names, about)]
-        note = html.escape(views_note(self.agents))
         self.tab = gr.State(Tab())
-        gr.Markdown("<br>".join([*about, note] if note else about), elem_id="heading")
+        gr.Markdown(self._heading(names), elem_id="heading")
         self.chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",
@@ -148,9 +175,12 @@ class ChatPage:
                     with gr.Column(min_width=280):
                         self.replies.append(gr.Textbox(label=name, lines=2, interactive=False))
                         self.choices.append(gr.Button(f"{name} is better", variant="primary"))
+            small = dict(size="sm", min_width=100)
             with gr.Row():
-                self.again = gr.Button("Two others", size="sm", min_width=120)
-                self.neither = gr.Button("Neither", size="sm", min_width=120)
+                self.equal = [gr.Button("Equally good", **small)] if self.blind else []
+                self.again = gr.Button("Two others", **small)
+                self.neither = gr.Button("Neither", **small)
+        self.buttons = [*self.choices, *self.equal, self.again, self.neither]
         self.status = gr.Markdown("", elem_id="status")
         hint = "Say something, Enter sends"
         self.box = gr.Textbox(
@@ -158,14 +188,18 @@ class ChatPage:
         )
         with gr.Row():
             label = "Two replies to choose from" if single else "Compare A and B (else A alone answers)"
-            self.compare = gr.Checkbox(label=label, value=not single, container=False, elem_id="compare")
-            self.begin_anew = gr.Button("Reset", elem_id="reset", size="sm", scale=0, min_width=120)
+            options = dict(value=not single, visible=not self.blind, container=False, elem_id="compare")
+            self.compare = gr.Checkbox(label="" if self.blind else label, **options)
+            small = dict(size="sm", scale=0, min_width=120)
+            self.ask = gr.Button(SHOW_TALLY, visible=self.blind, elem_id="ask", **small)
+            self.begin_anew = gr.Button("Reset", elem_id="reset", **small)
+        self.tally = gr.HTML("", visible=False, elem_id="tally")
 
     def _connect(self) -> None:
         """Say which method answers which event."""
         hidden = dict(api_visibility="private", show_progress="hidden")
-        pair = [self.pair, *self.replies, *self.choices, self.again, self.neither]
-        answers = hidden | dict(outputs=[self.tab, self.chat, *pair, self.status, self.box])
+        pair = [self.pair, *self.replies, *self.buttons]
+        answers = hidden | dict(outputs=[self.tab, self.chat, *pair, self.status, self.box, self.tally, self.ask])
         speaks = answers | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
         self.box.submit(self.say, [self.box, self.tab, self.compare], **speaks)
         self.again.click(self.retry_pair, self.tab, **speaks)
@@ -173,8 +207,9 @@ class ChatPage:
         self.chat.undo(self.undo, self.tab, **speaks)
         decides = answers | dict(concurrency_id="choice", concurrency_limit=1)  # one decision at a time
         self.neither.click(self.take_back, self.tab, **decides)
-        for i, button in enumerate(self.choices):
+        for i, button in enumerate([*self.choices, *self.equal]):
             button.click(lambda tab, i=i: self.choose(i, tab), self.tab, **decides)
+        self.ask.click(self.show_tally, self.ask, queue=False, **answers)
         self.box.stop(self.stop, queue=False, **hidden)
         self.begin_anew.click(self.reset, queue=False, **answers)
         self.page.unload(self.stop)
@@ -187,7 +222,8 @@ class ChatPage:
     ) -> dict[Any, Any]:
         """The page of a tab where `said` follows its history. `box`: a new text for the box.
 
-        While a reply is written (`busy`) the box has its Stop in place of Send, and nothing can be chosen.
+        While a reply is written (`busy`) the box has its Stop in place of Send, and nothing can be chosen. The tally
+        is hidden again.
         """
         new_text = {} if box is None else {"value": box}
         return {
@@ -196,7 +232,9 @@ class ChatPage:
             self.pair: gr.update(visible=pair),
             self.status: status,
             self.box: gr.update(submit_btn=not busy, stop_btn=busy, **new_text),
-        } | {button: gr.update(interactive=not busy) for button in (*self.choices, self.again, self.neither)}
+            self.tally: gr.update(value="", visible=False),
+            self.ask: SHOW_TALLY,
+        } | {button: gr.update(interactive=not busy) for button in self.buttons}
 
     def say(self, text: str, tab: Tab, compare: bool, request: gr.Request, attempt: int = 0):
         """Answer `text`: one reply to go on with, or a pair to choose from."""
@@ -208,7 +246,7 @@ class ChatPage:
         try:
             yield from (self.answer_twice if compare else self.answer)(text, tab, stop, attempt)
         except UserError as error:
-            yield self.show(tab, box=text, status=str(error))
+            yield self.show(tab, box=text, status=self.told(error))
         finally:
             self.writing.pop(request.session_hash, None)
         if stop.begin_anew:
@@ -227,21 +265,27 @@ class ChatPage:
 
     def answer_twice(self, text: str, tab: Tab, stop: Stop, attempt: int) -> Iterator[dict[Any, Any]]:
         """The page while two replies are written, and after. A single agent draws two numbers for each attempt."""
-        yield self.show(tab, text, busy=True, box="", pair=True) | dict.fromkeys(self.replies, "")
+        status = "Both replies are being written, and appear together." if self.blind else ""
+        empty = dict.fromkeys(self.replies, "")
+        yield self.show(tab, text, busy=True, box="", pair=True, status=status) | empty
         said, count = ["", ""], len(self.agents)
-        for i in range(2):
-            agent, number = self.agents[i % count], (2 * attempt + i) // count
+        writers = self.draws.sample(BOTH, 2) if self.blind else [i % count for i in BOTH]  # by their place on the page
+        for i in BOTH:
+            agent, number = self.agents[writers[i]], (2 * attempt + i) // count
             for said[i] in self.reply_so_far(agent, tab.history, text, number, stop):
-                yield {self.replies[i]: said[i]}
+                if not self.blind:
+                    yield {self.replies[i]: said[i]}
+        worded = {widget: reply or "(no words)" for widget, reply in zip(self.replies, said)}
+        decide = tab._replace(pending=dict(text=text, said=said, writers=writers, attempt=attempt))
         if stop.is_set():  # half a reply cannot be compared fairly
             yield self.show(tab, box=text)
-        elif said[0] == said[1]:
+        elif said[0] != said[1]:
+            yield self.show(decide, text, pair=True) | worded
+        elif self.blind:
+            yield self.show(decide, text, pair=True) | worded | self.choose(len(BOTH), decide)
+        else:
             note = "Both replies were the same, so there was nothing to choose."
             yield self.show(tab._replace(history=[*tab.history, text, said[0]]), status=note)
-        else:
-            worded = {widget: reply or "(no words)" for widget, reply in zip(self.replies, said)}
-            pending = dict(text=text, said=said, attempt=attempt)
-            yield self.show(tab._replace(pending=pending), text, pair=True) | worded
 
     def reply_so_far(self, agent: Agent, history: list[str], text: str, attempt: int, stop: Stop) -> Iterator[str]:
         """The reply as far as it is written, until it ends or is stopped."""
@@ -252,18 +296,47 @@ class ChatPage:
                     return
 
     def choose(self, which: int, tab: Tab) -> dict[Any, Any]:
-        """Write the choice down and go on with it; if it cannot be written the pair stays."""
+        """Write the choice down and go on with it; if it cannot be written the pair stays. `which` is 2 for a tie."""
         if not tab.pending:
             return {self.status: ""}
-        text, said = tab.pending["text"], tab.pending["said"]
+        text, said, writers = (tab.pending[name] for name in ("text", "said", "writers"))
+        equal = said[0] == said[1]
+        tie = equal or which not in BOTH
+        chosen = writers.index(0) if tie else which  # of a tie, the reply of the first model
         try:
-            row = self.agents[0].preference([*tab.history, text], said[which], said[1 - which])
+            row = self.agents[0].preference([*tab.history, text], said[chosen], said[1 - chosen])
+            if self.blind:
+                models = (self.agents[writers[i]].path for i in (chosen, 1 - chosen))
+                row |= dict(zip(MODEL_COLUMNS, (*models, tie)))
             append_preference(self.preferences, row)
         except UserError as error:
-            return {self.status: str(error)}
-        count = tab.chosen + 1
-        tab = tab._replace(history=[*tab.history, text, said[which]], pending=None, chosen=count)
-        return self.show(tab, status=f"Written to `{self.preferences}` ({count} in this conversation).")
+            return {self.status: self.told(error)}
+        count, kept = tab.chosen + 1, said[self.draws.choice(BOTH) if tie else which]
+        tab = tab._replace(history=[*tab.history, text, kept], pending=None, chosen=count)
+        written = f"Written to `{self.preferences}`"
+        if self.blind:
+            written = "Both replies were the same: a tie was written down" if equal else "Written down"
+        return self.show(tab, status=f"{written} ({count} in this conversation).")
+
+    def told(self, error: UserError) -> str:
+        """A message for the page, which names no model if it is blind."""
+        said = str(error)
+        for agent in self.agents if self.blind else ():
+            for name in (agent.name, agent.path):
+                said = said.replace(f"'{name}'", "one of the two models")
+        return said.replace(f"'{Path(self.preferences)}'", "the file of preferences") if self.blind else said
+
+    def show_tally(self, label: str) -> dict[Any, Any]:
+        """Show the choices between the two models that the file holds, from all tabs and days; or hide them again."""
+        if label == HIDE_TALLY:
+            return {self.tally: gr.update(value="", visible=False), self.ask: SHOW_TALLY}
+        models = (self.agents[0].path, self.agents[1].path)
+        try:
+            choices = read_choices(self.preferences)
+            shown = tally_html(tally_of(choices.rows, models), choices.notes())
+        except UserError as error:
+            shown = f"<p>{html.escape(str(error))}</p>"
+        return {self.tally: gr.update(value=shown, visible=True), self.ask: HIDE_TALLY}
 
     def take_back(self, tab: Tab) -> dict[Any, Any]:
         """Neither reply is chosen: what was said is in the box again."""
@@ -296,9 +369,25 @@ class ChatPage:
         return self.show(Tab(), box="")
 
 
-def serve(agents: Sequence[Agent], preferences: str, port: int) -> None:
+def tally_html(tally: Tally, notes: Sequence[str]) -> str:
+    """A tally for the page, which names the models."""
+    names = [f"<b>{name}</b>: {html.escape(model)}" for name, model in zip("AB", tally.models)]
+    lines = ["<br>".join(names), *map(html.escape, (*tally.sentences(), *notes))]
+    prompts = tally.by_prompt()
+    if len(prompts) > PROMPTS_SHOWN:
+        lines.append(f"The {PROMPTS_SHOWN} prompts that were asked most often, of {len(prompts):,}:")
+    heads = "".join(f"<th>{head}</th>" for head in ("asked", "A won", "ties", "B won", "prompt"))
+    rows = []
+    for prompt, count in prompts[:PROMPTS_SHOWN]:
+        cells = count.asked, count.wins, count.ties, count.losses, html.escape(one_line(prompt) or "(no words)")
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    table = "".join(f"<tr>{row}</tr>" for row in (heads, *rows)) if rows else ""
+    return "".join(f"<p>{line}</p>" for line in lines) + f"<table>{table}</table>"
+
+
+def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = False) -> None:
     """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
-    page = ChatPage(agents, preferences).page
+    page = ChatPage(agents, preferences, blind).page
     # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},{HOST}" if direct else HOST

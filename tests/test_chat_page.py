@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import forked
@@ -21,9 +22,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_chat import TEMPLATE, longest_file, make_model
 
+from chat import ChatConfig
 from support.agent import Agent
-from support.chat_page import append_preference, check_page
+from support.chat_page import ChatPage, Tab, append_preference, check_page
+from support.data import load_dialogues
 from support.errors import UserError
+from support.tally import read_choices
 from support.text import DialogueFormat
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +109,12 @@ def say(browser, text):
     find(browser, "#say textarea").send_keys(text, Keys.ENTER)
 
 
-def pair(browser):
+def pair(browser, buttons=4):
     """Both replies that are to be chosen from."""
 
     def written():
         enabled = browser.execute_script("return document.querySelectorAll('#pair button:enabled').length")
-        return enabled == 4 and browser.execute_script(
+        return enabled == buttons and browser.execute_script(
             "return [...document.querySelectorAll('#pair textarea')].map(e => e.value)"
         )
 
@@ -243,6 +247,200 @@ def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_p
     assert not (tmp_path / "preferences.jsonl").exists()
 
 
+# --- a blind comparison ----------------------------------------------------------------------------------------------
+
+
+def test_a_blind_page_names_no_model_until_the_tally_is_asked_for(browser, models, tmp_path):
+    lengths = ("--min-new-tokens", 10, "--max-new-tokens", 10)
+    file = tmp_path / "preferences.jsonl"
+    with serving(tmp_path, models[0], "--versus", models[1], "--blind", "--seed", 1, *lengths) as address:
+        browser.get(address)
+
+        def told():
+            config = browser.execute_script("return JSON.stringify(window.gradio_config)")
+            shown = browser.page_source + browser.title + config
+            return [name for model in models for name in (model, Path(model).name) if name in shown]
+
+        chosen = []
+        for turn, button in enumerate(("First is better", "Second is better", "Equally good")):
+            say(browser, f"hello {turn}")
+            replies = pair(browser, buttons=5)
+            assert told() == []
+            press(browser, button)
+            wait(browser, lambda said=f"Written down ({turn + 1} in": said in find(browser, "#status").text)
+            assert told() == [] and not browser.find_elements(By.CSS_SELECTOR, "#tally table")
+            row = json.loads(file.read_text().splitlines()[-1])
+            assert {row["chosen_model"], row["rejected_model"]} == set(models) and row["tie"] == (turn == 2)
+            sides = [row[side][0]["content"].split() for side in ("chosen", "rejected")]
+            expected = [reply.split() for reply in replies[:: -1 if turn == 1 else 1]]
+            assert sides == expected if turn < 2 else sorted(sides) == sorted(expected)
+            chosen.append(row["chosen_model"])
+        assert chosen[2] == models[0]  # a tie has the order of the command
+        assert texts(browser, BOT)[2].split() in [reply.split() for reply in replies]
+
+        press(browser, "Show the tally")
+        wait(browser, lambda: "A won" in find(browser, "#tally").text)
+        tally = find(browser, "#tally").text
+        wins = chosen[:2].count(models[0])
+        assert f"A won {wins}, B won {2 - wins}, 1 tie." in tally and all(model in tally for model in models)
+        press(browser, "Hide the tally")
+        wait(browser, lambda: told() == [])
+        press(browser, "Show the tally")
+        wait(browser, told)
+        say(browser, "good bye")  # hides it too
+        pair(browser, buttons=5)
+        assert told() == []
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+class Speaker:
+    """An agent that says what it is told to."""
+
+    uses_template, system = True, ""
+
+    def __init__(self, path, replies=None, seed=None):
+        self.path = self.name = path
+        self.seed, self.replies, self.asked = seed, replies, []
+
+    def heard(self, text):
+        return text
+
+    def respond(self, history, text, attempt=0):
+        self.asked.append([*history, text])
+        if self.replies == "refuse":
+            raise UserError(f"the chat template of '{self.name}' refuses the conversation: no.")
+        yield from self.replies or [f"{self.path} ", f"{attempt}"]
+
+    preference = Agent.preference
+    _spaced = staticmethod(str)
+
+    def shown(self, history):
+        return [{"role": "user", "content": history[-1]}], []
+
+
+REQUEST = SimpleNamespace(session_hash="tab")
+
+
+def blind_page(file, replies=(None, None), seed=None):
+    return ChatPage([Speaker("left", replies[0], seed), Speaker("right", replies[1], seed)], file, blind=True)
+
+
+def said_by(page, text="hello", tab=None):
+    """All that the page shows on the way to its replies, by widget, and the tab after it."""
+    events = list(page.say(text, tab or Tab(), True, REQUEST))
+    return events, events[-1][page.tab]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_sides_are_drawn_anew_for_each_pair_and_follow_the_seed(tmp_path, seed):
+    drawn = []
+    for _ in range(2):
+        page, sides = blind_page(tmp_path / "p.jsonl", seed=seed), []
+        _, tab = said_by(page)
+        for _ in range(40):
+            sides.append(tab.pending["said"][0].split()[0])
+            *_, last = page.retry_pair(tab, REQUEST)
+            tab = last[page.tab]
+        assert 5 < sides.count("left") < 35 and tab.pending["attempt"] == 40
+        drawn.append(sides)
+    assert (drawn[0] == drawn[1]) == (seed is not None)
+
+
+def test_both_replies_appear_at_once_and_are_written_in_the_order_of_the_page(tmp_path):
+    page = blind_page(tmp_path / "p.jsonl")
+    for _ in range(20):
+        events, tab = said_by(page)
+        shown = [[event[reply] for reply in page.replies] for event in events if page.replies[0] in event]
+        assert shown == [["", ""], tab.pending["said"]]
+        assert [page.agents[i].path for i in tab.pending["writers"]] == [s.split()[0] for s in tab.pending["said"]]
+
+
+def test_a_tie_has_the_order_of_the_models_and_goes_on_with_either(tmp_path):
+    page, kept = blind_page(tmp_path / "p.jsonl"), set()
+    for _ in range(20):
+        tab = page.choose(2, said_by(page)[1])[page.tab]
+        kept.add(tab.history[-1].split()[0])
+    assert kept == {"left", "right"}
+    for line in (tmp_path / "p.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert (row["chosen_model"], row["rejected_model"], row["tie"]) == ("left", "right", True)
+        assert row["chosen"][0]["content"].startswith("left") and row["rejected"][0]["content"].startswith("right")
+
+
+def test_equal_replies_are_written_down_as_a_tie(tmp_path):
+    page = blind_page(tmp_path / "p.jsonl", (["the same"], ["the same"]))
+    events, tab = said_by(page)
+    assert "a tie was written down (1 in" in events[-1][page.status] and tab.history == ["hello", "the same"]
+    (tmp_path / "p.jsonl").write_text('{"torn')
+    events, tab = said_by(page, "bye", tab)
+    assert "cut short" in events[-1][page.status] and tab.pending  # the choice is not lost
+    (tmp_path / "p.jsonl").unlink()
+    page.choose(0, tab)
+    assert read_choices(tmp_path / "p.jsonl").rows == [("left", "right", True, "bye")]
+
+
+def test_a_message_on_a_blind_page_names_no_model_and_no_file(tmp_path):
+    page = blind_page(tmp_path / "left" / "p.jsonl", ("refuse", "refuse"))
+    [*_, last], tab = said_by(page)
+    assert "template of one of the two models refuses" in last[page.status] and "left" not in last[page.status]
+    page = blind_page(tmp_path / "left" / "p.jsonl")
+    status = page.choose(0, said_by(page)[1])[page.status]
+    assert status.startswith("the file of preferences cannot be written") and "left" not in status
+
+
+def test_the_tally_of_a_page_is_that_of_its_models_in_the_file(tmp_path):
+    page = blind_page(file := tmp_path / "p.jsonl")
+    assert "there is no file" in page.show_tally("Show the tally")[page.tally]["value"]
+    for prompt in ("hello <b>", *map(str, range(30))):
+        page.choose(2, said_by(page, prompt)[1])
+    page.agents[1].path = "third"
+    page.choose(2, said_by(page)[1])
+    assert "1 comparison: A won 0, B won 0, 1 tie." in page.show_tally("Show the tally")[page.tally]["value"]
+    page.agents[1].path = "right"
+    shown = page.show_tally("Show the tally")[page.tally]["value"]
+    assert "31 comparisons" in shown and "Nothing was decided" in shown and "The 20 prompts" in shown
+    assert "<b>right" not in shown and "third" not in shown and shown.count("<tr>") == 21
+    with file.open("a") as stream:
+        stream.write('{"pro')
+    assert "1 line was not counted: 1 cut short" in page.show_tally("Show the tally")[page.tally]["value"]
+    assert page.show_tally("Hide the tally")[page.tally]["value"] == ""
+
+
+def test_rows_of_a_blind_page_are_read_as_preferences(tmp_path):
+    page = blind_page(file := tmp_path / "p.jsonl", seed=1)
+    for n in range(40):
+        page.choose(n % 3, said_by(page, f"prompt {n}")[1])
+    stored = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert stored.column_names == ["prompt", "chosen", "rejected", "chosen_model", "rejected_model", "tie"]
+    assert len(stored.filter(lambda row: not row["tie"])) == 27
+    (tmp_path / "data").mkdir()
+    file.rename(tmp_path / "data" / "train.jsonl")
+    dialogues = load_dialogues(str(tmp_path / "data"), "train")
+    assert [d.utterances for d in dialogues] == [
+        (row["prompt"][-1]["content"], row["chosen"][0]["content"]) for row in stored
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(blind=True), "give --versus MODEL and --web too"),
+        (dict(blind=True, web=True), "give --versus MODEL too"),
+        (dict(blind=True, versus="other"), "give --web too"),
+        (dict(blind=True, versus="builtin", web=True), "needs two different models"),
+    ],
+)
+def test_blind_needs_a_page_and_two_models(options, message):
+    with pytest.raises(UserError, match=message):
+        ChatConfig("builtin", **options).check()
+
+
+def test_blind_needs_two_folders_that_differ(models):
+    with pytest.raises(UserError, match="two different models"):
+        ChatConfig(models[0], versus=models[0] + "/", blind=True, web=True).check()
+    ChatConfig(models[0], versus=models[1], blind=True, web=True).check()
+
+
 # --- the file of choices ---------------------------------------------------------------------------------------------
 
 
@@ -274,6 +472,9 @@ ROW |= {
 }
 
 
+BLIND_ROW = ROW | {"chosen_model": "a", "rejected_model": "b", "tie": False}
+
+
 def test_a_choice_is_appended_as_one_whole_line(tmp_path):
     file = tmp_path / "p.jsonl"
     writers = [
@@ -295,6 +496,8 @@ def test_a_choice_is_appended_as_one_whole_line(tmp_path):
         ('{"prompt": "a", "chosen": "b", "rej', "cut short"),
         ('{"prompt": "a<EOU>", "chosen": "b", "rejected": "c"}\n', "another form than messages"),
         ('{"text": "a"}\n', "another form than messages"),
+        ('["a"]\n', "another form than messages"),
+        (json.dumps(BLIND_ROW) + "\n", "are of a blind comparison"),
         ("hello\n", "no JSON"),
     ],
 )
@@ -304,6 +507,14 @@ def test_a_file_that_would_no_longer_be_read_is_left_as_it_is(tmp_path, content,
     with pytest.raises(UserError, match=message):
         append_preference(file, ROW)
     assert file.read_text() == content
+
+
+def test_a_blind_choice_is_not_added_to_rows_without_models(tmp_path):
+    file = tmp_path / "p.jsonl"
+    append_preference(file, ROW)
+    with pytest.raises(UserError, match="do not name the models, and those of a blind comparison do; .*--preferences"):
+        append_preference(file, BLIND_ROW)
+    assert file.read_text() == json.dumps(ROW) + "\n"
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):

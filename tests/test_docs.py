@@ -203,6 +203,8 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
+    choice = dict(prompt="Hello.", chosen="Hi.", rejected="No.", chosen_model="A", rejected_model="B", tie=False)
+    (tmp_path / "blind.jsonl").write_text(json.dumps(choice) + "\n")
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     pages = [ROOT / "README.md", ROOT / "docs" / "reward.md", ROOT / "docs" / "notebook" / "chat_models.md"]
     code = [block.text for page in pages for block in blocks_of(page) if block.is_python]

@@ -16,6 +16,7 @@ import ppo_dialog
 import report
 import reward_model
 import sft_dialog
+import tally
 from reproduce import results
 from support.config import command_line
 
@@ -29,6 +30,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     eval_metrics: (eval_metrics.EvalConfig, ["eval", "text", "sample"]),
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
+    tally: (tally.TallyConfig, []),
     results: (results.ResultsConfig, []),
 }
 CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}
@@ -140,6 +142,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "judge": ("ppo_dialog", "eval_metrics", "chat"),
     "diagnostics": PPO,
     "supervised": ("sft_dialog", "intent_classifier", "reward_model"),
+    "tally": ("chat",),  # it names the command that writes its file
 }
 ROOT = Path(chat.__file__).parent
 SOURCES = [file for folder in ("", "support", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))]

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {file.stem: file for file in ROOT.glob("*.py")}
 SUPPORT = {f"support.{file.stem}": file for file in (ROOT / "support").glob("*.py")}
 HEAVY = "torch transformers accelerate datasets evaluate sklearn peft gradio matplotlib deepspeed wandb nltk".split()
-COMMANDS = "ppo_dialog sft_dialog intent_classifier reward_model eval_metrics chat report estimate".split()
+HEAVY += ["scipy"]
+COMMANDS = "ppo_dialog sft_dialog intent_classifier reward_model eval_metrics chat report estimate tally".split()
 
 
 def imports_of(file: Path) -> set[str]:
@@ -46,7 +47,7 @@ def test_no_imports_form_a_circle():
     ids=["help", "mistake"],
 )
 def test_options_are_answered_without_heavy_libraries(name, arguments, status, phrase):
-    arguments = ["builtin", *arguments] if name == "chat" else arguments
+    arguments = ["builtin", *arguments] if name in ("chat", "tally") else arguments
     code = f"""
 import runpy, sys
 
