@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from test_help import CONFIGS as SCRIPTS
 
 import ppo_dialog
+from reward_model import RewardModelConfig, train_reward_model
 from support import builtin_corpus
 from support.builtin import builtin_model
 from support.config import command_line, parse_config
@@ -176,7 +177,20 @@ def worked(tmp_path_factory) -> Path:
     chat_model(place / "INSTRUCT_MODEL")
     rows = [{"messages": messages_of([f"What is {i} and {i} ?", f"It is {2 * i} ."])} for i in range(60)]
     (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = ({n: [{"role": "assistant", "content": f"{t} {i} ."}] for n, t in SIDES.items()} for i in range(60))
+    choices = [{"prompt": messages_of([f"What is {i} ?"])} | side for i, side in enumerate(sides)]
+    (place / "PAIRS").mkdir()
+    for file, some in (("preferences", choices), ("PAIRS/train", choices[10:]), ("PAIRS/validation", choices[:10])):
+        (place / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    train_reward_model(
+        RewardModelConfig(
+            data_path=str(place / "preferences.jsonl"), output_dir=str(place / "RM"), epochs=1.0, progress="plain"
+        )
+    )
     return place
+
+
+SIDES = {"chosen": "It is", "rejected": "Not"}
 
 
 FOLDERS = ("benchmarks", "configs", "docs", "examples", "reproduce", "support")
@@ -192,6 +206,10 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     policy, judge = builtin_model("policy"), builtin_model("judge")
     for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
         (tmp_path / name).symlink_to(policy)
+    (tmp_path / "preferences.jsonl").symlink_to(worked / "preferences.jsonl")
+    (tmp_path / "models" / "rm_a-pairs").symlink_to(worked / "PAIRS")
+    for name in ("my_rm", "rm_a", "rm_b"):
+        (tmp_path / "models" / name).symlink_to(worked / "RM")
     for name in ("INSTRUCT_MODEL", "models/mine"):
         (tmp_path / name).symlink_to(worked / "INSTRUCT_MODEL")
     (tmp_path / "chats.jsonl").symlink_to(worked / "chats.jsonl")
@@ -199,7 +217,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     shutil.copytree(worked / "DATA", tmp_path / "messages")
-    for name in ("NAME", "ppo_dialog", "mine", "one", "two", "smollm2_daily_dialog"):
+    for name in ("NAME", "ppo_dialog", "mine", "preferred", "one", "two", "smollm2_daily_dialog"):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
