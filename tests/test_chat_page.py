@@ -293,6 +293,56 @@ def test_a_blind_page_names_no_model_until_the_tally_is_asked_for(browser, model
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.slow
+def test_from_thirty_choices_in_a_browser_to_a_blind_tally(browser, tmp_path):
+    """The four commands of docs/preferences.md, by somebody who likes short replies."""
+    openings = [d.utterances[0] for d in load_dialogues("builtin", "test")[:200]]
+    openings = list(dict.fromkeys(openings))[:40]
+    file = tmp_path / "preferences.jsonl"
+    with serving(tmp_path, "builtin", "--seed", 1) as address:
+        browser.get(address)
+        find(browser, "#compare input").click()
+        for opening in openings:
+            if file.exists() and len(file.read_text().splitlines()) == 30:
+                break
+            say(browser, opening)
+            wait(browser, lambda: find(browser, "#status").text or browser.find_elements(By.CSS_SELECTOR, "#pair"))
+            if "the same" not in find(browser, "#status").text:
+                replies = pair(browser)
+                press(browser, f"{'First' if len(replies[0]) <= len(replies[1]) else 'Second'} is better")
+                wait(browser, lambda: "Written to" in find(browser, "#status").text)
+            press(browser, "Reset")
+            wait(browser, lambda: not texts(browser, BOT))
+    assert len(file.read_text().splitlines()) == 30
+
+    def command(*words):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = forked.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    said = command(ROOT / "reward_model.py", "--data-path", file, "--output-dir", "models/my_rm")
+    assert "24 pairs to learn from, 6 held out" in said and "prefers the chosen reply" in said
+    short = (
+        "--total-time-steps 2000 --env-num 64 --eval-limit 50 --validation-limit 50 --lr 1e-3 --kl-coef 0.02".split()
+    )
+    reward = ["--reward", "models/my_rm=1", "--experiment-name", "preferred"]
+    said = command(ROOT / "ppo_dialog.py", *short, *reward)
+    assert "win rate by reward model my_rm" in said
+    blind = ("--versus", "builtin", "--blind", "--preferences", "blind.jsonl", "--seed", 2)
+    with serving(tmp_path, "runs/preferred", *blind) as address:
+        browser.get(address)
+        for n, opening in enumerate(openings[:5], start=1):
+            say(browser, opening)
+            if not [e for e in browser.find_elements(By.CSS_SELECTOR, "#status") if "Written down" in e.text]:
+                press(browser, "First is better")
+            wait(browser, lambda n=n: len((tmp_path / "blind.jsonl").read_text().splitlines()) == n)
+            press(browser, "Reset")
+            wait(browser, lambda: not texts(browser, BOT))
+    said = command(ROOT / "tally.py", "blind.jsonl")
+    assert "builtin" in said and "runs/preferred" in said
+
+
 class Speaker:
     """An agent that says what it is told to."""
 
