@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +57,7 @@ from support.builtin import resolve_model
 from support.judge import check_judge
 from support.libraries import quiet_libraries
 from support.models import add_lora, disable_dropout, enable_gradient_checkpointing, load_codec
+from support.paths import is_model
 from support.pretrained import (
     check_causal,
     check_positions,
@@ -64,6 +66,7 @@ from support.pretrained import (
     load_pretrained,
     positions_of,
 )
+from support.reward_model import check_reward_model
 from support.samples import LOOKED_AT, load_samples
 from support.text import DialogueFormat
 
@@ -157,15 +160,15 @@ def sizes_of(
 class Estimate:
     """Bytes of one process, and operations of an update by all processes, for a run of `policy`'s architecture.
 
-    `judge` is None if no judge is loaded. `resident` is there all the time; `rollout` is added while replies are
-    sampled and scored, `update` in an optimizer step; `on_cpu` was moved to the CPU's memory.
+    `scorers` are the judge and the reward models. `resident` is there all the time; `rollout` is added while replies
+    are sampled and scored, `update` in an optimizer step; `on_cpu` was moved to the CPU's memory.
     """
 
     def __init__(
         self,
         config: EstimateConfig,
         policy: PreTrainedConfig,
-        judge: PreTrainedConfig | None,
+        scorers: Sequence[PreTrainedConfig],
         fmt: DialogueFormat,
         mean_lengths: tuple[float, float] | None = None,
     ):
@@ -214,13 +217,13 @@ class Estimate:
         # stage 3 gathers the whole policy, or the layer that computes and the next one
         self.gathers = self.stage == 3 and (config.processes > 1 or engine.endswith("offload"))
         self.two_layers = 2 * max(self.head, (self.sizes.whole - self.head) / policy.num_hidden_layers)
-        self.resident, self.on_cpu, self.frozen = self._place(judge)
+        self.resident, self.on_cpu, self.frozen = self._place(scorers)
 
     def _shard(self, size: float, from_stage: int) -> float:
         """Return what one process has of something that the engine shards from this ZeRO stage on."""
         return size / self.config.processes if self.stage >= from_stage else size
 
-    def _place(self, judge: PreTrainedConfig | None) -> tuple[dict[str, float], float, float]:
+    def _place(self, scorers: Sequence[PreTrainedConfig]) -> tuple[dict[str, float], float, float]:
         """Return what is there all the time, what is in CPU memory, and what frozen models take while they are used."""
         config = self.config
         # optimizer states: DeepSpeed adds a copy of the weights in fp32
@@ -230,8 +233,9 @@ class Estimate:
         if config.engine.endswith("offload"):
             on_cpu = resident.pop("optimizer") + (resident.pop("weights") if self.stage == 3 else 0)
         reference = 0.0 if config.lora_rank else self.sizes.whole * (2.0 if config.ref_weights == "bf16" else 4.0)
-        judged = 4.0 * count_parameters(empty_model(AutoJudge, judge)) if judge is not None else 0.0
-        frozen = {"reference": (reference, config.ref_placement), "judge": (judged, config.intent_placement)}
+        judged = sum(4.0 * count_parameters(empty_model(AutoJudge, scorer)) for scorer in scorers)
+        what = "judge" if config.rewards_intent else "reward models"
+        frozen = {"reference": (reference, config.ref_placement), what: (judged, config.intent_placement)}
         for name, (size, placement) in frozen.items():
             if placement == "offloaded" and config.device == "cuda":
                 on_cpu += size
@@ -364,12 +368,15 @@ def main() -> None:
     check_causal("model", folder, architecture)
     fmt, mean_lengths, has_acts = texts_of(config, folder, positions_of(architecture))
     check_positions(architecture, fmt, folder)
-    judge = None
+    scorers = []
     if config.rewards_intent and has_acts:
         judge_folder = resolve_model(config.intent_model, "judge")
         check_judge(judge_folder)
-        judge = load_pretrained(AutoConfig, judge_folder, "intent model")
-    print(Estimate(config, architecture, judge, fmt, mean_lengths).describe())
+        scorers.append(load_pretrained(AutoConfig, judge_folder, "intent model"))
+    for name in filter(is_model, config.reward):
+        check_reward_model(name)
+        scorers.append(load_pretrained(AutoConfig, name, "reward model"))
+    print(Estimate(config, architecture, scorers, fmt, mean_lengths).describe())
 
 
 if __name__ == "__main__":

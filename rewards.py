@@ -34,6 +34,7 @@ from support.errors import UserError, did_you_mean, import_path
 from support.judge import IntentJudge
 from support.llm_judge import LanguageModelJudge
 from support.meteor import _meteor_parts, meteor
+from support.paths import is_model
 from support.reward_model import RewardModel
 from support.scoring import (
     CompletionFunction,
@@ -96,7 +97,7 @@ def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any
         return LanguageModelReward(name)
     elif ":" in name:
         target = import_path(name, "reward")
-    elif "/" in name or Path(name).is_dir():
+    elif is_model(name):
         return ModelReward(name)
     else:
         raise UserError(

@@ -59,8 +59,13 @@ def check_reward_path(name: str) -> None:
     if ":" in name or file.suffix in (".yaml", ".yml"):
         if file.suffix in (".py", ".yaml", ".yml") and not file.is_file():
             raise UserError(f"reward is '{name}', but there is no file '{file}'.")
-    elif "/" in name or file.is_dir():
+    elif is_model(name):
         check_models(reward_model=name)
+
+
+def is_model(part: str) -> bool:
+    """Whether a part of the reward names a reward model: a folder, or a hub name with its owner."""
+    return ":" not in part and not part.endswith((".yaml", ".yml")) and ("/" in part or Path(part).is_dir())
 
 
 def check_data(name: str) -> None:

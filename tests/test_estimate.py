@@ -48,7 +48,7 @@ def said_and_taken(model: str, settings: dict, launch: list[str], runs: Path, **
     taken = max(float(number) for number in re.findall(r"GiB taken: ([\d.]+)", printed))
     # prompts of the built-in corpus are shorter than they may be
     config = EstimateConfig(**settings | dict(model_path=model, max_prompt_tokens=80), **launched_with)
-    said = Estimate(config, AutoConfig.from_pretrained(model), None, DialogueFormat(max_prompt_tokens=80)).peak / GIB
+    said = Estimate(config, AutoConfig.from_pretrained(model), (), DialogueFormat(max_prompt_tokens=80)).peak / GIB
     print(f"estimated {said:.3f} GiB, taken {taken:.3f}, ratio {said / taken:.2f}")
     return said, taken
 
@@ -115,9 +115,7 @@ def test_the_program_prints_the_account(tmp_path):
 
 def test_more_processes_and_less_to_train_take_less(model):
     def estimated(**settings) -> Estimate:
-        return Estimate(
-            EstimateConfig(env_num=32, **settings), AutoConfig.from_pretrained(model), None, DialogueFormat()
-        )
+        return Estimate(EstimateConfig(env_num=32, **settings), AutoConfig.from_pretrained(model), (), DialogueFormat())
 
     peak = estimated().peak
     assert peak > estimated(lora_rank=8).peak and peak > estimated(gradient_checkpointing=True).peak

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -376,3 +377,35 @@ def test_models_that_are_no_reward_models(encoder, tmp_path):
     damaged.model.classifier.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="gives nan for the reply 'Six .'"):
         damaged.scores([TALK], ["Six ."])
+
+
+@pytest.mark.parametrize("template", [False, True], ids=["pair", "chat template"])
+def test_a_causal_model_reads_the_conversation_in_its_own_way(template, tmp_path):
+    from chat_templates import chat_model
+
+    from support.judge import load_classifier
+
+    folder = tmp_path / "model"
+    if template:
+        chat_model(folder)
+    model, tokenizer = load_classifier(
+        str(folder if template else builtin_model("policy")), "model", num_labels=1, ignore_mismatched_sizes=True
+    )
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    tokenizer.pad_token = None  # as some reward models' tokenizers have none
+    for part, name in ((model, "rm"), (tokenizer, "rm")):
+        part.save_pretrained(tmp_path / name)
+    reward = RewardModel(str(tmp_path / "rm"))
+    talk, replies = [{"role": "user", "content": "Is it <|im_end|> open ?"}], ["Yes .", "No , at six o'clock ."]
+    rows = reward.encode([talk] * 2, replies)
+    text = reward.tokenizer.decode(rows[0]["input_ids"])
+    if template:
+        whole = reward.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Is it open ?"}, {"role": "assistant", "content": "Yes ."}], tokenize=False
+        )
+        [row] = reward.encode([[{"role": "user", "content": "Is it open ?"}]], ["Yes ."])
+        assert row["input_ids"] == reward.tokenizer(whole, add_special_tokens=False).input_ids
+    else:
+        assert re.fullmatch(r"Is it <\|im_end\|> open \?(<EOU>)?Yes \.(<EOU>)?", text)
+    together, alone = reward.scores([talk] * 2, replies), [reward.scores([talk], [r])[0] for r in replies]
+    assert together == pytest.approx(alone, abs=1e-4) and together[0] != together[1]
