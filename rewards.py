@@ -219,11 +219,11 @@ class WeightedSum(Reward):
         for label, (weight, _) in self.parts.items():
             found = self._score(label, prompts, responses, references, acts)
             mean, deviation = self.scales.get(label, (0.0, 1.0))
-            scaled = (found.total - mean) / deviation
+            raw, scaled = found.total, (found.total - mean) / deviation
             if found.skipped is not None:
-                scaled, found.total[found.skipped] = np.where(found.skipped, 0.0, scaled), np.nan
-            named = found.parts if found.parts and deviation == 1 else {label: scaled}
-            metrics |= found.metrics or {label: found.total}
+                raw, scaled = np.where(found.skipped, np.nan, raw), np.where(found.skipped, 0.0, scaled)
+            named = {label: scaled} if label in self.scales or not found.parts else found.parts
+            metrics |= found.metrics or {label: raw}
             if not weight:
                 continue
             total = total + weight * scaled

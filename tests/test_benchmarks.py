@@ -144,3 +144,27 @@ def test_engines_are_compared_with_one_process():
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" |")[0] for row in rows] == ["| one process", "| ddp, 2 processes"]
     assert "| 1.00 (1.00 to 1.00) |" in rows[0]
+
+
+def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "update-000004").mkdir(parents=True)
+    scales = {"reward_scales": {"rm_a": [10.0, 2.0], "rm_b": [0.0, 0.5]}}
+    (folder / "checkpoints" / "update-000004" / "progress.json").write_text(json.dumps(scales))
+    rows = [(0.4, 14, 0.5), (0.0, 10, 0.0), (0.9, 16, 0.25), (0.1, 12, 0.5)]
+    lines = [
+        dict(update=i, kl_div=kl, mean_output_length=10, rm_a=a, rm_b=b) for i, (kl, a, b) in enumerate(rows, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "benchmarks/overoptimisation.py"), str(folder), "--bins", "4"]
+    done = forked.run([*command, "--output", str(tmp_path / "curve.png")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1:4] for line in done.stdout.splitlines()[2:6]] == [
+        [" 0.00 ", " +0.00 ", " +0.00 "],
+        [" 1.00 ", " +1.00 ", " +1.00 "],
+        [" 2.00 ", " +2.00 ", " +1.00 "],
+        [" 3.00 ", " +3.00 ", " +0.50 "],
+    ]
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    wrong = forked.run([*command, "--unseen", "rm_c"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "has no reward model 'rm_c'; it has rm_a, rm_b" in wrong.stderr
