@@ -123,7 +123,7 @@ from support.judge import load_classifier
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar
 from support.machine import use_all_cores
-from support.models import load_causal_lm, load_codec, longest_text
+from support.models import disable_dropout, load_causal_lm, load_codec, longest_text
 from support.preferences import Pair, load_preferences, row_of
 from support.pretrained import check_vocabulary, count_parameters
 from support.reward_model import RewardModel, check_reward_model, describe_report, measure_reward_model
@@ -148,6 +148,7 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     start = resolve_model(config.model_path, "judge")
     torch.manual_seed(config.seed)  # the head starts at random
     model, tokenizer = load_classifier(start, "model", num_labels=1, ignore_mismatched_sizes=True)
+    disable_dropout(model)  # it also needs memory: with it attention keeps its whole table of weights on a CPU
     model.config.problem_type = None  # that of a model with classes does not fit one score
     model.to(PartialState().device)
     scorer = RewardModel(config.output_dir, model=model, tokenizer=tokenizer)
