@@ -89,21 +89,22 @@ def make_reward(
 
 def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any:
     """Make one part of the reward, see make_reward; it is not set up yet."""
+    known = sorted({*REWARDS, "default"})  # the configuration says what the default is
     if name == "intent":
         return Intent(intent_model)
     if name in REWARDS:
         target = REWARDS[name]
     elif Path(name).suffix in (".yaml", ".yml"):
         return LanguageModelReward(name)
-    elif ":" in name:
+    elif ":" in name or name.endswith(".py"):
         target = import_path(name, "reward")
     elif is_model(name):
         return ModelReward(name)
     else:
         raise UserError(
-            f"reward '{name}' is not known; expected {', '.join(sorted(REWARDS))}, the folder or hub name of a reward "
+            f"reward '{name}' is not known; expected {', '.join(known)}, the folder or hub name of a reward "
             "model, the YAML file of a judge, or the import path of your own, such as my_rewards.py:Politeness."
-            f"{did_you_mean(name, REWARDS)}"
+            f"{did_you_mean(name, known)}"
         )
 
     def check_arguments(target: Callable[..., Any], positional: list[None]) -> None:
@@ -125,11 +126,15 @@ def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any
 
 
 def label_parts(names: Sequence[str] | Mapping[str, float]) -> dict[str, str]:
-    """Return a short name of each part, for metrics: `models/my_rm` is my_rm, `my_file.py:polite` is polite."""
+    """Return a short name of each part, for metrics: `models/my_rm` is my_rm, `my_file.py:polite` is polite.
+
+    A `reward_` at the beginning is left out: `models/reward_model` is model.
+    """
     labels: dict[str, str] = {}
     for name in names:
         short = name.rpartition(":")[2] if ":" in name else Path(name).stem if name.endswith("ml") else Path(name).name
-        short = re.sub(r"\W+", "_", short).strip("_") or "part"
+        short = re.sub(r"\W+", "_", short).strip("_")
+        short = re.sub("^(reward|share)_", "", short) or "part"  # so begin the names of a part's other metrics
         short += "_part" if short in TAKEN else ""
         same = sum(label == short or label.startswith(f"{short}_") for label in labels.values())
         labels[name] = f"{short}_{same + 1}" if short in labels.values() else short

@@ -65,7 +65,7 @@ def check_reward_path(name: str) -> None:
 
 def is_model(part: str) -> bool:
     """Whether a part of the reward names a reward model: a folder, or a hub name with its owner."""
-    return ":" not in part and not part.endswith((".yaml", ".yml")) and ("/" in part or Path(part).is_dir())
+    return ":" not in part and not part.endswith((".py", ".yaml", ".yml")) and ("/" in part or Path(part).is_dir())
 
 
 def check_data(name: str) -> None:

@@ -171,7 +171,7 @@ CASES = [
     (["--context-utterances", "0"], "context_utterances"),
     (["--eou-marker", " "], "eou_marker"),
     (["--experiment-name", "../elsewhere"], "experiment_name"),
-    (["--intent-coef", "0", "--meteor-coef", "0"], "all 0"),
+    (["--intent-coef", "0", "--meteor-coef", "0"], "nothing is rewarded"),
     (["--model-class", "a:B", "--critic-class", "a:C"], "policy and value together"),
     (["--use-deepspeed"], "--deepspeed-config"),
     (["--target-kl=0.1"], "give --early-stop-kl"),
@@ -197,7 +197,7 @@ CASES = [
     ([*DATA, "@short.jsonl"], "more than 5 utterances"),
     ([*DATA, "@few.jsonl"], "holds no dialogue"),
     ([*DATA, "@act_word.jsonl"], "whole numbers"),
-    (["--model-path", "@lm", "--meteor-coef", "0", "--data-path", "@unlabelled.jsonl"], "nothing of the default"),
+    (["--model-path", "@lm", "--meteor-coef", "0", "--data-path", "@unlabelled.jsonl"], "nothing of the reward"),
     # models and tokenizers
     ([*MODEL, "@nowhere"], "does not exist"),
     ([*MODEL, "@nothing"], "without config.json"),

@@ -392,7 +392,7 @@ def test_the_command(tokenizer, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "" or "WordNet" in finished.stderr
     result = json.loads(output.read_text())
-    assert list(result) == ["policy", "baseline", "difference", "settings", "by_turn"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn"]
     assert list(result["policy"]) == list(result["baseline"]) == list(result["difference"]) == KEYS
     assert all(list(d) == ["value", "ci95", "relative"] for d in result["difference"].values())
     assert result["settings"]["samples"] == 6 and result["settings"]["seconds"]["baseline"] > 0

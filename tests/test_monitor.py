@@ -60,7 +60,7 @@ def test_a_healthy_history_gives_no_warning():
         ("length_cap", {}, {"mean_output_length": 19.8}, "--max-new-tokens 40"),
         ("reward_constant", {"score_std": 0.0}, {"score_std": 0.0}, "the same score (0.5)"),
         ("reward_saturated", {}, {"score_std": 0.01}, "0.33 at first"),
-        ("reward_saturated", {}, {"intent": 0.99}, "--intent-coef 0.2 --meteor-coef 0.8"),
+        ("reward_saturated", {}, {"intent": 0.99}, "--reward intent=0.2 meteor=0.8"),
         ("value_blind", {}, {"explained_variance": 0.0}, "--critic-lr 0.009"),
         ("value_blind", {}, {"explained_variance": -0.9}, "--critic-lr 0.001"),
         ("clipfrac_high", {}, {"clipfrac": 0.4}, "--ppo-epoch 1"),

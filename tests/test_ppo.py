@@ -100,6 +100,7 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
         values=values * out.mask,
         candidates=out.candidates,
         scores=torch.rand(len(ids), generator=generator),
+        token_scores=torch.zeros(out.mask.shape),
         **dict(parts={}, metrics={}, prompts=[], responses=[], references=[], seconds={}),
     )
 
@@ -191,6 +192,7 @@ def test_token_rewards_put_the_score_on_the_last_token():
         kl=torch.tensor([[0.1, -0.2, 0.0], [0.3, 0.4, 0.5]]),
         mask=torch.tensor([[True, True, False], [True, True, True]]),
         scores=torch.tensor([1.0, 2.0]),
+        token_scores=torch.zeros(2, 3),
     )
     expected = torch.tensor([[-0.05, 0.1 + 1.0, 0.0], [-0.15, -0.2, -0.25 + 2.0]])
     assert torch.allclose(token_rewards(rollout, 0.5, rollout.scores), expected)
@@ -423,7 +425,7 @@ def test_padding_changes_no_weight():
     rollout = rolled(shared(), Sampling())
     wider = Rollout(**vars(rollout))
     length = rollout.response_length
-    for name in ("mask", "logprobs", "kl", "values"):
+    for name in ("mask", "logprobs", "kl", "values", "token_scores"):
         setattr(wider, name, pad_right(getattr(rollout, name), length + 3))
     wider.input_ids = F.pad(rollout.input_ids, (4, 3), value=7)
     wider.attention_mask = F.pad(rollout.attention_mask, (4, 3))

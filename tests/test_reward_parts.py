@@ -104,8 +104,8 @@ def test_rewards_that_are_refused_before_anything_is_loaded(reward, fault):
 
 
 def test_labels_are_short_different_and_not_those_of_a_run():
-    names = ["models/a.b", "other/a.b", "f.py:score", "judge.yaml", "m:Polite", "org/rm-v1.5"]
-    assert list(label_parts(names).values()) == ["a_b", "a_b_2", "score_part", "judge", "Polite", "rm_v1_5"]
+    names = ["models/a.b", "other/a.b", "f.py:score", "judge.yaml", "m:Polite", "org/rm-v1.5", "models/reward_model"]
+    assert list(label_parts(names).values()) == ["a_b", "a_b_2", "score_part", "judge", "Polite", "rm_v1_5", "model"]
 
 
 def test_arguments_go_to_the_part_that_they_name():
