@@ -1013,15 +1013,18 @@ def load_judge(reward: WeightedSum, config: PPOConfig, device: torch.device) -> 
 def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
     """Measure the model before training: scales and validation reward, sample replies, length if controlled.
 
-    A resumed run has all of it in its state.
+    A resumed run has all of it in its state, but for the scale of a reward that it did not have before.
     """
     parts.reward.scales = state.reward_scales
-    if state.updates:
+    new = parts.reward.unbounded_parts - state.reward_scales.keys()
+    if state.updates and not new:
         return
     run.stage("measuring the model before training")
     with keep_random_states(), parts.inference():
-        if parts.reward.unbounded_parts:
+        if new:
             measure_scales(parts, config, state, run)
+        if state.updates:
+            return
         state.start_reward = validation_reward(parts, config)
         if config.sample_interval:
             state.start_replies = [parts.reply_to(sample, config.seed) for sample in parts.shown]
@@ -1040,13 +1043,13 @@ def replies_to_spread(parts: Parts, config: PPOConfig) -> tuple[list[Sample], li
 
 
 def measure_scales(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
-    """Measure mean and deviation of rewards without a scale of their own over replies of the model before training."""
+    """Measure mean and deviation of rewards without a scale of their own, over replies of the model as it is now."""
     spread, replies, _ = replies_to_spread(parts, config)
     columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
-    state.reward_scales = parts.reward.scales = parts.reward.measure_scales(*columns)
+    state.reward_scales |= parts.reward.measure_scales(*columns)  # which is parts.reward.scales too
     for name, (mean, deviation) in state.reward_scales.items():
         run.say(
-            f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(replies)} replies before training; "
+            f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(replies)} replies of the model; "
             "scores count in deviations from this mean"
         )
 
@@ -1112,7 +1115,7 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
             with progress(label, lines=False, main=not quiet) as report:
                 answers.append(answer(model, samples, parts.reply_settings(config.seed), report))
         if parts.scores_replies:
-            asked = parts.score, parts.judge, parts.reward.unbounded_parts
+            asked = parts.score, parts.judge, sorted(parts.reward.unbounded_parts)
             before, after = (score_result(a, samples, *asked) for a in answers)
             if run.main:
                 write_comparison(run.folder, config.eval_split, samples, before, after)

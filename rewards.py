@@ -184,9 +184,9 @@ class WeightedSum(Reward):
         return [model for _, part in self.parts.values() for model in getattr(part, "models", ())]
 
     @property
-    def unbounded_parts(self) -> list[str]:
+    def unbounded_parts(self) -> set[str]:
         """The parts whose scale is measured before training."""
-        return [label for label, (_, part) in self.parts.items() if getattr(part, "unbounded", False)]
+        return {label for label, (_, part) in self.parts.items() if getattr(part, "unbounded", False)}
 
     def setup(self, device, eou_marker):
         super().setup(device, eou_marker)
@@ -197,9 +197,12 @@ class WeightedSum(Reward):
                 part.setup(device, eou_marker)
 
     def measure_scales(self, prompts, responses, references, acts) -> dict[str, tuple[float, float]]:
-        """Return mean and deviation of the scores of each unbounded part over N replies. UserError for a constant."""
+        """Return mean and deviation of the scores of each unbounded part without a scale, over N replies.
+
+        UserError for a constant.
+        """
         scales = {}
-        for label in self.unbounded_parts:
+        for label in sorted(self.unbounded_parts - self.scales.keys()):
             scores = self._score(label, prompts, responses, references, acts).total
             mean, deviation = float(scores.mean()), float(scores.std())
             if not deviation > 1e-8:

@@ -203,7 +203,7 @@ class EngineOptions:
     ref_weights: Literal["fp32", "bf16"] = "fp32"
     """Type of the reference's weights."""
     intent_placement: Placement = "replicated"
-    """Where the judge is kept."""
+    """Where the judge and reward models are kept."""
     gather: bool = True
     """Gather a sharded network once for each rollout. Off: layer by layer in every pass, which is much slower; needed
     for networks that do not fit on one device."""

@@ -151,7 +151,7 @@ def test_parts_are_weighted_and_named():
 
 def test_an_unbounded_part_counts_in_deviations_from_its_mean():
     reward = WeightedSum({"rm": (0.5, Part([10.0, 14.0, 12.0], unbounded=True)), "rule": (1.0, Part([1.0, 1.0, 1.0]))})
-    assert reward.unbounded_parts == ["rm"]
+    assert reward.unbounded_parts == {"rm"}
     reward.scales = reward.measure_scales(*EPISODES)
     assert reward.scales == {"rm": pytest.approx((12, math.sqrt(8 / 3)))}
     total, statistics = reward(*EPISODES)
@@ -409,3 +409,20 @@ def test_a_causal_model_reads_the_conversation_in_its_own_way(template, tmp_path
         assert re.fullmatch(r"Is it <\|im_end\|> open \?(<EOU>)?Yes \.(<EOU>)?", text)
     together, alone = reward.scores([talk] * 2, replies), [reward.scores([talk], [r])[0] for r in replies]
     assert together == pytest.approx(alone, abs=1e-4) and together[0] != together[1]
+
+
+def test_a_resumed_run_keeps_its_scales_and_measures_those_of_a_new_part(encoder, tmp_path, capsys):
+    config = dict(intent_coef=0.0, total_time_steps=200, env_num=8, eval_limit=-1, validation_limit=0)
+    config |= dict(sample_interval=0, run_dir=str(tmp_path), experiment_name="run")
+    train(PPOConfig(**config, reward={str(encoder): 1.0}))
+    [name] = label_parts([str(encoder)]).values()
+    capsys.readouterr()
+    run = train(PPOConfig(**config | {"total_time_steps": 400}, reward={str(encoder): 1.0}, resume=True))
+    assert "deviation" not in capsys.readouterr().out
+    other = tmp_path / "other"
+    other.symlink_to(encoder)
+    weights = {str(encoder): 1.0, str(other): 1.0}
+    run = train(PPOConfig(**config | {"total_time_steps": 600}, reward=weights, resume=True))
+    assert "reward other: mean" in capsys.readouterr().out
+    state = json.loads(max(run.glob("checkpoints/*/progress.json")).read_text())
+    assert state["reward_scales"].keys() == {name, "other"}
