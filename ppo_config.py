@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -231,7 +231,12 @@ class PPOConfig(
             )
 
     def fitted(self, parameters: int, text_tokens: int, processes: int, on_gpu: bool) -> PPOConfig:
-        """Return the settings with those that were left out chosen for the model and its texts.
+        """Return the settings with those that were left out chosen for the model and its texts; see `choices`."""
+        chosen = self.choices(parameters, text_tokens, processes, on_gpu)
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
+    def choices(self, parameters: int, text_tokens: int, processes: int, on_gpu: bool) -> dict[str, Any]:
+        """Choose learning rates and env_num for a model and its texts.
 
         `text_tokens` is the length of the longest prompt with its reply. The key/value cache of env_num such texts must
         fit into memory: 32,768 tokens on a CPU, four times as many on a GPU.
@@ -241,12 +246,11 @@ class PPOConfig(
         fitting = max(1, 32_768 * (4 if on_gpu else 1) // text_tokens)
         dialogues = min(128, 2 ** (fitting.bit_length() - 1))
         unit = processes * self.samples_per_prompt
-        chosen = {
+        return {
             "lr": policy_lr,
             "critic_lr": 3e-3 if small else 1e-3,
             "env_num": unit * max(1, dialogues // unit),
         }
-        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     @property
     def sampling(self) -> Sampling:

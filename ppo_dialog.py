@@ -763,7 +763,6 @@ class Parts:
         config = leave_out_impossible(config, self.samples["train"], run)
         run.stage("loading the models")
         self.config = config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
-        run.use(config)
         self.sizes = BatchSizes.derive(config, self.codec.format.max_new_tokens, accelerator)
         if self.sizes.num_mini_batch < config.num_mini_batch:
             run.say(
@@ -914,7 +913,9 @@ def fit_settings(
     """Choose the settings that were left out to fit model and texts, and print them."""
     fmt, processes = codec.format, accelerator.num_processes
     text_tokens = fmt.max_prompt_tokens + fmt.max_new_tokens
-    fitted = config.fitted(count_parameters(model), text_tokens, processes, accelerator.device.type == "cuda")
+    sizes = count_parameters(model), text_tokens, processes, accelerator.device.type == "cuda"
+    fitted = config.fitted(*sizes)
+    run.use(fitted, defaults=replace(PPOConfig(), **config.choices(*sizes)))
     run.say(
         f"settings: prompts of at most {fmt.max_prompt_tokens} tokens, replies of at most {fmt.max_new_tokens}, "
         f"env_num {fitted.env_num}, lr {fitted.lr:g}, critic_lr {fitted.critic_lr:g}"

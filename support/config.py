@@ -327,6 +327,7 @@ def placement_from(file: str) -> Placement:
 def plain_values(config: DataclassInstance) -> dict[str, Any]:
     """Return every field as YAML and trackers take it. HIDDEN replaces what looks like a secret in `reward_args`."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    values = {name: value for name, value in values.items() if name not in OLD_WEIGHTS}  # which `reward` has
     if values.get("reward_args"):
         values["reward_args"] = {k: HIDDEN if SECRET.search(k) else v for k, v in values["reward_args"].items()}
     return values

@@ -60,6 +60,7 @@ class Run:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, notes: Sequence[str] = ()):
         self.config, self.accelerator, self.notes = config, accelerator, notes
+        self.defaults: RunConfig = type(config)()
         self.folder: Path = config.run_folder
         self.main = accelerator.is_main_process
         self.monitor = Monitor(config)
@@ -97,9 +98,10 @@ class Run:
         """Show what the run does from here on."""
         self.monitor.stage(text)
 
-    def use(self, config: RunConfig) -> None:
-        """Go on with settings in which those that were left out have been chosen."""
+    def use(self, config: RunConfig, defaults: RunConfig) -> None:
+        """Go on with settings that were chosen to fit; `defaults` are what they would be if none were given."""
         self.config = self.monitor.config = config
+        self.defaults = defaults
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far a long stage is."""
@@ -140,7 +142,7 @@ class Run:
             self.at_end.callback(open_run(self.folder, keep=config.resume).release)
             truncate_metrics(self.folder / "metrics.jsonl", state.updates)
             save_yaml(replace(config, resume=False), self.folder / "config.yaml")
-            save_yaml(type(config)(), self.folder / "defaults.yaml")  # for the report, which may read it years later
+            save_yaml(self.defaults, self.folder / "defaults.yaml")  # for the report, which may read it years later
             if warning := check_disk_space(self.folder, self.checkpoint_bytes, config.keep_checkpoints):
                 self.say(warning)
         start_trackers(config, accelerator, self.folder, state.trackers, state.updates)
