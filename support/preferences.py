@@ -40,9 +40,9 @@ class Preferences:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def describe(self) -> str:
-        """`900 pairs to learn from, 100 held out; left out: 3 ties`."""
+        """`900 pairs to learn from, 100 held out; ties, left out: 3`."""
         said = f"{len(self.train):,} pairs to learn from, {len(self.held_out):,} held out"
-        return said + "".join(f"; {n:,} {what}" for what, n in self.left_out.items())
+        return said + "".join(f"; {what}: {n:,}" for what, n in self.left_out.items())
 
 
 def load_preferences(data_path: str, skip_bad_rows: bool = False, half: str = "all") -> Preferences:
@@ -62,7 +62,7 @@ def load_preferences(data_path: str, skip_bad_rows: bool = False, half: str = "a
     prompts = {pair.prompt for pair in held_out}
     apart = [pair for pair in pairs if pair.prompt not in prompts]
     if has_splits(data_path) and len(apart) < len(pairs):
-        found.left_out["have a prompt that is held out"] = len(pairs) - len(apart)
+        found.left_out["pairs with a held-out prompt, left out"] = len(pairs) - len(apart)
     found.held_out = held_out
     found.train = [pair for pair in apart if half == "all" or _number(pair.source) % 2 == (half == "second")]
     if not found.train or not found.held_out:
@@ -99,7 +99,7 @@ def pairs_of(dialogues: Dialogues, data_path: str, left_out: Counter[str]) -> li
             "'rejected'. With dialogues give --from-dialogues MODEL, whose replies are then the rejected ones."
         )
     if dialogues.n_skipped:
-        left_out["malformed rows are left out"] += dialogues.n_skipped
+        left_out["malformed rows, left out"] += dialogues.n_skipped
     pairs = []
     for dialogue in dialogues:
         if why := _why_no_pair(dialogue):
@@ -107,19 +107,19 @@ def pairs_of(dialogues: Dialogues, data_path: str, left_out: Counter[str]) -> li
             continue
         pairs.append(pair := pair_of(dialogue))
         if not (pair.chosen.strip() and pair.rejected.strip()):
-            left_out["have an empty side, and are kept"] += 1
+            left_out["pairs with an empty side, kept"] += 1
     return pairs
 
 
 def _why_no_pair(dialogue: Dialogue) -> str:
     """Why a row of preferences gives no pair; "" if it gives one."""
     if dialogue.rejected is None:
-        return "without a rejected reply that can be read are left out"
+        return "rows without a readable rejected reply, left out"
     tie = dialogue.columns.get("tie")
     if tie is True or str(tie).strip().lower() == "true":
-        return "ties are left out"
+        return "ties, left out"
     if dialogue.rejected.strip() == dialogue.utterances[dialogue.first_reply].strip():
-        return "with two equal sides are left out"
+        return "pairs with equal sides, left out"
     return ""
 
 

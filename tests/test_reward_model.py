@@ -68,10 +68,10 @@ def test_rows_without_a_choice_are_counted(tmp_path):
     found = load_preferences(write(tmp_path / "rows.jsonl", rows))
     assert len(found.train) + len(found.held_out) == 7
     assert found.describe().split("; ")[1:] == [
-        "1 ties are left out",
-        "1 with two equal sides are left out",
-        "1 have an empty side, and are kept",
-        "1 without a rejected reply that can be read are left out",
+        "ties, left out: 1",
+        "pairs with equal sides, left out: 1",
+        "pairs with an empty side, kept: 1",
+        "rows without a readable rejected reply, left out: 1",
     ]
 
 
@@ -103,7 +103,7 @@ def test_halves_share_no_source_and_held_out_prompts_are_not_learned(tmp_path):
     sources = [{pair.source for pair in found.train} for found in (first, second)]
     assert not sources[0] & sources[1] and sorted(map(len, sources), reverse=True)[1] > 30
     assert len(first.train) + len(second.train) == len(whole.train) == 190
-    assert "10 have a prompt that is held out" in whole.describe()
+    assert "pairs with a held-out prompt, left out: 10" in whole.describe()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
