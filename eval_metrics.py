@@ -440,8 +440,8 @@ def paired_difference(
 
     Intervals are percentiles over `n` resamples of the samples, the same for both models (Koehn, 2004). For distinct-n
     they are value +- 1.96 standard errors of the paired jackknife, which is somewhat wide: a resample repeats texts,
-    and repetition lowers distinct-n. A metric that one of the two lacks is None, as is "relative" for a baseline of 0.
-    Raises ValueError for different references.
+    and repetition lowers distinct-n. A metric that one of the two lacks is None, as is "relative" for a baseline of 0
+    and for the scores of a reward model. Raises ValueError for different references.
     """
     if policy.references != baseline.references:
         raise ValueError("the two evaluations are not of the same samples")
@@ -464,7 +464,8 @@ def paired_difference(
         else:
             drawn = [p[name] - b[name] for p, b in resampled if p[name] is not None]
             interval = np.percentile(drawn or [np.nan], [2.5, 97.5]).tolist()
-        relative = value / theirs[name] if theirs[name] > 0 else None  # a reward model may score below 0
+        has_zero = not name.startswith(OF_REWARD_MODEL)  # a reward model's scores have no natural zero
+        relative = value / theirs[name] if theirs[name] and has_zero else None
         result[name] = {"value": value, "ci95": interval, "relative": relative}
     return result
 

@@ -278,6 +278,7 @@ def test_evaluation_has_the_scores_and_the_win_rate(polite, tmp_path, capsys):
     assert result["win_rate"]["rm"] == {"wins": 0, "ties": 12, "losses": 0, "value": 0.5, "ci95": list(wilson(6, 12))}
     assert "win rate by reward model rm: 0.500" in printed and "reward model rm " in printed
     assert result["difference"]["reward_model_rm"]["value"] == 0
+    assert result["difference"]["reward_model_rm"]["relative"] is None
 
 
 def test_the_command_says_what_it_lacks():
