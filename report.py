@@ -64,7 +64,7 @@ from matplotlib.lines import Line2D
 from support.data import ACTS
 from support.files import is_number
 from support.live_display import clock
-from support.metric_names import BETTER, LABELS, label_of, verdict
+from support.metric_names import BETTER, LABELS, OF_REWARD_MODEL, label_of, verdict
 
 SUPPORT = Path(__file__).parent / "support"
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
@@ -549,7 +549,8 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             return None
         (low, high), value = difference["ci95"], difference["value"]
         base, after = evaluation["baseline"][name], evaluation["policy"][name]
-        relative = [v / abs(base) for v in (low, value, high)] if base else None
+        has_zero = base and not name.startswith(OF_REWARD_MODEL)
+        relative = [v / abs(base) for v in (low, value, high)] if has_zero else None
         judged = verdict(low, high, BETTER.get(name, 1))
         return dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
 
