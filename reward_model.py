@@ -137,7 +137,6 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     """Train and write `output_dir`: model, tokenizer and `reward_model.json` with settings, curve and report."""
     output = Path(config.output_dir)
     config.check()
-    other = None
     if config.compare:
         check_reward_model(resolve_model(config.compare, "judge"))
     data_path = str(make_pairs(config, output)) if config.from_dialogues else config.data_path
@@ -175,9 +174,9 @@ def train_reward_model(config: RewardModelConfig) -> Path:
         record="reward_model.json",
     )
     history = fit(task, config, output)
-    if config.compare:
-        other = margins_of(RewardModel(resolve_model(config.compare, "judge"), PartialState().device), pairs.held_out)
-    report = measure_reward_model(margins_of(scorer, pairs.held_out), pairs.held_out, pairs.train, other)
+    compared = [RewardModel(resolve_model(config.compare, "judge"), model.device)] if config.compare else []
+    margins = [margins_of(judge, pairs.held_out) for judge in (scorer, *compared)]
+    report = measure_reward_model(margins[0], pairs.held_out, pairs.train, *margins[1:])
     write_model(output, task, config, {"report": report, "pairs": pairs.describe(), "history": history})
     say(describe_report(report))
     return output

@@ -75,13 +75,10 @@ def make_reward(
     of several, `PART.NAME` is the argument NAME of one. UserError if a part cannot be made.
     """
     labels = label_parts(weights)
-    parts = {}
-    own = [labels[name] for name in weights if ":" in name or name in REWARDS and name not in KNOWN]
+    own = [labels[name] for name in weights if ":" in name or (name in REWARDS and name not in KNOWN)]
     of_parts = distribute_arguments(args, own)
-    for name, weight in weights.items():
-        made = make_part(name, of_parts.get(labels[name], {}), intent_model)
-        parts[labels[name]] = weight, made
-    reward = WeightedSum(parts)
+    made = {name: make_part(name, of_parts.get(label, {}), intent_model) for name, label in labels.items()}
+    reward = WeightedSum({labels[name]: (weight, made[name]) for name, weight in weights.items()})
     reward.word_tokenizer = word_tokenizer
     reward.setup(device, eou_marker)
     return reward

@@ -126,10 +126,14 @@ def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) ->
 
 
 def _other_columns(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    """The columns of a row that are no part of the dialogue, for rewards; also a prompt that is a text."""
+    """The columns of a row that are no part of the dialogue, for rewards; also the dialogue's prompt, if it is a text.
+
+    A prompt beside a whole conversation is left out: it is that of the first reply alone.
+    """
     names = (name for name in row if isinstance(name, str) and name[:1] != "_")  # cells beyond the header have no name
-    columns = {name: row[name] for name in names if name not in (*form.columns, *LABELS)}
-    return columns | ({"prompt": row["prompt"]} if isinstance(row.get("prompt"), str) else {})
+    columns = {name: row[name] for name in names if name not in (*form.columns, *LABELS, "prompt")}
+    is_text = "prompt" in form.columns and isinstance(row["prompt"], str)
+    return columns | ({"prompt": row["prompt"]} if is_text else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

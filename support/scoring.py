@@ -111,7 +111,8 @@ class CompletionFunction(Reward):
 
     def __call__(self, prompts, responses, references, acts):
         metrics: dict[str, float] = {}
-        given = self._columns(prompts) | {
+        columns = self._columns(prompts)
+        given = columns | {
             "prompts": [as_data_has_it(prompt) for prompt in prompts],
             "completions": [completion_of(p, r) for p, r in zip(prompts, responses)],
             "completion_ids": [list(getattr(response, "token_ids", ())) for response in responses],
@@ -121,7 +122,7 @@ class CompletionFunction(Reward):
         }
         given = {name: value for name, value in given.items() if self.takes_all or name in self.named} | self.args
         if missing := sorted(self.required - given.keys()):
-            known = ", ".join(sorted(self._columns(prompts))) or "none"
+            known = ", ".join(sorted(columns)) or "none"
             raise UserError(
                 f"the reward function has the parameter '{missing[0]}', and the data has no such column (columns: "
                 f"{known}); give it in reward_args, as {missing[0]}=VALUE, or give the parameter a default."

@@ -21,7 +21,7 @@ from support.models import load_codec
 from support.options import reward_weights
 from support.reward_model import RewardModel, check_reward_model
 from support.samples import make_samples
-from support.scoring import check_reward, checked_scores, score_episodes
+from support.scoring import as_data_has_it, check_reward, checked_scores, score_episodes
 from support.text import Prompt, Reply, messages_of
 
 TALK = messages_of(["Is it open ?", "Yes .", "Until when ?"])
@@ -242,6 +242,15 @@ def test_columns_come_from_the_rows_of_the_data(tmp_path):
     ]
 
 
+def test_a_prompt_beside_a_whole_conversation_does_not_replace_it(tmp_path):
+    talk = messages_of(["One ?", "Two .", "Three ?", "Four ."])
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": talk, "prompt": "One ?", "id": 7}) + "\n")
+    [dialogue] = load_dialogues(str(tmp_path), "train")
+    assert dialogue.columns == {"id": 7}
+    assert as_data_has_it(Prompt.of("", talk[:3], dialogue.columns)) == talk[:3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rewards for tokens
 
@@ -272,6 +281,11 @@ def test_spans_are_earned_at_the_token_that_completes_them():
             checked_scores([[span]], [reply])
     with pytest.raises(UserError, match="as a span; expected"):
         checked_scores([[(0, 1)]], [reply])
+
+
+def test_a_span_counts_from_the_first_letter_and_not_from_the_blanks_before_it():
+    reply = Reply.of("ab c", (1, 2, 3, 4), lambda ids: ["  ", "  ab", "  ab c", "  ab c"][len(ids) - 1])
+    assert [reply.token_at(end) for end in (1, 2, 3, 4)] == [1, 1, 2, 2]
 
 
 def test_token_rewards_by_hand():
