@@ -122,15 +122,19 @@ import evaluate
 import numpy as np
 import sacrebleu
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoConfig
 
+from envs import ConversationVectorEnv
 from rewards import intent_hits, label_parts
 from support.builtin import resolve_model
+from support.conversations import Conversation, ConversationTask, columns_of, sample_turn
 from support.data import Dialogue, Dialogues, form_sentence, load_dialogues
 from support.files import nan_to_none, write_json
-from support.generation import ReplySettings, Report, generate_replies, reply_log_likelihoods
+from support.generation import ReplySettings, Report, causal_lm_step, generate_replies, reply_log_likelihoods
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
 from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar
@@ -592,6 +596,20 @@ def reward_of_replies(texts: Sequence[str], samples: Sequence[Sample], score: Ca
     return score([s.prompt for s in samples], list(texts), references, [s.act for s in samples])
 
 
+def sample_conversation(before: str, now: Conversation, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of samples.jsonl: a conversation as it was before training, and as it is now."""
+    shown = {"score": now.total} | {name: values[0] for name, values in columns_of([now], "metrics").items()}
+    return {
+        "update": metrics["update"],
+        "env_steps": metrics["env_steps"],
+        "context": [m["content"].strip() for m in now.messages[: now.opening]],
+        "before": before,
+        "now": now.transcript(),
+        "human": "",
+        "scores": {"before": {}, "now": shown},
+    }
+
+
 def sample_dialogue(sample: Sample, before: str, now: str, score: Callable, metrics: dict[str, Any]) -> dict[str, Any]:
     """Return a line of samples.jsonl: a sample, the replies before training and now, and the scores of both.
 
@@ -608,6 +626,49 @@ def sample_dialogue(sample: Sample, before: str, now: str, score: Callable, metr
         "human": sample.reply.strip(),
         "scores": {name: {k: float(v[i]) for k, v in shown.items()} for i, name in enumerate(("before", "now"))},
     }
+
+
+def play(
+    model: torch.nn.Module,
+    make_task: Callable[[int], ConversationTask],
+    conversations: int,
+    settings: ReplySettings,
+    report: Report | None = None,
+) -> list[Conversation]:
+    """Let the model play so many conversations, those with the numbers 0, 1, ...; return them in this order.
+
+    `make_task` makes the task for a number of conversations at a time. With `settings.share` each process plays a part.
+    """
+    state = PartialState()
+    index, processes = (state.process_index, state.num_processes) if settings.share else (0, 1)
+    at_a_time = max(1, min(2 * settings.batch_size, -(-conversations // processes)))
+    env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
+    rounds = -(-conversations // env.env_num)
+    observations, _ = env.reset(seed=settings.seed, options={"rounds": rounds})
+    talks, device, step = [], next(model.parameters()).device, causal_lm_step(model)
+    while env.active.any():
+        observations, *_ = env.step(sample_turn(step, env, observations, settings.sampling, device)[2])
+        talks += env.finished
+        if report:
+            report(len(talks), rounds * at_a_time)
+    if processes > 1:
+        talks = gather_object(talks)
+    return sorted(talks, key=lambda talk: talk.number)[:conversations]
+
+
+def score_conversations(talks: Sequence[Conversation], seconds: float) -> Scored:
+    """Compute the metrics of a run's model over the conversations that it played."""
+    parts = columns_of(talks, "metrics")
+    scores = {"mean_output_length": np.array([talk.tokens / len(talk.replies) for talk in talks])}
+    scores |= {"turns": np.array([len(talk.replies) for talk in talks], float)}
+    scores |= {name: np.array(values) for name, values in parts.items()}
+    said = ["\n".join(talk.replies) for talk in talks]
+    none = np.zeros(len(talks))
+    ngrams = {f"distinct{n}": NGrams(said, n) for n in (1, 2)}
+    texts = [talk.transcript() for talk in talks]
+    evaluation = Evaluation(texts, [""] * len(talks), scores, None, ngrams, none, none, seconds)
+    metrics = {name: np.array(values) for name, values in parts.items()} | {"turns": scores["turns"]}
+    return Scored(evaluation, Scores(np.array([talk.total for talk in talks]), metrics=metrics))
 
 
 @dataclass

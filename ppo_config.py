@@ -32,7 +32,7 @@ from support.options import (
     check_values,
     checked_value,
 )
-from support.paths import check_data, check_models, check_reward_path, check_template
+from support.paths import check_data, check_models, check_partner_path, check_reward_path, check_template, is_class
 
 DEFAULT_REWARD = {"intent": 0.5, "meteor": 0.5}  # that of OpenRL's tutorial
 SMALL_MODEL = 10_000_000  # parameters, below which a model learns at the rates of the built-in one
@@ -98,6 +98,25 @@ class RewardOptions:
 
 
 @dataclass
+class PartnerOptions:
+    """Conversations of several turns, in place of single replies to recorded dialogues (docs/conversations.md)."""
+
+    partner: str = ""
+    """Who answers the policy: 'desk' (a customer), a class (my_file.py:Customer), 'self' (the policy before training),
+    or a model (folder or hub name). Left out: replies to recorded dialogues."""
+    partner_args: NamedValues = field(default_factory=dict)
+    """Arguments for a class of your own: --partner-args patience=3."""
+    partner_device: str = ""
+    """Device of a model as partner, such as cuda:1 (left out: that of the policy)."""
+    partner_timeout: Weight = 0.0
+    """Seconds that a call of the partner may take before the run ends (0: no limit)."""
+    max_turns: PositiveInt = 8
+    """Replies of the policy after which a conversation is cut."""
+    turn_reward: RewardWeights = field(default_factory=dict)
+    """Parts of the reward for each reply of a conversation, with weights; --reward scores the whole at its end."""
+
+
+@dataclass
 class AlgorithmOptions:
     """PPO: how much is sampled, and how it is learned from."""
 
@@ -158,6 +177,7 @@ class PPOConfig(
     SampleOptions,
     FormatOptions,
     RewardOptions,
+    PartnerOptions,
     AlgorithmOptions,
     EngineOptions,
     RunOptions,
@@ -178,9 +198,23 @@ class PPOConfig(
                 self.reward = {n: w for n, w in self.reward.items() if n != name} | ({name: weight} if weight else {})
                 setattr(self, f"{name}_coef", None)
 
+        if self.partner:
+            self._fit_partner()
+
+    def _fit_partner(self) -> None:
+        """Replace defaults that are for single replies to the built-in dialogues."""
+        self.turn_reward = checked_value(PPOConfig, "turn_reward", self.turn_reward)
+        if self.reward == DEFAULT_REWARD:
+            self.reward = {} if self.turn_reward else {"partner": 1.0}
+        if self.intent_model == "builtin":
+            self.intent_model = ""
+        if self.partner == "desk" and self.model_path == "builtin":
+            self.model_path = "desk"
+
     def check(self) -> None:
         """UserError for values that cannot work, before anything is loaded."""
         check_values(self)
+        self.check_partner()
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         super().check()
         if self.model_class and (self.policy_class or self.critic_class):
@@ -195,7 +229,7 @@ class PPOConfig(
         if HIDDEN in self.reward_args.values():
             name = next(k for k, v in self.reward_args.items() if v == HIDDEN)
             raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
-        if not any(self.reward.values()):
+        if not any({**self.reward, **self.turn_reward}.values()):
             raise UserError(f"reward is {self.reward or 'empty'}: nothing is rewarded; expected a part with a weight.")
         for name in ("consensus", "commonplace"):
             if name in self.reward and self.samples_per_prompt == 1:
@@ -211,12 +245,35 @@ class PPOConfig(
             ref_model=self.ref_model,
             intent_model=self.intent_model,
         )
-        for name in self.reward:
+        for name in (*self.reward, *self.turn_reward):
             check_reward_path(name)
             if name.endswith((".yaml", ".yml")):
                 JudgeConfig.load(name)
         check_data(self.data_path)
         check_template(self.template)
+
+    def check_partner(self) -> None:
+        """UserError for settings of conversations that do not fit together."""
+        given = {"turn_reward": self.turn_reward, "partner_args": self.partner_args}
+        if not self.partner:
+            if name := next((name for name, value in given.items() if value), None):
+                raise UserError(f"{name} is for conversations; give --partner as well, or leave it out.")
+            if "partner" in self.reward:
+                raise UserError("the reward 'partner' is what a partner gives a conversation; give --partner as well.")
+            return
+        for name in (*self.reward, *self.turn_reward):
+            if name in ("intent", "meteor", "consensus", "commonplace"):
+                raise UserError(
+                    f"the reward '{name}' compares replies to one recorded prompt, and a conversation with a partner "
+                    "has none; reward 'partner', a reward model, a judge or your own (docs/conversations.md)."
+                )
+        if "partner" in self.turn_reward:
+            raise UserError("a partner scores whole conversations; put 'partner' into --reward, not --turn-reward.")
+        check_partner_path(self.partner)
+        if self.partner_args and not is_class(self.partner):
+            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
+        if not self.gather:
+            raise UserError("conversations end at different times, so they need whole weights; leave --no-gather out.")
 
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be divided among so many processes."""

@@ -37,13 +37,26 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
-from envs import DialogueVectorEnv
-from eval_metrics import answer, progress, reward_of_replies, sample_dialogue, score_result, write_comparison
+from envs import ConversationVectorEnv, DialogueVectorEnv
+from eval_metrics import (
+    Scored,
+    answer,
+    play,
+    progress,
+    reward_of_replies,
+    sample_conversation,
+    sample_dialogue,
+    score_conversations,
+    score_result,
+    write_comparison,
+)
 from rewards import WeightedSum, make_reward, token_kl
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
+from support.conversations import Conversation, columns_of, sample_turn, scores_of
 from support.data import SPLITS
 from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
 from support.generation import (
@@ -73,9 +86,10 @@ from support.models import (
     training_noise,
 )
 from support.packing import get_conventions, logits_at, pack, packed_lengths, split_by_tokens
+from support.partners import PartnerMaker, Tasks
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
-from support.samples import Sample, Samples, load_samples, longest_lengths
+from support.samples import Sample, Samples, lengths_to_choose, load_samples, longest_lengths, with_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
 from support.words import describe, word_tokenizer_for
@@ -248,18 +262,57 @@ def build_model(config: PPOConfig, name: str, longest: int) -> ActorCritic:
 
 
 @dataclass
-class Rollout:
-    """N replies, of prompts padded on the left to P tokens and responses padded on the right to T tokens."""
+class Texts:
+    """M texts for the networks: prompts padded on the left to P tokens, what follows padded on the right to S tokens.
 
-    input_ids: torch.Tensor  # (N, P + T)
-    attention_mask: torch.Tensor  # (N, P + T)
-    mask: torch.Tensor  # (N, T) bool: the tokens that were sampled
+    What follows a prompt is a reply. In a conversation it is several replies, with the partner's words between them. A
+    conversation has several texts if a later prompt does not begin with the earlier text.
+    """
+
+    input_ids: torch.Tensor  # (M, P + S)
+    attention_mask: torch.Tensor  # (M, P + S)
+    sampled: torch.Tensor  # (M, S) bool: the tokens that the policy sampled
+    counts: list[int] | None = None  # texts of each of the N episodes; None: one each
+
+    def rows(self, episodes: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the texts of some episodes, in their order."""
+        if self.counts is None:
+            return episodes
+        counts = torch.tensor(self.counts, device=episodes.device)
+        ends = counts.cumsum(0)
+        return torch.cat([torch.arange(ends[e] - counts[e], ends[e], device=episodes.device) for e in episodes])
+
+    def inputs(self, episodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a network's inputs to score the replies of some episodes, see shifted_inputs."""
+        rows = self.rows(episodes)
+        return shifted_inputs(self.input_ids[rows], self.attention_mask[rows], self.sampled[rows])
+
+    def sampled_ids(self, episodes: torch.Tensor) -> torch.Tensor:
+        """Return the n tokens that were sampled in some episodes, one after another."""
+        rows = self.rows(episodes)
+        return self.input_ids[rows, -self.sampled.shape[1] :][self.sampled[rows]]
+
+    def lengths(self, group: int) -> torch.Tensor:
+        """Return the tokens (N / group,) of each `group` episodes, in which a prompt that all have counts once."""
+        if self.counts is None:
+            return packed_lengths(self.attention_mask, self.attention_mask.shape[1] - self.sampled.shape[1], group)
+        of_texts = self.attention_mask.sum(-1).split(self.counts)
+        return torch.stack([tokens.sum() for tokens in of_texts]).view(-1, group).sum(-1)
+
+
+@dataclass
+class Rollout:
+    """N episodes, each a reply or a conversation, of which the policy sampled up to T tokens, padded on the right."""
+
+    texts: Texts
+    mask: torch.Tensor  # (N, T) bool: the tokens that were sampled, those of a conversation's replies side by side
     logprobs: torch.Tensor  # (N, T) under the distribution sampled from
     kl: torch.Tensor  # (N, T) log pi - log pi_ref of the sampled token
     values: torch.Tensor  # (N, T) of the state before each token, in units of reward
     candidates: torch.Tensor | None  # (N, T, K) tokens that top-k and top-p leave, see generation.choose_candidates
-    scores: torch.Tensor  # (N,) the reward of the whole reply
+    scores: torch.Tensor  # (N,) the reward of the whole episode
     token_scores: torch.Tensor  # (N, T) how much of it was earned at each token; the rest is earned at the last one
+    turns: torch.Tensor  # (N,) replies of the policy in each episode
     parts: dict[str, torch.Tensor]  # (N,) each, parts of the reward
     metrics: dict[str, torch.Tensor]  # (N,) each, what else the reward returned
     prompts: list[str]
@@ -273,16 +326,15 @@ class Rollout:
         return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
 
     @property
-    def response_length(self) -> int:
-        return self.mask.shape[1]
-
-    @property
     def prompt_mask(self) -> torch.Tensor:
-        return self.attention_mask[:, : -self.response_length]
+        return self.texts.attention_mask[:, : -self.texts.sampled.shape[1]]
 
     @property
     def response_ids(self) -> torch.Tensor:
-        return self.input_ids[:, -self.response_length :]
+        """The sampled tokens (N, T), 0 outside the mask."""
+        ids = torch.zeros_like(self.mask, dtype=torch.long)
+        everything = torch.arange(len(self.mask), device=self.mask.device)
+        return ids.masked_scatter(self.mask, self.texts.sampled_ids(everything))
 
 
 @dataclass(frozen=True)
@@ -293,13 +345,14 @@ class RolloutSettings:
     micro_batch: int  # tokens of finished replies that are read at a time
     device: torch.device
     max_over_processes: Callable[[int], int] = no_lockstep  # as for sample_responses
+    rounds: int = 1  # conversations of each slot
 
 
 @torch.no_grad()
 def collect(
     model: ActorCritic,
     ref_model: nn.Module,
-    env: DialogueVectorEnv,
+    env: DialogueVectorEnv | ConversationVectorEnv,
     observations: dict[str, Any],
     uniforms: torch.Tensor,
     value_scale: RunningMoments,
@@ -307,8 +360,10 @@ def collect(
 ) -> tuple[Rollout, dict[str, Any]]:
     """Collect a reply in each of the env's dialogues for each round. Also return the next observations.
 
-    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness.
+    `uniforms` (rounds, num_envs, max_new_tokens) in [0, 1) is the only randomness. Conversations have their own.
     """
+    if isinstance(env, ConversationVectorEnv):
+        return collect_conversations(model, ref_model, env, observations, value_scale, settings)
     parts: list[Rollout] = []
     for round_uniforms in uniforms:
         rollout, observations = collect_round(
@@ -340,12 +395,11 @@ def collect_round(
     prompts = prompt_ids, prompt_mask
     how = settings.sampling, uniforms.to(device), settings.max_over_processes
     out = sample_responses(model.decode, env.codec, *prompts, *how)
-    input_ids = torch.cat([prompt_ids, out.ids], dim=-1)
     attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
+    texts = Texts(torch.cat([prompt_ids, out.ids], dim=-1), attention_mask, out.mask)
 
     # 3. log-probabilities under the reference, and values of a separate critic, of the finished texts
-    texts = input_ids, attention_mask
-    ref_logprobs, values = read_texts(model, ref_model, *texts, out, env.samples_per_prompt, settings)
+    ref_logprobs, values = read_texts(model, ref_model, texts, out.mask, env.samples_per_prompt, settings)
     sampled = time.perf_counter()
 
     # 4. the environment scores the replies and hands out the next dialogues
@@ -354,15 +408,15 @@ def collect_round(
     by_token = np.zeros((len(out.mask), 0)) if scores.by_token is None else scores.by_token
     as_column = partial(torch.tensor, dtype=torch.float32, device=device)
     rollout = Rollout(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        texts=texts,
         mask=out.mask,
         logprobs=out.logprobs,
         kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
-        values=value_scale.denormalize(values) * out.mask,
+        values=value_scale.denormalize(out.values if values is None else values) * out.mask,
         candidates=out.candidates,
         scores=as_column(scores.total),
         token_scores=pad_right(as_column(by_token), out.mask.shape[1]),
+        turns=torch.ones(len(out.mask), device=device),
         parts={name: as_column(values) for name, values in scores.parts.items()},
         metrics={name: as_column(values) for name, values in scores.metrics.items()},
         prompts=list(final["prompt"]),
@@ -373,57 +427,179 @@ def collect_round(
     return rollout, observations
 
 
+@dataclass
+class Turn:
+    """One reply of a conversation, as it was sampled. The tensors (n,) are of its n tokens, candidates (n, K)."""
+
+    prompt: list[int]
+    reply: list[int]
+    logprobs: torch.Tensor
+    full_logprobs: torch.Tensor
+    values: torch.Tensor
+    candidates: torch.Tensor | None
+
+
+def collect_conversations(
+    model: ActorCritic,
+    ref_model: nn.Module,
+    env: ConversationVectorEnv,
+    observations: dict[str, Any],
+    value_scale: RunningMoments,
+    settings: RolloutSettings,
+) -> tuple[Rollout, dict[str, Any]]:
+    """Play the env's conversations to their end. Also return the first observations of the next ones.
+
+    The partner's words are no actions: advantages run over the policy's tokens alone, across the turns.
+    """
+    started, waited = time.perf_counter(), 0.0
+    turns: dict[int, list[Turn]] = {}
+    talks: list[Conversation] = []
+    while env.active.any():
+        # 1. a reply in each conversation that goes on
+        slots, out, actions = sample_turn(model.decode, env, observations, settings.sampling, settings.device)
+        for slot, turn in zip(slots, turns_of(observations, slots, out)):
+            turns.setdefault(env.conversations[slot].number, []).append(turn)
+        # 2. the partners answer, and the environment scores
+        asked = time.perf_counter()
+        observations, *_ = env.step(actions)
+        talks += env.finished
+        waited += time.perf_counter() - asked
+    talks.sort(key=lambda talk: talk.number)
+    of_talks = [turns[talk.number] for talk in talks]
+
+    # 3. log-probabilities under the reference, and values of a separate critic, of the whole conversations
+    device, pad_id = settings.device, env.codec.tokenizer.pad_token_id
+    texts = join_turns(of_talks, pad_id, device)
+    logprobs, full_logprobs, values = (
+        pad_sequence([torch.cat([getattr(turn, name) for turn in talk]) for talk in of_talks], batch_first=True)
+        for name in ("logprobs", "full_logprobs", "values")
+    )
+    lengths = torch.tensor([sum(len(turn.reply) for turn in talk) for talk in of_talks])
+    mask = (torch.arange(logprobs.shape[1]) < lengths[:, None]).to(device)
+    ref_logprobs, critic_values = read_texts(model, ref_model, texts, mask, 1, settings)
+    values = values.to(device) if critic_values is None else critic_values
+    columns = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in scores_of(talks).items()}
+    parts, metrics = columns_of(talks, "parts"), columns_of(talks, "metrics")
+    metrics |= {"turns": [len(talk.replies) for talk in talks], "cut": [talk.end == "truncated" for talk in talks]}
+    as_columns = partial(torch.tensor, dtype=torch.float32, device=device)
+    rollout = Rollout(
+        texts=texts,
+        mask=mask,
+        logprobs=logprobs.to(device),
+        kl=token_kl(full_logprobs.to(device), ref_logprobs, mask),
+        values=value_scale.denormalize(values) * mask,
+        candidates=join_candidates(of_talks, device),
+        scores=columns["total"],
+        token_scores=columns["by_token"],
+        turns=columns["turns"],
+        parts={name: as_columns(x) for name, x in parts.items()},
+        metrics={name: as_columns(x) for name, x in metrics.items()},
+        prompts=[str(talk.prompts[0]) for talk in talks],
+        responses=["\n".join(talk.replies) for talk in talks],
+        references=[""] * len(talks),
+        seconds={"rollout_s": time.perf_counter() - started - waited, "scoring_s": waited},
+    )
+    return rollout, env.reset(options={"rounds": settings.rounds})[0]
+
+
+def turns_of(observations: dict[str, Any], slots: np.ndarray, out: Responses) -> list[Turn]:
+    """Return what was sampled in each of some slots."""
+    columns = [x.cpu() for x in (out.ids, out.mask, out.logprobs, out.full_logprobs, out.values)]
+    candidates = None if out.candidates is None else out.candidates.cpu()
+    found = []
+    for i, slot in enumerate(slots):
+        prompt = observations["input_ids"][slot][observations["attention_mask"][slot] > 0].tolist()
+        ids, mask, logprobs, full_logprobs, values = (x[i] for x in columns)
+        some = None if candidates is None else candidates[i][mask]
+        found.append(Turn(prompt, ids[mask].tolist(), logprobs[mask], full_logprobs[mask], values[mask], some))
+    return found
+
+
+def join_turns(of_talks: list[list[Turn]], pad_id: int, device: torch.device) -> Texts:
+    """Join the turns of each conversation to one text, or to several if a prompt does not continue the text."""
+    rows: list[tuple[list[int], list[int], list[bool]]] = []  # prompt, what follows it, which of that was sampled
+    counts = []
+    for turns in of_talks:
+        before, text = len(rows), None
+        for turn in turns:
+            if text is not None and turn.prompt[: len(text)] == text:
+                between = turn.prompt[len(text) :]
+                rest, sampled = rows[-1][1:]
+                rest += between + turn.reply
+                sampled += [False] * len(between) + [True] * len(turn.reply)
+            else:
+                rows.append((turn.prompt, list(turn.reply), [True] * len(turn.reply)))
+            text = turn.prompt + turn.reply
+        counts.append(len(rows) - before)
+    width = max(len(prompt) for prompt, *_ in rows)
+    length = max(len(rest) for _, rest, _ in rows)
+    ids = torch.full((len(rows), width + length), pad_id)
+    attention, sampled = torch.zeros_like(ids), torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, (prompt, rest, chosen) in enumerate(rows):
+        ids[i, width - len(prompt) : width + len(rest)] = torch.tensor(prompt + rest)
+        attention[i, width - len(prompt) : width + len(rest)] = 1
+        sampled[i, : len(rest)] = torch.tensor(chosen)
+    return Texts(ids.to(device), attention.to(device), sampled.to(device), counts)
+
+
+def join_candidates(of_talks: list[list[Turn]], device: torch.device) -> torch.Tensor | None:
+    """Return the candidates (N, T, K) of the tokens of each conversation; None if all tokens are candidates."""
+    if of_talks[0][0].candidates is None:
+        return None
+    most = max(turn.candidates.shape[1] for talk in of_talks for turn in talk)
+    rows = [torch.cat([pad_right(turn.candidates, most, -1) for turn in talk]) for talk in of_talks]
+    return pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+
+
 def read_texts(
     model: ActorCritic,
     ref_model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    responses: Responses,
+    texts: Texts,
+    mask: torch.Tensor,
     group: int,
     settings: RolloutSettings,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the responses' log-probabilities under the reference, and their values: (N, T) each.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the replies' log-probabilities under the reference, and a separate critic's values: (N, T) each.
 
-    input_ids, attention_mask (N, P + T). A separate critic computes the values here; others come with the responses.
+    mask (N, T) marks the sampled tokens. Without a separate critic the values are None: they come with the replies.
     """
-    values, ref_logprobs = responses.values, torch.zeros_like(responses.logprobs)
-    if getattr(model, "critic", None) is not None:
-        values = torch.zeros_like(responses.values)
-    lengths = packed_lengths(attention_mask, input_ids.shape[1] - responses.ids.shape[1], group)
+    ref_logprobs = torch.zeros(mask.shape, device=mask.device)
+    values = None if getattr(model, "critic", None) is None else torch.zeros_like(ref_logprobs)
+    lengths = texts.lengths(group)
     passes = min(settings.max_over_processes(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
-    groups = torch.arange(len(input_ids), device=input_ids.device).view(len(lengths), -1)
+    groups = torch.arange(len(mask), device=mask.device).view(len(lengths), -1)
     for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
-        mask = responses.mask[rows]
-        inputs = shifted_inputs(input_ids[rows], attention_mask[rows], mask)
-        tokens = responses.ids[rows][mask]
-        logprobs = token_log_probs(logits_at(ref_model, *inputs), tokens, settings.sampling.temperature)
-        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(mask, logprobs)
-        if values is not responses.values:
-            values[rows] = values[rows].masked_scatter(mask, model.values_of(*inputs))
+        inputs, here = texts.inputs(rows), mask[rows]
+        logits = logits_at(ref_model, *inputs)
+        logprobs = token_log_probs(logits, texts.sampled_ids(rows), settings.sampling.temperature)
+        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(here, logprobs)
+        if values is not None:
+            values[rows] = values[rows].masked_scatter(here, model.values_of(*inputs))
     return ref_logprobs, values
 
 
 def join(rounds: list[Rollout]) -> Rollout:
-    """Join rounds to one rollout, padded to the longest prompt and the longest response."""
-    width = max(r.input_ids.shape[1] - r.response_length for r in rounds)
-    length = max(r.response_length for r in rounds)
+    """Join rounds of replies to one rollout, padded to the longest prompt and the longest response."""
+    width, length = max(r.prompt_mask.shape[1] for r in rounds), max(r.mask.shape[1] for r in rounds)
 
-    def text(rollout: Rollout, x: torch.Tensor) -> torch.Tensor:
-        prompt, response = x[:, : -rollout.response_length], x[:, -rollout.response_length :]
-        return torch.cat([F.pad(prompt, (width - prompt.shape[1], 0)), pad_right(response, length)], dim=-1)
+    def text(rollout: Rollout, name: str) -> torch.Tensor:
+        x, n = getattr(rollout.texts, name), rollout.prompt_mask.shape[1]
+        return torch.cat([F.pad(x[:, :n], (width - n, 0)), pad_right(x[:, n:], length)], dim=-1)
 
     candidates = None
     if rounds[0].candidates is not None:
         most = max(r.candidates.shape[-1] for r in rounds)
         candidates = torch.cat([pad_right(pad_right(r.candidates, most, -1, dim=2), length, -1) for r in rounds])
+    of_tokens = {
+        name: torch.cat([pad_right(getattr(r, name), length) for r in rounds])
+        for name in ("mask", "logprobs", "kl", "values", "token_scores")
+    }
+    ids, attention = (torch.cat([text(r, name) for r in rounds]) for name in ("input_ids", "attention_mask"))
     return Rollout(
-        **{name: torch.cat([text(r, getattr(r, name)) for r in rounds]) for name in ("input_ids", "attention_mask")},
-        **{
-            name: torch.cat([pad_right(getattr(r, name), length) for r in rounds])
-            for name in ("mask", "logprobs", "kl", "values", "token_scores")
-        },
+        texts=Texts(ids, attention, of_tokens["mask"]),
+        **of_tokens,
         candidates=candidates,
-        scores=torch.cat([r.scores for r in rounds]),
+        **{name: torch.cat([getattr(r, name) for r in rounds]) for name in ("scores", "turns")},
         parts={name: torch.cat([r.parts[name] for r in rounds]) for name in rounds[0].parts},
         metrics={name: torch.cat([r.metrics[name] for r in rounds]) for name in rounds[0].metrics},
         **{name: [x for r in rounds for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
@@ -543,7 +719,8 @@ def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: C
     penalty, scores = None, rollout.scores
     if config.length_rate:
         earned = scores - state.kl_controller.coef * rollout.kl.sum(-1)
-        penalty = state.length_controller.penalty(rollout.mask.sum(-1), earned, config.samples_per_prompt, reduce)
+        lengths = rollout.mask.sum(-1) / rollout.turns  # of a reply
+        penalty = state.length_controller.penalty(lengths, earned, config.samples_per_prompt, reduce)
         scores = scores - penalty
     scores = leave_one_out(scores, config.samples_per_prompt)
     rewards = token_rewards(rollout, state.kl_controller.coef, scores)
@@ -609,8 +786,7 @@ def update(
     model.train()
     totals: dict[str, torch.Tensor] = {}
     optimizer_steps, skipped, passes = 0, 0, 0
-    prompt_width = rollout.input_ids.shape[1] - rollout.response_length
-    lengths = packed_lengths(rollout.attention_mask, prompt_width, sizes.group).cpu()  # (N / group,)
+    lengths = rollout.texts.lengths(sizes.group).cpu()  # (N / group,)
     for epoch in range(config.ppo_epoch):
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         for mini_batch in sizes.mini_batches(*stream, epoch):
@@ -665,8 +841,8 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
         return x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
 
     candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
-    logits, values = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
-    logprobs = token_log_probs(logits, at_tokens(rollout.response_ids), config.temperature, candidates)
+    logits, values = model(*rollout.texts.inputs(rows))
+    logprobs = token_log_probs(logits, rollout.texts.sampled_ids(rows), config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
     losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(batch.advantages), config.clip_range)
     stats |= {
@@ -684,7 +860,10 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
 # State
 
 SAMPLING, SHUFFLING = 0, 1  # what random numbers are for: each purpose has a stream of its own
+WITHOUT_DATA = {"max_prompt_tokens": 512, "max_new_tokens": 64}  # lengths in tokens, where no data decides them
 SHOWN = 8  # validation dialogues that the sample dialogues are taken from
+START_CONVERSATIONS = 64  # that scales and mean length before training are measured on
+PLAYED = 600  # conversations of the final comparison, for eval_limit 0: there is no end of them
 START_PROMPTS = 256  # enough to estimate the mean length of replies within 2%
 
 
@@ -700,7 +879,7 @@ class TrainState:
     }
 
     def __init__(self, config: PPOConfig):
-        vars(self).update(self.COUNTERS)  # rounds: calls of env.step
+        vars(self).update(self.COUNTERS)  # rounds: episodes that each slot has finished
         self.start_reward: float | None = None  # on the validation samples, before training
         self.start_replies: list[str] = []  # to the sample dialogues, before training
         self.best_reward: float | None = None  # the largest of the checkpoints so far
@@ -754,13 +933,19 @@ class Parts:
         run.stage("looking for the models")
         name = resolve_model(config.model_path)
         check_model_names(config, name)
+        partner = PartnerMaker(config.partner, config.partner_args, config.seed) if config.partner else None
         self.accelerator = accelerator
         codec, positions = open_codec(config, name, run)
         run.stage("loading the models")
         self.actor_critic = load_actor_critic(config, name, codec, run)  # loaded first, because it may be unusable
         run.stage("reading the dialogues")
-        self.codec, self.samples = read_data(config, name, codec, positions, run)
-        config = leave_out_impossible(config, self.samples["train"], run)
+        if partner is None or not partner.begins:
+            self.codec, self.samples = read_data(config, name, codec, positions, run)
+        else:
+            options, folder = text_source(config, name, run)
+            self.codec, self.samples = lengths_without_data(codec, options, folder, positions), {}
+        if not config.partner:
+            config = leave_out_impossible(config, self.samples["train"], run)
         run.stage("loading the models")
         self.config = config = fit_settings(config, self.actor_critic, self.codec, accelerator, run)
         self.sizes = BatchSizes.derive(config, self.codec.format.max_new_tokens, accelerator)
@@ -774,22 +959,24 @@ class Parts:
         run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
         # `model` is what the engine makes of actor_critic
         self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
-        self.reward = build_reward(config, self.codec, self.samples["train"], accelerator, run)
-        self.score, self.judge, self.judge_metrics = try_reward(
-            self.reward, config, self.codec, self.samples, accelerator, run
+        self.reward, self.turn_reward = (
+            build_reward(weights, config, self.codec, self.samples.get("train"), accelerator, run)
+            for weights in (config.reward, config.turn_reward)
         )
-        self.env = DialogueVectorEnv(
-            self.samples["train"],
-            self.codec,
-            config.env_num,
-            self.score,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.samples_per_prompt,
-        )
+        self.score, self.turn_score = (checked_reward(r, config, self.codec) for r in (self.reward, self.turn_reward))
+        if partner is None:
+            self.tasks = None
+            self.judge, self.judge_metrics = try_reward(self, run)
+            self.env = make_dialogue_env(self)
+        else:
+            self.tasks = Tasks(config, partner, self.codec, self.samples, (self.score, self.turn_score))
+            self.tasks.load(self.ref_model, accelerator.device)
+            self.judge, self.judge_metrics = None, {}
+            self.env = make_conversation_env(self)
+            try_rewards_of_conversations(self, run)
         self.stats, self.gather = load_stats(config.stats), config.gather
-        validation = self.samples["validation"]
-        self.shown = list(validation[:: -(-len(validation) // SHOWN)])  # sample dialogues, from all over the split
+        validation = self.samples.get("validation", ())
+        self.shown = list(validation[:: max(1, -(-len(validation) // SHOWN))])  # sample dialogues, from all over it
 
     @property
     def policy(self) -> nn.Module:
@@ -816,12 +1003,12 @@ class Parts:
 
     def rollout_settings(self, sampling: Sampling) -> RolloutSettings:
         largest = partial(max_over_processes, accelerator=self.accelerator) if self.lockstep else no_lockstep
-        return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, largest)
+        return RolloutSettings(sampling, self.sizes.micro_batch, self.accelerator.device, largest, self.sizes.rounds)
 
     def inference(self) -> contextlib.AbstractContextManager[None]:
         """Prepare all networks for passes without gradients."""
         judges = [] if self.judge is None else [self.judge.model]
-        frozen = [self.ref_model, *judges, *self.reward.models]
+        frozen = [self.ref_model, *judges, *self.reward.models, *self.turn_reward.models]
         return inference(self.accelerator, self.model, frozen, self.gather)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -888,6 +1075,12 @@ def read_data(
     return load_samples(options, codec, folder, needed, run.say, positions, run.progress)
 
 
+def lengths_without_data(codec: DialogueCodec, options: Any, folder: str, positions: int | None) -> DialogueCodec:
+    """Return the codec with the lengths of conversations whose beginnings come from the partner."""
+    names = lengths_to_choose(codec, options, folder)
+    return with_lengths(codec, {name: WITHOUT_DATA[name] for name in names}, positions)
+
+
 def leave_out_impossible(config: PPOConfig, samples: Samples, run: Run) -> PPOConfig:
     """Leave out what the data cannot give: METEOR without human replies, intent without dialogue acts. Say so."""
     reward, gone = dict(config.reward), {}
@@ -952,41 +1145,47 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
 
 
 def build_reward(
-    config: PPOConfig, codec: DialogueCodec, samples: Samples, accelerator: Accelerator, run: Run
+    weights: dict[str, float],
+    config: PPOConfig,
+    codec: DialogueCodec,
+    samples: Samples | None,
+    accelerator: Accelerator,
+    run: Run,
 ) -> WeightedSum:
-    """Make the reward that the configuration names, with its models placed. `samples` tell how words are counted."""
+    """Make the reward that the weights name, with its models placed. `samples` tell how words are counted."""
     run.stage("loading the reward")
-    word_tokenizer = word_tokenizer_for(samples.replies())
-    if word_tokenizer != "english":
+    word_tokenizer = word_tokenizer_for(samples.replies() if samples else ())
+    if weights and word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
     marker = "" if codec.format.template else codec.format.eou_marker
     judge = resolve_model(config.intent_model, "judge") if config.rewards_intent else ""
     how = accelerator.device, marker, word_tokenizer, judge
-    reward = make_reward(config.reward, config.reward_args, *how)
+    reward = make_reward(weights, config.reward_args, *how)
     for model in reward.models:
         place(model, config.intent_placement, accelerator)
     return reward
 
 
-def try_reward(
-    reward: WeightedSum,
-    config: PPOConfig,
-    codec: DialogueCodec,
-    samples: dict[str, Samples],
-    accelerator: Accelerator,
-    run: Run,
-) -> tuple[Callable[..., Scores], IntentJudge | None, dict[str, float]]:
-    """Try reward and judge before training. Return the checked reward, the judge and its metrics."""
+def checked_reward(reward: WeightedSum, config: PPOConfig, codec: DialogueCodec) -> Callable[..., Scores] | None:
+    """Return the reward as a function that checks what it returns; None for a reward without parts."""
+    if not reward.parts:
+        return None
 
     def score(prompts, responses, references, acts):
         replies = [codec.as_reply(response) for response in responses]
         return score_episodes(reward, prompts, replies, references, acts, timeout=config.reward_timeout)
 
+    return score
+
+
+def try_reward(parts: Parts, run: Run) -> tuple[IntentJudge | None, dict[str, float]]:
+    """Try reward and judge before training. Return the judge and its metrics."""
+    config, accelerator, reward, samples = parts.config, parts.accelerator, parts.reward, parts.samples
     judge, judge_metrics = load_judge(reward, config, accelerator.device), {}
     models = [] if judge is None else [place(judge.model, config.intent_placement, accelerator)]
     run.stage("trying the reward on two replies")
     with on_device(*models, *reward.models, once=config.gather):
-        check_reward(score, samples["train"][0], config.samples_per_prompt)
+        check_reward(parts.score, samples["train"][0], config.samples_per_prompt)
     if judge is not None:
         run.stage("measuring the judge")
         if judge.note:
@@ -996,7 +1195,35 @@ def try_reward(
                 if judge_metrics := measure_judge(judge, samples[split], config.judge_samples):
                     run.say(judge_sentence(judge_metrics, split))
                     break
-    return score, judge, judge_metrics
+    return judge, judge_metrics
+
+
+def try_rewards_of_conversations(parts: Parts, run: Run) -> None:
+    """Try the rewards on the opening of a conversation, so that their faults appear before the first rollout."""
+    run.stage("trying the reward on two replies")
+    task = parts.tasks("train", 1)
+    env = ConversationVectorEnv(task, parts.codec, 1)
+    _, infos = env.reset(seed=parts.config.seed)
+    talk, prompt = env.conversations[0], infos["prompt"][0]
+    prompt.columns = {"conversation": talk.messages, "partner_score": 0.0 if task.partners.has_score else None}
+    sample = Sample(tuple(talk.messages), prompt, "Yes.")
+    with on_device(*parts.reward.models, *parts.turn_reward.models, once=parts.config.gather):
+        for score in filter(None, (parts.score, parts.turn_score)):
+            check_reward(score, sample, parts.config.samples_per_prompt)
+
+
+def make_dialogue_env(parts: Parts) -> DialogueVectorEnv:
+    """Make the environment of replies to recorded dialogues."""
+    config, processes = parts.config, (parts.accelerator.process_index, parts.accelerator.num_processes)
+    how = config.env_num, parts.score, *processes, config.samples_per_prompt
+    return DialogueVectorEnv(parts.samples["train"], parts.codec, *how)
+
+
+def make_conversation_env(parts: Parts) -> ConversationVectorEnv:
+    """Make the environment of conversations with a partner."""
+    config, processes = parts.config, (parts.accelerator.process_index, parts.accelerator.num_processes)
+    task = parts.tasks("train", config.env_num // parts.accelerator.num_processes)
+    return ConversationVectorEnv(task, parts.codec, config.env_num, *processes, config.samples_per_prompt)
 
 
 def load_judge(reward: WeightedSum, config: PPOConfig, device: torch.device) -> IntentJudge | None:
@@ -1016,8 +1243,8 @@ def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) 
 
     A resumed run has all of it in its state, but for the scale of a reward that it did not have before.
     """
-    parts.reward.scales = state.reward_scales
-    new = parts.reward.unbounded_parts - state.reward_scales.keys()
+    parts.reward.scales = parts.turn_reward.scales = state.reward_scales
+    new = (parts.reward.unbounded_parts | parts.turn_reward.unbounded_parts) - state.reward_scales.keys()
     if state.updates and not new:
         return
     run.stage("measuring the model before training")
@@ -1028,10 +1255,9 @@ def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) 
             return
         state.start_reward = validation_reward(parts, config)
         if config.sample_interval:
-            state.start_replies = [parts.reply_to(sample, config.seed) for sample in parts.shown]
+            state.start_replies = replies_to_shown(parts, config)
         if config.length_rate:
-            *_, lengths = replies_to_spread(parts, config)
-            state.length_controller.start = sum(lengths) / len(lengths)
+            state.length_controller.start = mean_reply_length(parts, config)
             start, target = state.length_controller.start, state.length_controller.target
             run.say(f"replies have {start:.1f} tokens before training; the target is {target:.1f}")
 
@@ -1043,16 +1269,52 @@ def replies_to_spread(parts: Parts, config: PPOConfig) -> tuple[list[Sample], li
     return spread, *generate_replies(parts.policy, spread, parts.reply_settings(config.seed, config.sampling))
 
 
+def replies_to_shown(parts: Parts, config: PPOConfig) -> list[str]:
+    """Return the model's replies to the sample dialogues, or the sample conversations that it plays."""
+    if parts.tasks is None:
+        return [parts.reply_to(sample, config.seed) for sample in parts.shown]
+    return [talk.transcript() for talk in play_some(parts, config, "validation", SHOWN)]
+
+
+def mean_reply_length(parts: Parts, config: PPOConfig) -> float:
+    """Return the mean tokens of the model's replies to training prompts."""
+    if parts.tasks is None:
+        *_, lengths = replies_to_spread(parts, config)
+        return sum(lengths) / len(lengths)
+    talks = play_some(parts, config, "train", START_CONVERSATIONS, config.sampling)
+    return sum(talk.tokens for talk in talks) / sum(len(talk.replies) for talk in talks)
+
+
+def play_some(
+    parts: Parts, config: PPOConfig, split: str, n: int, sampling: Sampling = EVAL_SAMPLING
+) -> list[Conversation]:
+    """Let the policy play the first n conversations of a split."""
+    parts.policy.eval()
+    make_task = partial(parts.tasks, split)
+    return play(parts.policy, make_task, n, parts.reply_settings(config.seed, sampling))
+
+
 def measure_scales(parts: Parts, config: PPOConfig, state: TrainState, run: Run) -> None:
     """Measure mean and deviation of rewards without a scale of their own, over replies of the model as it is now."""
-    spread, replies, _ = replies_to_spread(parts, config)
-    columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
-    state.reward_scales |= parts.reward.measure_scales(*columns)  # which is parts.reward.scales too
-    for name, (mean, deviation) in state.reward_scales.items():
-        run.say(
-            f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(replies)} replies of the model; "
-            "scores count in deviations from this mean"
-        )
+    if parts.tasks is None:
+        spread, replies, _ = replies_to_spread(parts, config)
+        columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
+        asked = [(parts.reward, columns)]
+    else:
+        talks = play_some(parts, config, "train", START_CONVERSATIONS, config.sampling)
+        last = [(talk.prompts[-1], talk.replies[-1]) for talk in talks]
+        each = [pair for talk in talks for pair in zip(talk.prompts, talk.replies)]
+        asked = [
+            (reward, (*map(list, zip(*pairs)), [""] * len(pairs), [0] * len(pairs)))
+            for reward, pairs in ((parts.reward, last), (parts.turn_reward, each))
+        ]
+    for reward, columns in asked:
+        for name, (mean, deviation) in reward.measure_scales(*columns).items():
+            state.reward_scales[name] = mean, deviation  # which is parts.reward.scales too
+            run.say(
+                f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(columns[0])} replies of the "
+                "model; scores count in deviations from this mean"
+            )
 
 
 def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, state: TrainState) -> None:
@@ -1063,13 +1325,19 @@ def anneal_learning_rates(optimizer: torch.optim.Optimizer, config: PPOConfig, s
 
 
 def draw_uniforms(config: PPOConfig, parts: Parts, update: int) -> torch.Tensor:
-    """Draw the random numbers (rounds, num_envs, max_new_tokens) of a rollout; each dialogue slot has its own."""
+    """Draw the random numbers (rounds, num_envs, max_new_tokens) of a rollout; each dialogue slot has its own.
+
+    Conversations draw theirs as they go on, see sample_turn.
+    """
     shape = parts.sizes.rounds, config.env_num, parts.codec.format.max_new_tokens  # of all processes
     return torch.rand(shape, generator=make_generator(config.seed, update, SAMPLING))[:, parts.env.slots]
 
 
 def validation_reward(parts: Parts, config: PPOConfig) -> float | None:
     """Return the mean reward of the policy's replies to validation prompts; None on processes that do not score."""
+    if parts.tasks is not None:
+        talks = play_some(parts, config, "validation", config.validation_limit) if config.validation_limit else []
+        return float(np.mean([talk.total for talk in talks])) if talks else None
     samples = list(parts.samples["validation"][: config.validation_limit])
     if not samples:
         return None
@@ -1093,11 +1361,34 @@ def validate(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[s
 def show_dialogue(parts: Parts, config: PPOConfig, state: TrainState, metrics: dict[str, float], run: Run) -> None:
     """Show one validation dialogue with the policy's replies before training and now. The dialogues take turns."""
     every = max(1, config.sample_interval)
-    k = (-(-state.updates // every) if state.updates > 1 else 0) % len(parts.shown)
+    k = (-(-state.updates // every) if state.updates > 1 else 0) % len(state.start_replies)
     with parts.inference():
+        if parts.tasks is not None:
+            talk = play_some(parts, config, "validation", k + 1)[k]
+            run.dialogue(sample_conversation(state.start_replies[k], talk, metrics))
+            return
         now = parts.reply_to(parts.shown[k], config.seed)
         if parts.scores_replies:
             run.dialogue(sample_dialogue(parts.shown[k], state.start_replies[k], now, parts.score, metrics))
+
+
+def evaluate(
+    parts: Parts, config: PPOConfig, model: nn.Module, report: Callable[[int, int], None]
+) -> tuple[list[Sample], Scored | None]:
+    """Let a model answer held-out samples, or play held-out conversations; None on processes that do not score."""
+    settings = parts.reply_settings(config.seed)
+    if parts.tasks is None:
+        samples = list(parts.samples[config.eval_split][: config.eval_limit or None])
+        answers = answer(model, samples, settings, report)
+        reward_models = sorted(parts.reward.unbounded_parts)
+        return samples, score_result(
+            answers, samples, parts.score, parts.judge, reward_models
+        ) if parts.scores_replies else None
+    model.eval()
+    started = time.perf_counter()
+    talks = play(model, partial(parts.tasks, config.eval_split), config.eval_limit or PLAYED, settings, report)
+    samples = [Sample(tuple(talk.messages[: talk.opening]), "") for talk in talks]
+    return samples, score_conversations(talks, time.perf_counter() - started)
 
 
 def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
@@ -1106,18 +1397,16 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
         return
     run.say(f"evaluating the model before PPO and after it on the {config.eval_split} split")
     name, quiet = resolve_model(config.model_path), not run.main or config.progress == "plain"
-    samples = list(parts.samples[config.eval_split][: config.eval_limit or None])
     with parts.inference():
         start = parts.ref_model
         if config.ref_model and resolve_model(config.ref_model) != name:
             start = load_causal_lm(name, longest=longest_text(parts.codec.format)).to(parts.accelerator.device)
-        answers = []
+        results = []
         for label, model in (("before PPO", start), ("after PPO", parts.policy)):
             with progress(label, lines=False, main=not quiet) as report:
-                answers.append(answer(model, samples, parts.reply_settings(config.seed), report))
+                results.append(evaluate(parts, config, model, report))
         if parts.scores_replies:
-            asked = parts.score, parts.judge, sorted(parts.reward.unbounded_parts)
-            before, after = (score_result(a, samples, *asked) for a in answers)
+            (samples, before), (_, after) = results
             if run.main:
                 write_comparison(run.folder, config.eval_split, samples, before, after)
             run.log_comparison()
@@ -1157,8 +1446,10 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     means = dict(zip(columns, (reduce(sums) / reduce(counts)).tolist()))
     whole = sum(means[f"share_{name}"] for name in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
-    prompt_tokens, prompt_positions = reduce(
-        rollout.prompt_mask.new_tensor([rollout.prompt_mask.sum(), rollout.prompt_mask.numel()])
+    prompt_tokens, prompt_positions, turns = reduce(
+        rollout.prompt_mask.new_tensor(
+            [rollout.prompt_mask.sum(), rollout.prompt_mask.numel(), int(rollout.turns.sum())]
+        )
     ).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
@@ -1168,7 +1459,7 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
         "kl_div": reduce(rollout.kl.sum()).item() / tokens,
         "alpha": alpha,
         "mean_prompt_length": prompt_tokens / n,
-        "mean_output_length": tokens / n,
+        "mean_output_length": tokens / turns,
         # padding costs time only if the model cannot be packed (support/packing.py), but always takes cache memory
         "padding_share": 1 - prompt_tokens / prompt_positions,
         "explained_variance": 1 - unexplained / variance if variance > 0 else float("nan"),
@@ -1207,7 +1498,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
         state = TrainState(config)
         run.begin(state, parts.actor_critic, model, parts.codec, parts.judge_metrics)  # --resume restores all of it
         measure_start(parts, config, state, run)
-        observations, _ = env.reset(seed=config.seed, options={"round": state.rounds})
+        observations, _ = env.reset(seed=config.seed, options={"round": state.rounds, "rounds": sizes.rounds})
         run.catch_signals()
 
         while state.env_steps < config.total_time_steps and not run.stop_requested():
@@ -1234,7 +1525,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
 
             # 4. adapt coefficients, validate, log, save
             metrics = rollout_metrics(batch, state.kl_controller.coef, parts.reduce) | losses
-            state.advance(metrics, config, ended - started, env.rounds - 1)
+            state.advance(metrics, config, ended - started, env.finished_rounds)
             metrics = update_metrics(state, metrics, optimizer, ended - started) | rollout.seconds
             metrics |= {"update_s": ended - sampled_at, "peak_memory_mb": peak_memory_mb(accelerator.device)}
             metrics |= compute_stats(parts.stats, rollout, metrics)

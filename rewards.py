@@ -335,6 +335,20 @@ def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> 
     return [run for run in (list(indices) for _, indices in runs) if len(run) > 1]
 
 
+@register_reward("partner")
+class PartnerScore(Reward):
+    """The score that the partner gives a conversation at its end (support/partners.py)."""
+
+    def __call__(self, prompts, responses, references, acts):
+        scores = [getattr(prompt, "columns", {}).get("partner_score") for prompt in prompts]
+        if any(score is None for score in scores):
+            raise UserError(
+                "the partner gives no score: its class has no method score(messages). Add one, or name another reward "
+                "with --reward."
+            )
+        return Scores(np.array(scores, float), metrics={"partner": np.array(scores, float)})
+
+
 class ModelReward(Reward):
     """The score of a reward model (support/reward_model.py), by its folder or hub name."""
 

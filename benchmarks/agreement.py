@@ -26,9 +26,9 @@ import ppo_dialog
 from ppo_dialog import BatchSizes, PPOConfig, Rollout, leave_one_out, whiten
 from support.config import parse_config
 from support.errors import UserError, run_script
-from support.generation import keep_candidates, shifted_inputs
+from support.generation import keep_candidates
 from support.libraries import quiet_libraries
-from support.packing import packed_lengths, split_by_tokens
+from support.packing import split_by_tokens
 
 
 @dataclass
@@ -61,13 +61,13 @@ def gradients(model, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> 
     }
     *_, last = advantages
     sums = {name: [torch.zeros_like(p) for p in parameters] for name in advantages}
-    lengths = packed_lengths(rollout.attention_mask, rollout.prompt_mask.shape[1], sizes.group)
+    lengths = rollout.texts.lengths(sizes.group)
     groups = torch.arange(len(rollout.mask), device=rollout.mask.device).view(-1, sizes.group)
     passes = min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch))
     for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
         mask = rollout.mask[rows]
         candidates = None if rollout.candidates is None else rollout.candidates[rows][mask]
-        logits, _ = model(*shifted_inputs(rollout.input_ids[rows], rollout.attention_mask[rows], mask))
+        logits, _ = model(*rollout.texts.inputs(rows))
         # token_log_probs frees its memory in the backward pass, and each part needs a backward pass here
         logprobs = keep_candidates(logits.float() / config.temperature, candidates).log_softmax(-1)
         chosen = rollout.response_ids[rows][mask].unsqueeze(-1)

@@ -47,9 +47,9 @@ def model_folder(name: str) -> str:
 
 
 def check_models(**names: str) -> None:
-    """Raise UserError for the first of these models that is a mistyped path; '' and 'builtin' are not checked."""
+    """Raise UserError for the first of these models that is a mistyped path; '' and built-in ones are not checked."""
     for what, name in names.items():
-        if name and name != "builtin":
+        if name and name not in ("builtin", "desk"):
             check_name(what.replace("_", " "), model_folder(name))
 
 
@@ -61,6 +61,21 @@ def check_reward_path(name: str) -> None:
             raise UserError(f"reward is '{name}', but there is no file '{file}'.")
     elif is_model(name):
         check_models(reward_model=name)
+
+
+def is_class(partner: str) -> bool:
+    """Whether a partner is a class: that of the desk, or the import path of one's own."""
+    return partner == "desk" or ":" in partner or partner.endswith(".py")
+
+
+def check_partner_path(name: str) -> None:
+    """Raise UserError for a partner that names a file or a model that does not exist."""
+    if is_class(name):
+        file = Path(name.partition(":")[0])
+        if file.suffix == ".py" and not file.is_file():
+            raise UserError(f"partner is '{name}', but there is no file '{file}'.")
+    elif name != "self":
+        check_models(partner=name)
 
 
 def is_model(part: str) -> bool:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import inspect
 import random
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 from support.errors import UserError, describe_exception
 from support.samples import Sample
 from support.text import Reply
+from support.timeouts import TookTooLong, call_within
 from support.words import WordTokenizer
 
 LENGTH_PENALTY = "length_price"  # the name of LengthController's penalty among the parts of the reward
@@ -42,6 +42,15 @@ class Scores:
     def statistics(self) -> dict[str, np.ndarray]:
         """Metrics and parts under the names that they are logged with."""
         return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
+
+    def row(self, i: int) -> Scores:
+        """Return the scores of one reply."""
+
+        def one(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: values[i : i + 1] for name, values in columns.items()}
+
+        by_token, skipped = (None if x is None else x[i : i + 1] for x in (self.by_token, self.skipped))
+        return Scores(self.total[i : i + 1], one(self.parts), one(self.metrics), by_token, skipped)
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack as a pair of total and statistics, the form that a reward of your own may return."""
@@ -277,29 +286,16 @@ def _numbers(values: Any) -> np.ndarray:
 
 def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
     """Call the reward. UserError for what it raises, with the place, and for a call that takes too long."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(reward(*arguments))
-        except Exception as error:
-            outcome.append(error)
-
-    if timeout:  # a call that hangs cannot be ended from here, but a daemon thread does not keep the process alive
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(timeout)
-    else:
-        run()
-    if not outcome:
+    try:
+        return call_within(timeout, reward, *arguments)
+    except UserError:
+        raise
+    except TookTooLong:
         raise UserError(
             f"the reward did not return within {timeout:g} s (reward_timeout) on {len(arguments[1])} replies."
-        )
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    if isinstance(outcome[0], Exception):
-        raise UserError(f"the reward raised {describe_exception(outcome[0])}.") from outcome[0]
-    return outcome[0]
+        ) from None
+    except Exception as error:
+        raise UserError(f"the reward raised {describe_exception(error)}.") from error
 
 
 def check_reward(score: Callable, sample: Sample, group: int) -> None:

@@ -186,6 +186,9 @@ class Prompt(str):
         prompt.messages, prompt.columns = tuple(messages), columns
         return prompt
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prompt.of, (str(self), self.messages, dict(self.columns))
+
 
 class Reply(str):
     """A reply as text. `token_ids` are its T tokens with those that ended it; () if the text alone is known."""

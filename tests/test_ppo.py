@@ -19,6 +19,7 @@ from ppo_dialog import (
     PPOConfig,
     Rollout,
     RunningMoments,
+    Texts,
     disable_dropout,
     gae,
     leave_one_out,
@@ -83,17 +84,15 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
     uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
 
     out = sample_responses(model.decode, FakeCodec(), ids, mask, sampling, uniforms)
-    input_ids = torch.cat([ids, out.ids], -1)
-    attention = torch.cat([mask, out.mask.long()], -1)
+    texts = Texts(torch.cat([ids, out.ids], -1), torch.cat([mask, out.mask.long()], -1), out.mask)
     values = out.values
     if model.critic is not None:
         with torch.no_grad():
-            flat = model.values_of(*shifted_inputs(input_ids, attention, out.mask))
+            flat = model.values_of(*texts.inputs(torch.arange(len(ids))))
         values = torch.zeros(out.mask.shape).masked_scatter(out.mask, flat)
     generator = torch.Generator().manual_seed(seed + 1)
     return Rollout(
-        input_ids=input_ids,
-        attention_mask=attention,
+        texts=texts,
         mask=out.mask,
         logprobs=out.logprobs,
         kl=torch.randn(out.mask.shape, generator=generator) * 0.1 * out.mask,
@@ -101,6 +100,7 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
         candidates=out.candidates,
         scores=torch.rand(len(ids), generator=generator),
         token_scores=torch.zeros(out.mask.shape),
+        turns=torch.ones(len(ids)),
         **dict(parts={}, metrics={}, prompts=[], responses=[], references=[], seconds={}),
     )
 
@@ -127,9 +127,9 @@ def separate(family: str = "gpt2", packed: bool = True) -> ActorCritic:
 
 def plain_logprobs(model: ActorCritic, rollout: Rollout) -> torch.Tensor:
     """Compute log-probabilities (N, T) of the responses from the plain model: padded, over the whole vocabulary."""
-    ids, attention = rollout.input_ids, rollout.attention_mask
+    ids, attention = rollout.texts.input_ids, rollout.texts.attention_mask
     out = model.policy(input_ids=ids, attention_mask=attention, position_ids=position_ids(attention))
-    logits = out.logits[:, -rollout.response_length - 1 : -1]
+    logits = out.logits[:, -rollout.mask.shape[1] - 1 : -1]
     return torch.distributions.Categorical(logits=logits).log_prob(rollout.response_ids)
 
 
@@ -346,7 +346,7 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
     with torch.no_grad():
         batch = Batch(rollout, zeros, rollout.values, rollout.values, rollout.values, None)
         stats = token_stats(model, batch, torch.arange(6), config)
-        logits, values = model(*shifted_inputs(rollout.input_ids, rollout.attention_mask, mask))
+        logits, values = model(*rollout.texts.inputs(torch.arange(len(mask))))
         candidates = None if rollout.candidates is None else rollout.candidates[mask]
         logprobs = token_log_probs(logits, rollout.response_ids[mask], sampling.temperature, candidates)
     assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
@@ -424,11 +424,10 @@ def test_parts_micro_batches_packing_and_shared_prompts_change_nothing(make):
 def test_padding_changes_no_weight():
     rollout = rolled(shared(), Sampling())
     wider = Rollout(**vars(rollout))
-    length = rollout.response_length
+    length, texts = rollout.mask.shape[1], rollout.texts
     for name in ("mask", "logprobs", "kl", "values", "token_scores"):
         setattr(wider, name, pad_right(getattr(rollout, name), length + 3))
-    wider.input_ids = F.pad(rollout.input_ids, (4, 3), value=7)
-    wider.attention_mask = F.pad(rollout.attention_mask, (4, 3))
+    wider.texts = Texts(F.pad(texts.input_ids, (4, 3), value=7), F.pad(texts.attention_mask, (4, 3)), wider.mask)
     config = config_for_update()
     assert_trained_alike(updated(shared, rollout, config), updated(shared, wider, config))
 

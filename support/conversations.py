@@ -1,0 +1,177 @@
+"""Conversations of several turns: their state, a turn of the policy, and what the rewards say of them.
+
+support/partners.py has those who answer, and envs.py the environment.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.errors import UserError
+from support.generation import DecodeStep, Responses, sample_responses
+from support.options import Sampling
+from support.samples import Sample
+from support.scoring import Scores
+from support.text import DialogueCodec, Message, Prompt, Reply, TemplateRefusal
+
+POLICY, PARTNER = 0, 1  # whose random numbers
+
+
+@dataclass
+class ConversationTask:
+    """Who talks with the policy, for how long, and what is rewarded."""
+
+    partners: Any
+    """As in support/partners.py: begin, reply and, with `has_score`, score."""
+    max_turns: int = 8
+    """Replies of the policy after which a conversation is cut."""
+    reward: Callable[..., Any] | None = None
+    """Scores a conversation at its end. It is called with the prompt of the last reply and that reply."""
+    turn_reward: Callable[..., Any] | None = None
+    """Scores each reply of the policy."""
+    openings: Sequence[Sample] = ()
+    """Recorded beginnings, for partners that bring none."""
+
+
+SPEAKERS = {"system": "system", "user": "partner", "assistant": "policy"}
+
+
+@dataclass
+class Conversation:
+    """An episode of several turns."""
+
+    number: int
+    messages: list[Message]
+    opening: int  # messages that were there at the beginning
+    prompts: list[Prompt] = field(default_factory=list)  # of the policy's replies
+    replies: list[Reply] = field(default_factory=list)  # of the policy
+    end: str = ""  # "terminated" by the partner, or "truncated"
+    note: str = ""  # what the partner says of it, for a reader
+    turn_scores: list[Scores] = field(default_factory=list)  # of one reply each
+    scores: Scores = field(default_factory=lambda: Scores(np.zeros(1)))  # at the end
+
+    @property
+    def total(self) -> float:
+        """The reward of the whole conversation."""
+        return float(self.scores.total[0] + sum(scores.total[0] for scores in self.turn_scores))
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the policy's replies."""
+        return sum(len(reply.token_ids) for reply in self.replies)
+
+    def transcript(self) -> str:
+        """What was said after the opening, a line for each turn."""
+        lines = [f"{SPEAKERS[m['role']]}: {' '.join(m['content'].split())}" for m in self.messages[self.opening :]]
+        return "\n".join([*lines, f"({self.note})"] if self.note else lines)
+
+
+def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> tuple[list[Message], list[int]]:
+    """Return as much of a conversation as there is room for, and its prompt's tokens. UserError if its end is too long.
+
+    `whose` names the model in a sentence.
+    """
+    turns = list(messages)
+    if not codec.format.template:
+        turns = turns[-codec.format.context_utterances :]
+    elif turns[0]["role"] == "assistant" and codec.user_begins:
+        turns = turns[1:]
+    system = codec.format.system_prompt or codec.format.common_system
+    if system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    try:
+        found = codec.fit(turns, codec.format.max_prompt_tokens)
+    except TemplateRefusal as refusal:
+        raise UserError(f"the chat template of {whose} refuses the conversation: {refusal}.") from refusal
+    if found is None:
+        last = turns[-1]["content"]
+        raise UserError(
+            f"a prompt of {whose} has room for {codec.format.max_prompt_tokens} tokens (max_prompt_tokens), and what "
+            f"was said last is longer: {len(last):,} characters, {last!r:.60}."
+        )
+    return found
+
+
+def sample_turn(
+    step: DecodeStep, env: Any, observations: Mapping[str, np.ndarray], sampling: Sampling, device: torch.device
+) -> tuple[np.ndarray, Responses, np.ndarray]:
+    """Sample a reply in each active conversation of an env (ConversationVectorEnv).
+
+    Return the slots (b,) that are active, their responses, and the actions (n, max_new_tokens) for env.step.
+    """
+    slots = np.flatnonzero(env.active)
+    mask = observations["attention_mask"][slots]
+    first = int(mask.any(0).argmax())  # earlier columns are padding in all of them
+    ids, mask = (torch.from_numpy(x[:, first:]).to(device) for x in (observations["input_ids"][slots], mask))
+    talks = [env.conversations[slot] for slot in slots]
+    of_talks = [talk.number for talk in talks], [len(talk.replies) for talk in talks]
+    uniforms = draw_uniforms(env.codec.format.max_new_tokens, *of_talks, env.seed, POLICY)
+    out = sample_responses(step, env.codec, ids, mask, sampling, uniforms.to(device))
+    actions = np.full(env.action_space.shape, -1, np.int64)
+    actions[slots, : out.ids.shape[1]] = out.ids.masked_fill(~out.mask, -1).cpu().numpy()
+    return slots, out, actions
+
+
+def draw_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed: int, whose: int) -> torch.Tensor:
+    """Draw random numbers (n, width) in [0, 1), which depend on conversation, turn, seed and speaker alone."""
+    rows = []
+    for number, turn in zip(numbers, turns):
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}/{number}/{turn}/{whose}").getrandbits(62))
+        rows.append(torch.rand(width, generator=generator))
+    return torch.stack(rows)
+
+
+def scores_of(talks: list[Conversation]) -> dict[str, np.ndarray]:
+    """Return the scores of N conversations, (N,), their turns, and what was earned at each token (N, T).
+
+    The reward of a turn is earned at the last token of its reply, unless the reward names tokens. That of the whole
+    conversation is earned at its last token.
+    """
+    rows = []
+    for talk in talks:
+        rewards = talk.turn_scores or [None] * len(talk.replies)
+        earned = [earned_by_tokens(reply, scores, rest=True) for reply, scores in zip(talk.replies, rewards)]
+        earned[-1] = earned[-1] + earned_by_tokens(talk.replies[-1], talk.scores, rest=False)
+        rows.append(np.concatenate(earned))
+    by_token = np.zeros((len(rows), max(map(len, rows))))
+    for i, row in enumerate(rows):
+        by_token[i, : len(row)] = row
+    return {
+        "total": np.array([talk.total for talk in talks]),
+        "turns": np.array([len(talk.replies) for talk in talks]),
+        "by_token": by_token,
+    }
+
+
+def earned_by_tokens(reply: Reply, scores: Scores | None, rest: bool) -> np.ndarray:
+    """Return what each token of a reply (n,) has earned; with `rest` also what the whole reply has."""
+    earned = np.zeros(len(reply.token_ids))
+    if scores is None:
+        return earned
+    if scores.by_token is not None:
+        named = scores.by_token[0][: len(earned)]
+        earned[: len(named)] = named
+    if rest:
+        earned[-1] += scores.total[0] - earned.sum()
+    return earned
+
+
+def columns_of(talks: Sequence[Conversation], name: str) -> dict[str, list[float]]:
+    """Return the parts or the metrics of the rewards, by name: those of turns as sums (parts) or means (metrics)."""
+    combine = np.sum if name == "parts" else np.mean
+    rows = []
+    for talk in talks:
+        row = {key: float(x[0]) for key, x in getattr(talk.scores, name).items()}
+        for key in dict.fromkeys(key for scores in talk.turn_scores for key in getattr(scores, name)):
+            of_turns = float(combine([getattr(scores, name)[key][0] for scores in talk.turn_scores]))
+            row[key] = row[key] + of_turns if name == "parts" and key in row else of_turns
+        rows.append(row)
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {key: [row.get(key, math.nan) for row in rows] for key in names}

@@ -1,0 +1,276 @@
+"""Partners: who talks with the policy in conversations of several turns.
+
+A partner is a class of your own, in a file such as my_file.py:
+
+    class Echo:
+        def reset(self, rng):                    # rng: random.Random, of this conversation; returns the opening
+            return rng.choice(["Hello.", "Good morning."])
+
+        def reply(self, messages):               # the conversation so far; None ends it
+            return None if "bye" in messages[-1]["content"].lower() else "Really?"
+
+        def score(self, messages):               # optional: rewards the whole conversation, as the part "partner"
+            return float(len(messages) > 4)
+
+The partner's messages have the role "user", and those of the policy the role "assistant".
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from support.builtin import resolve_model
+from support.conversations import PARTNER, ConversationTask, draw_uniforms, prompt_of
+from support.errors import UserError, describe_exception, import_path
+from support.generation import causal_lm_step, sample_responses
+from support.models import load_causal_lm, load_codec, longest_text
+from support.options import EVAL_SAMPLING, Sampling
+from support.paths import is_class
+from support.pretrained import check_positions, check_vocabulary
+from support.samples import Samples
+from support.text import DialogueCodec, Message
+from support.timeouts import TookTooLong, call_within
+
+METHODS = ("reset", "reply")
+
+
+class ScriptedPartners:
+    """Objects of a class of the user's, one for each conversation slot.
+
+    UserError, with the method's name, for what they raise, for a call that takes longer than `timeout` seconds (0: no
+    limit), and for an answer that is no text.
+    """
+
+    def __init__(self, make: Callable[[], Any], slots: int, timeout: float = 0.0):
+        self.timeout = timeout
+        self.partners = [self._call("__init__", make) for _ in range(slots)]
+        for method in METHODS:
+            if not callable(getattr(self.partners[0], method, None)):
+                raise UserError(
+                    f"the partner {type(self.partners[0]).__name__} has no method {method}(); expected reset(rng) and "
+                    "reply(messages), see support/partners.py."
+                )
+
+    @property
+    def has_score(self) -> bool:
+        """Whether they score a conversation."""
+        return callable(getattr(self.partners[0], "score", None))
+
+    def begin(self, slots: Sequence[int], numbers: Sequence[int], seed: int) -> list[list[Message] | None]:
+        """Begin the conversation with each number; return their openings. None: one of the data is to be taken."""
+        rngs = [random.Random(f"{seed}/{number}") for number in numbers]
+        said = [self._call("reset", self.partners[slot].reset, rng) for slot, rng in zip(slots, rngs)]
+        return [opening_of(found) for found in said]
+
+    def reply(self, slots: Sequence[int], conversations: Sequence[list[Message]], **_: Any) -> list[str | None]:
+        """Return what each says next, None for one that ends the conversation."""
+        found = []
+        for slot, messages in zip(slots, conversations):
+            said = self._call("reply", self.partners[slot].reply, [dict(message) for message in messages])
+            found.append(None if said is None else checked_words(said, "reply"))
+        return found
+
+    def score(self, slots: Sequence[int], conversations: Sequence[list[Message]]) -> list[float]:
+        """Return the score of each conversation."""
+        found = []
+        for slot, messages in zip(slots, conversations):
+            score = self._call("score", self.partners[slot].score, [dict(message) for message in messages])
+            if isinstance(score, (str, bytes)) or not hasattr(score, "__float__") or not math.isfinite(float(score)):
+                raise UserError(f"the partner's score() returned {score!r:.80}; expected a finite number.")
+            found.append(float(score))
+        return found
+
+    def notes(self, slots: Sequence[int], conversations: Sequence[list[Message]]) -> list[str]:
+        """Return what a class with a method verdict(messages) says of each conversation, for a reader."""
+        if not callable(getattr(self.partners[0], "verdict", None)):
+            return [""] * len(slots)
+        return [str(self._call("verdict", self.partners[s].verdict, c)) for s, c in zip(slots, conversations)]
+
+    def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call_within(self.timeout, function, *arguments)
+        except UserError:
+            raise
+        except TookTooLong:
+            raise UserError(
+                f"the partner's {method}() did not return within {self.timeout:g} s (partner_timeout)."
+            ) from None
+        except Exception as error:
+            raise UserError(f"the partner's {method}() raised {describe_exception(error)}.") from error
+
+
+class ModelPartners:
+    """A frozen language model in the partner's place: it reads the conversation with the roles exchanged."""
+
+    has_score = False
+
+    def __init__(self, model: torch.nn.Module, codec: DialogueCodec, sampling: Sampling = EVAL_SAMPLING):
+        self.model, self.codec, self.sampling = model, codec, sampling
+
+    def begin(self, slots: Sequence[int], numbers: Sequence[int], seed: int) -> list[list[Message] | None]:
+        """Begin conversations: their openings come from the data."""
+        self.seed = seed
+        return [None] * len(slots)
+
+    @torch.no_grad()
+    def reply(
+        self, slots: Sequence[int], conversations: Sequence[list[Message]], numbers: Sequence[int], turns: Sequence[int]
+    ) -> list[str | None]:
+        """Return what the model says next in each conversation; None if it says nothing."""
+        if not conversations:
+            return []
+        prompts = [self._prompt(messages) for messages in conversations]
+        device = next(self.model.parameters()).device
+        ids, mask = (torch.from_numpy(x).to(device) for x in self.codec.encode_prompts(prompts))
+        uniforms = draw_uniforms(self.codec.format.max_new_tokens, numbers, turns, self.seed, PARTNER)
+        step = causal_lm_step(self.model)
+        out = sample_responses(step, self.codec, ids, mask, self.sampling, uniforms.to(device))
+        rows = out.ids.masked_fill(~out.mask, -1).tolist()
+        return [str(self.codec.decode_response(row)) or None for row in rows]
+
+    def notes(self, slots: Sequence[int], conversations: Sequence[list[Message]]) -> list[str]:
+        """Return nothing for each: a model says no more than its words."""
+        return [""] * len(slots)
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's tokens of a conversation from the partner's side."""
+        exchanged = {"user": "assistant", "assistant": "user"}
+        turns = [m | {"role": exchanged[m["role"]]} for m in messages if m["role"] in exchanged]
+        return prompt_of(turns, self.codec, "the partner's model")[1]
+
+
+def opening_of(found: Any) -> list[Message] | None:
+    """Return as messages what reset() returned: a text, messages, or None. UserError for anything else."""
+    if found is None:
+        return None
+    if not isinstance(found, (list, tuple)):
+        return [{"role": "user", "content": checked_words(found, "reset")}]
+    messages = []
+    for message in found:
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ("system", "user", "assistant"):
+            raise UserError(
+                f"the partner's reset() returned {message!r:.80} as a message; expected a dict of role (system, user "
+                "or assistant) and content."
+            )
+        messages.append({"role": role, "content": checked_words(message.get("content"), "reset")})
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("the partner's reset() returned messages that do not end with the partner's own (role user).")
+    return messages
+
+
+def checked_words(said: Any, method: str) -> str:
+    """Return what a partner said. UserError for anything but text with a word."""
+    if not isinstance(said, str):
+        raise UserError(
+            f"the partner's {method}() returned {type(said).__name__} {said!r:.60}; expected text"
+            + (", or None to end the conversation." if method == "reply" else ".")
+        )
+    if not said.strip() or "\0" in said or any("\ud800" <= c <= "\udfff" for c in said):
+        raise UserError(f"the partner's {method}() returned {said!r:.60}, which is no readable text; expected words.")
+    return said
+
+
+@dataclass(frozen=True)
+class PartnerMaker:
+    """Makes partners by the name that the configuration gives."""
+
+    name: str
+    args: Mapping[str, Any]
+    seed: int
+
+    @property
+    def is_class(self) -> bool:
+        return is_class(self.name)
+
+    @functools.cached_property
+    def begins(self) -> bool:
+        """Whether the partner begins conversations itself; others begin with recorded dialogues."""
+        if not self.is_class:
+            return False
+        return ScriptedPartners(self.of_split("train"), 1).begin([0], [0], self.seed)[0] is not None
+
+    def of_split(self, split: str) -> Callable[[], Any]:
+        """Return a function that makes an object of the class. UserError if it cannot be made.
+
+        A class whose constructor has the parameter `split` gets that of the data: train, validation or test.
+        """
+        if self.name == "desk":
+            from support.desk import Customer as target
+        else:
+            target = import_path(self.name, "partner")
+        if not callable(target):
+            raise UserError(f"partner '{self.name}' is a {type(target).__name__}; expected a class.")
+        given = dict(self.args)
+        try:
+            signature = inspect.signature(target)
+        except ValueError:  # a built-in class
+            return functools.partial(target, **given)
+        if "split" in signature.parameters:
+            given.setdefault("split", split)
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            raise UserError(
+                f"partner '{self.name}' cannot be made from partner_args {dict(self.args)}: {error}."
+            ) from error
+        return functools.partial(target, **given)
+
+
+class Tasks:
+    """Makes the conversation task of each split: partners, rewards and recorded beginnings."""
+
+    def __init__(
+        self,
+        config: Any,
+        maker: PartnerMaker,
+        codec: DialogueCodec,
+        samples: Mapping[str, Samples],
+        rewards: tuple[Callable[..., Any] | None, Callable[..., Any] | None],
+    ):
+        """`rewards` score a whole conversation and one reply."""
+        self.config, self.maker, self.codec, self.rewards = config, maker, codec, rewards
+        self.openings = {split: first_of_dialogues(found) for split, found in samples.items()}
+        self.model: torch.nn.Module | None = None  # of a model as partner
+
+    def load(self, start: torch.nn.Module, device: torch.device) -> None:
+        """Load the model of a partner that is one; `start` is the policy before training, which 'self' means."""
+        if self.maker.is_class:
+            return
+        if self.maker.name == "self":
+            self.model, self.of_model = start, self.codec
+            return
+        name, fmt = resolve_model(self.maker.name), self.codec.format
+        lengths = dict(max_prompt_tokens=fmt.max_prompt_tokens, max_new_tokens=fmt.max_new_tokens)
+        self.of_model = load_codec(name).with_format(**lengths)
+        self.model = load_causal_lm(name, longest=longest_text(fmt)).eval().requires_grad_(False)
+        check_vocabulary(self.of_model.tokenizer, self.model, name)
+        check_positions(self.model.config, self.of_model.format, name)
+        self.model.to(self.config.partner_device or device)
+
+    def __call__(self, split: str, slots: int) -> ConversationTask:
+        """Return the task of a split for a number of conversations at a time."""
+        if self.model is not None:
+            partners: Any = ModelPartners(self.model, self.of_model)
+        else:
+            partners = ScriptedPartners(self.maker.of_split(split), slots, self.config.partner_timeout)
+        if "partner" in self.config.reward and not partners.has_score:
+            raise UserError(
+                f"partner '{self.maker.name}' gives conversations no score, and 'partner' is rewarded; give its class "
+                "a method score(messages), or name another reward with --reward."
+            )
+        return ConversationTask(partners, self.config.max_turns, *self.rewards, self.openings.get(split, ()))
+
+
+def first_of_dialogues(samples: Samples) -> Samples:
+    """Return the first sample of each dialogue: the shortest beginning that ends with the partner's words."""
+    numbers = samples.numbers
+    return samples.of([i for i in range(len(samples)) if i == 0 or numbers[i] != numbers[i - 1]])
