@@ -1,0 +1,545 @@
+"""Conversations of several turns: the environment, partners, rewards, the rollout, and runs that are stopped."""
+
+import json
+import signal
+import sys
+import textwrap
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from test_engines import run_by
+from test_programs import flags, lines, run, timeless, trained
+
+from envs import ConversationVectorEnv
+from ppo_config import PPOConfig
+from ppo_dialog import ActorCritic, Critic, RolloutSettings, RunningMoments, collect, gae, token_rewards
+from rewards import make_reward
+from support.builtin import builtin_model
+from support.conversations import ConversationTask, draw_uniforms, prompt_of
+from support.errors import UserError
+from support.generation import token_log_probs
+from support.models import load_causal_lm, load_codec, load_trunk
+from support.options import Sampling
+from support.partners import ModelPartners, PartnerMaker, ScriptedPartners, Tasks, opening_of
+from support.text import DialogueCodec, DialogueFormat
+
+CHATML = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '<EOU>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+class Counting:
+    """Says where the conversation is; hangs up after a number of replies that its random numbers decide."""
+
+    def __init__(self, most: int = 4):
+        self.most = most
+
+    def reset(self, rng):
+        self.rng, self.left = rng, rng.randrange(1, self.most + 1)
+        self.name = rng.choice(["Ann", "Ben", "Cem", "Dua"])
+        return f"{self.name} wants {self.left}."
+
+    def reply(self, messages):
+        self.left -= 1
+        return f"{self.left} to go, {self.rng.randrange(100)}." if self.left else None
+
+    def score(self, messages):
+        return float(len(messages))
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec(str(builtin_model("policy")))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_causal_lm(str(builtin_model("policy")))
+
+
+def make_env(codec, env_num=4, *where, task=None, **options):
+    index, processes = where or (0, 1)
+    task = task or ConversationTask(ScriptedPartners(Counting, env_num // processes), **options)
+    return ConversationVectorEnv(task, codec, env_num, index, processes)
+
+
+def finished(env, n, seed=0, say="ok"):
+    """Play until n conversations have ended; return them by number."""
+    env.reset(seed=seed)
+    found = {}
+    while len(found) < n:
+        env.step([f"{say} {talk.number} {len(talk.replies)}" if talk else "" for talk in env.conversations])
+        found |= {talk.number: talk for talk in env.finished}
+    return found
+
+
+def said(talks):
+    return {number: [m["content"] for m in talk.messages] for number, talk in talks.items()}
+
+
+# The environment
+
+
+def test_an_episode_is_a_conversation_in_gymnasiums_vector_api(codec):
+    env = make_env(codec, 3, max_turns=3)
+    assert isinstance(env, VectorEnv) and env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(["a", "b", "c"])
+    observations, infos = env.reset(seed=1)
+    terminated = truncated = 0
+    for _ in range(20):
+        assert env.observation_space.contains(observations)
+        for i, prompt in enumerate(infos["prompt"]):
+            mask = observations["attention_mask"][i] > 0
+            assert codec.tokenizer.decode(observations["input_ids"][i][mask]) == prompt
+        before, talks = observations, list(env.conversations)
+        observations, rewards, terminations, truncations, infos = env.step(["Fine."] * 3)
+        done = terminations | truncations
+        assert not (terminations & truncations).any()
+        for i in np.flatnonzero(done):
+            talk = infos["final_info"]["conversation"][i]
+            assert talk is talks[i] and infos["_final_obs"][i]
+            assert (infos["final_obs"]["input_ids"][i] == before["input_ids"][i]).all()
+            assert talk.messages[-1]["role"] == ("assistant" if terminations[i] else "user")
+            assert env.conversations[i] is not talk and len(env.conversations[i].messages) == 1
+        for i in np.flatnonzero(~done):
+            assert env.conversations[i] is talks[i] and env.conversations[i].messages[-1]["role"] == "user"
+        terminated, truncated = terminated + terminations.sum(), truncated + truncations.sum()
+    assert terminated > 5 and truncated > 2 and not rewards.any()
+
+
+def test_a_conversation_depends_on_its_number_and_the_seed_alone(codec):
+    alone = said(finished(make_env(codec, 1), 12))
+    together = said(finished(make_env(codec, 6), 12))
+    assert all(alone[n] == together[n] for n in range(6))
+    of_two = {}
+    for index in range(2):
+        of_two |= said(finished(make_env(codec, 4, index, 2), 6))
+    assert all(of_two[n] == alone[n] for n in of_two.keys() & alone.keys()) and len(of_two.keys() & alone.keys()) > 7
+    assert said(finished(make_env(codec, 1), 12, seed=1)) != alone
+
+
+def test_slots_that_may_have_no_more_conversations_are_idle(codec):
+    env = make_env(codec, 4)
+    observations, _ = env.reset(seed=3, options={"round": 2, "rounds": 2})
+    numbers = []
+    while env.active.any():
+        idle = ~env.active
+        assert not observations["attention_mask"][idle].any() and observations["attention_mask"][~idle].any(-1).all()
+        observations, rewards, terminations, *_ = env.step(["ok"] * 4)
+        assert not rewards[idle].any() and not terminations[idle].any()
+        numbers += [talk.number for talk in env.finished]
+    assert sorted(numbers) == list(range(8, 16)) and env.finished_rounds == 2
+    env.reset(options={"rounds": 1})
+    assert [talk.number for talk in env.conversations] == [16, 17, 18, 19] and env.finished_rounds == 4
+
+
+def test_neighbours_of_a_group_have_the_same_partner(codec):
+    task = ConversationTask(ScriptedPartners(Counting, 4))
+    env = ConversationVectorEnv(task, codec, 4, samples_per_prompt=2)
+    env.reset(seed=0)
+    first = [talk.messages[0]["content"] for talk in env.conversations]
+    assert first[0] == first[1] and first[2] == first[3] and first[0] != first[2]
+
+
+def test_recorded_beginnings_and_messages_as_openings(codec):
+    class Silent(Counting):
+        def reset(self, rng):
+            super().reset(rng)
+
+    from support.data import load_dialogues
+    from support.samples import make_samples
+
+    samples = make_samples(load_dialogues("builtin", "train")[:20], codec)
+    maker = PartnerMaker("support/partners.py:Nobody", {}, 0)
+    tasks = Tasks(PPOConfig(partner="self"), maker, codec, {"train": samples}, (None, None))
+    openings = tasks.openings["train"]
+    assert len({s.key[0] for s in openings}) == len(openings) == 20 and all(s.key[1] == 5 for s in openings)
+    env = make_env(codec, 4, task=ConversationTask(ScriptedPartners(Silent, 4), openings=openings))
+    env.reset(seed=0)
+    beginnings = {tuple(s.context) for s in openings}
+    for talk in env.conversations:
+        assert talk.opening == 5 and tuple(m["content"] for m in talk.messages) in beginnings
+    nothing = make_env(codec, 4, task=ConversationTask(ScriptedPartners(Silent, 4)))
+    with pytest.raises(UserError, match="begins no conversation .* no recorded beginnings: return a text from reset"):
+        nothing.reset(seed=0)
+    assert (
+        opening_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}])[0]["role"]
+        == "system"
+    )
+
+
+# Rewards
+
+
+def length_of(prompts, responses, references, acts):
+    return [float(len(r.split())) for r in responses]
+
+
+def per_token(prompts, responses, references, acts):
+    return [[1.0] * len(r.token_ids) for r in responses]
+
+
+def test_rewards_at_the_end_for_each_turn_and_both(codec):
+    ends = make_reward({"partner": 0.5}, {}, "cpu", "<EOU>")
+    at_end = finished(make_env(codec, 2, reward=ends), 4)
+    for talk in at_end.values():
+        assert talk.total == 0.5 * len(talk.messages) == 0.5 * 2 * len(talk.replies) and talk.turn_scores == []
+    task = ConversationTask(ScriptedPartners(Counting, 2), reward=ends, turn_reward=length_of)
+    env = make_env(codec, 2, task=task)
+    env.reset(seed=0)
+    sums, totals = {}, {}
+    for _ in range(12):
+        numbers = [talk.number for talk in env.conversations]
+        _, rewards, *_ = env.step(["one two three", "one"])
+        for number, reward in zip(numbers, rewards):
+            sums[number] = sums.get(number, 0.0) + reward
+        totals |= {talk.number: talk.total for talk in env.finished}
+    assert totals and all(sums[number] == pytest.approx(total) for number, total in totals.items())
+
+
+def test_a_reward_reads_the_whole_conversation(codec):
+    seen = []
+
+    def reward(prompts, responses, references, acts):
+        seen.extend((p.messages, p.columns["conversation"], str(r)) for p, r in zip(prompts, responses))
+        return [0.0] * len(responses)
+
+    talks = finished(make_env(codec, 1, reward=reward), 3)
+    for talk, (before, whole, last) in zip(talks.values(), seen):
+        assert list(before) + [{"role": "assistant", "content": last}] == talk.messages == whole
+        assert [m["role"] for m in whole] == ["user", "assistant"] * len(talk.replies)
+
+
+def test_what_does_not_fit_a_partner_is_refused():
+    def refused(**settings):
+        with pytest.raises(UserError) as error:
+            PPOConfig(**settings).check()
+        return str(error.value)
+
+    own = {"partner": f"{__file__}:Counting"}
+    assert "no --partner" not in refused(turn_reward={"a.py:b": 1}) and "--partner" in refused(
+        turn_reward={"a.py:b": 1}
+    )
+    assert "give --partner as well" in refused(reward={"partner": 1.0})
+    for name in ("intent", "meteor", "consensus", "commonplace"):
+        assert f"the reward '{name}' compares replies" in refused(**own, reward={name: 1.0})
+    assert "--reward, not --turn-reward" in refused(**own, turn_reward={"partner": 1.0})
+    assert "takes none" in refused(partner="self", partner_args={"a": 1}, reward={"models": 1.0})
+    assert "no file" in refused(partner="nowhere.py:Customer")
+    assert "gather" in refused(**own, gather=False)
+    assert "expected" in refused(**own, max_turns=0)
+    assert PPOConfig(**own).reward == {"partner": 1.0} and PPOConfig(**own).intent_model == ""
+    assert PPOConfig(**own, turn_reward={"x.py:y": 1}).reward == {}
+
+
+# Partners that misbehave
+
+
+def partner(**methods):
+    """A class with the methods of Counting, some replaced."""
+    return type("Bad", (Counting,), {name: staticmethod(f) if name == "score" else f for name, f in methods.items()})
+
+
+BAD = {
+    "raises": (dict(reply=lambda self, m: 1 / 0), "the partner's reply() raised ZeroDivisionError"),
+    "bytes": (dict(reply=lambda self, m: b"hello"), "returned bytes b'hello'; expected text, or None to end"),
+    "number": (dict(reply=lambda self, m: 3), "returned int 3; expected text"),
+    "blank": (dict(reply=lambda self, m: " \n"), "no readable text; expected words"),
+    "surrogate": (dict(reply=lambda self, m: "\ud800"), "no readable text"),
+    "NUL": (dict(reply=lambda self, m: "a\0b"), "no readable text"),
+    "long": (dict(reply=lambda self, m: "word " * 200_000), "1,000,000 characters"),
+    "end token": (dict(reply=lambda self, m: "Bye.<EOU>"), "'<EOU>', the text that ends a turn"),
+    "opening": (dict(reset=lambda self, rng: 7), "reset() returned int 7; expected text."),
+    "opening by the policy": (
+        dict(reset=lambda self, rng: [{"role": "assistant", "content": "Hi"}]),
+        "do not end with the partner's own",
+    ),
+    "opening of no messages": (dict(reset=lambda self, rng: ["Hi"]), "returned 'Hi' as a message"),
+    "reset raises": (dict(reset=lambda self, rng: {}["x"]), "the partner's reset() raised KeyError"),
+    "score": (dict(score=lambda m: "good"), "score() returned 'good'; expected a finite number"),
+    "score is NaN": (dict(score=lambda m: float("nan")), "score() returned nan; expected a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_partner_is_answered_in_a_sentence(name, codec):
+    methods, sentence = BAD[name]
+    task = ConversationTask(ScriptedPartners(partner(**methods), 2), reward=make_reward({"partner": 1}, {}, "cpu", ""))
+    env = make_env(codec, 2, task=task)
+    with pytest.raises(UserError) as error:
+        finished(env, 3)
+    assert sentence in str(error.value)
+
+
+def test_a_partner_that_hangs_and_one_that_never_stops(codec):
+    hanging = partner(reply=lambda self, m: time.sleep(60))
+    env = make_env(codec, 1, task=ConversationTask(ScriptedPartners(hanging, 1, timeout=0.2)))
+    env.reset(seed=0)
+    with pytest.raises(UserError, match=r"reply\(\) did not return within 0.2 s \(partner_timeout\)"):
+        env.step(["Hello?"])
+    endless = make_env(codec, 1, task=ConversationTask(ScriptedPartners(partner(reply=lambda self, m: "And?"), 1), 5))
+    talks = finished(endless, 3)
+    assert [(talk.end, len(talk.replies)) for talk in talks.values()] == [("truncated", 5)] * 3
+
+
+def test_a_class_that_cannot_be_made_is_refused(tmp_path):
+    def refused(text, name="Mine", **args):
+        (tmp_path / "own.py").write_text(textwrap.dedent(text))
+        with pytest.raises(UserError) as error:
+            ScriptedPartners(PartnerMaker(f"{tmp_path}/own.py:{name}", args, 0).of_split("train"), 1)
+        return str(error.value)
+
+    assert "cannot be made from partner_args {'a': 1}" in refused("class Mine: pass", a=1)
+    assert "has no method reset()" in refused("class Mine: pass")
+    assert "has no method reply()" in refused("class Mine:\n    def reset(self, rng): return 'Hi.'")
+    assert "is a int; expected a class" in refused("Mine = 3")
+    (tmp_path / "own.py").write_text(
+        "class Mine:\n    reset = reply = print\n    def __init__(self, split): self.split = split"
+    )
+    maker = PartnerMaker(f"{tmp_path}/own.py:Mine", {}, 0)
+    assert maker.of_split("test")().split == "test"
+
+
+# The rollout
+
+
+def rollout_of(model, ref, codec, sampling, env_num=4, **options):
+    torch.manual_seed(0)
+    env = make_env(codec, env_num, reward=make_reward({"partner": 1.0}, {}, "cpu", ""), **options)
+    observations, _ = env.reset(seed=0, options={"rounds": 2})
+    settings = RolloutSettings(sampling, 256, torch.device("cpu"), rounds=2)
+    return collect(model, ref, env, observations, torch.zeros(0), RunningMoments(), settings)[0], env
+
+
+@pytest.fixture(scope="module")
+def chat_codec(codec):
+    """A codec whose template adds to the conversation, so that a conversation is one text."""
+    fmt = DialogueFormat(template=CHATML, max_prompt_tokens=120, max_new_tokens=8)
+    return DialogueCodec(codec.tokenizer, fmt)
+
+
+@pytest.mark.parametrize("own_critic", [False, True])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=9, top_p=0.9)], ids=["plain", "candidates"])
+@pytest.mark.parametrize("form", ["dialogue", "template"])
+def test_a_rollout_has_the_numbers_of_a_plain_pass_over_each_turn(
+    form, sampling, own_critic, codec, chat_codec, policy
+):
+    folder = str(builtin_model("policy"))
+    codec = chat_codec if form == "template" else codec.with_format(context_utterances=3, max_new_tokens=8)
+    model = ActorCritic(load_causal_lm(folder), Critic(load_trunk(folder)) if own_critic else None).eval()
+    torch.nn.init.normal_((model.critic or model).value_head.weight, std=0.3)
+    ref = load_causal_lm(folder).eval()
+    with torch.no_grad():
+        ref.lm_head.weight += 0.01 * torch.randn(ref.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    rollout, _ = rollout_of(model, ref, codec, sampling)
+    assert len(rollout.mask) == 8 and rollout.turns.sum() > 12
+    # one text to a conversation where prompts continue it, more where its window moves on
+    texts = torch.tensor(rollout.texts.counts)
+    assert ((texts == 1) & (rollout.turns > 1)).any() if form == "template" else (texts > 1).any()
+    assert torch.equal(rollout.scores, 2 * rollout.turns)
+
+    talks = {}
+    again = make_env(codec, 4, reward=None)
+    again.reset(seed=0, options={"rounds": 2})
+    while again.active.any():  # the same conversations, a reply at a time, without cache or packing
+        actions = [""] * 4
+        for slot in np.flatnonzero(again.active):
+            talk = again.conversations[slot]
+            kept = talks.setdefault(talk.number, [])
+            row = talk.number
+            tokens = rollout.response_ids[row][rollout.mask[row]].tolist()[sum(len(r) for _, r in kept) :]
+            end = next(n for n in range(1, len(tokens) + 1) if codec.ended(tokens[:n]) or n == 8)
+            kept.append((prompt_of(talk.messages, codec, "")[1], tokens[:end]))
+            actions[slot] = tokens[:end]
+        width = codec.format.max_new_tokens
+        again.step(np.array([[*a, *[-1] * (width - len(a))] if a else [-1] * width for a in actions]))
+    for row, turns in talks.items():
+        at = 0
+        for prompt, reply in turns:
+            ids = torch.tensor([prompt + reply])
+            here = slice(len(prompt) - 1, -1)
+            with torch.no_grad():
+                logits, logits_of_ref = model.policy(ids).logits[0, here], ref(ids).logits[0, here]
+                hidden = (model.critic.trunk if own_critic else model.policy.transformer)(ids).last_hidden_state[
+                    0, here
+                ]
+                values = (model.critic or model).value_head(hidden).squeeze(-1)
+            tokens, span = torch.tensor(reply), slice(at, at + len(reply))
+            candidates = None if rollout.candidates is None else rollout.candidates[row, span]
+            logprobs = token_log_probs(logits, tokens, sampling.temperature, candidates)
+            full, of_ref = (token_log_probs(x, tokens, sampling.temperature) for x in (logits, logits_of_ref))
+            for found, expected in (
+                (rollout.logprobs, logprobs),
+                (rollout.kl, full - of_ref),
+                (rollout.values, values),
+            ):
+                assert torch.allclose(found[row, span], expected, atol=2e-5)
+            at += len(reply)
+        assert at == rollout.mask[row].sum()
+
+
+def test_conversations_of_a_rollout_depend_neither_on_the_batch_nor_on_processes(codec, policy):
+    model = ActorCritic(policy).eval()
+
+    def play(env_num, *where):
+        env = make_env(codec, env_num, *where)
+        observations, _ = env.reset(seed=0, options={"rounds": 8 // env_num})
+        settings = RolloutSettings(Sampling(), 256, torch.device("cpu"), rounds=1)
+        rollout, _ = collect(model, policy, env, observations, torch.zeros(0), RunningMoments(), settings)
+        return rollout.responses
+
+    whole = play(8)
+    assert play(2) == whole and play(1) == whole and len(set(whole)) > 4
+    halves = [play(4, index, 2) for index in range(2)]
+    assert halves[0][:2] == whole[:2] and halves[1][:2] == whole[2:4] and halves[0][2:] == whole[4:6]
+
+
+def test_advantages_run_across_three_turns():
+    """By hand, for turns of 2, 1 and 2 tokens: what follows a turn's last token is the next turn's first value."""
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0, 4.0, 0.0]])
+    values = torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.5, 9.0]])
+    mask = torch.tensor([[True] * 5 + [False]])
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    deltas = [0 + 1.0 - 0.5, 1 + 1.5 - 1.0, 2 + 2.0 - 1.5, 0 + 2.5 - 2.0, 4 - 2.5]
+    fifth = deltas[4]
+    fourth = deltas[3] + 0.5 * fifth
+    third = deltas[2] + 0.5 * fourth
+    second = deltas[1] + 0.5 * third
+    first = deltas[0] + 0.5 * second
+    assert advantages.tolist() == [[pytest.approx(x) for x in (first, second, third, fourth, fifth)] + [0.0]]
+    assert returns[0, 0] == pytest.approx(first + 0.5)
+
+
+def test_rewards_of_turns_are_earned_at_the_ends_of_turns(codec, policy):
+    turn_reward = make_reward({f"{__file__}:length_of": 1.0, f"{__file__}:per_token": 0.1}, {}, "cpu", "")
+    rollout, _ = rollout_of(ActorCritic(policy).eval(), policy, codec, Sampling(), turn_reward=turn_reward)
+    rewards = token_rewards(rollout, 0.0, rollout.scores)
+    for row, text in enumerate(rollout.responses):
+        ids = rollout.response_ids[row][rollout.mask[row]].tolist()
+        expected, start, words = [], 0, [line.split() for line in text.split("\n")]
+        for n in range(1, len(ids) + 1):
+            expected.append(0.1)
+            if codec.ended(ids[start:n]) or n - start == codec.format.max_new_tokens:
+                expected[-1] += len(words.pop(0))
+                start = n
+        expected[-1] += 2 * rollout.turns[row].item()  # the partner's score of the whole
+        assert rewards[row][rollout.mask[row]].tolist() == [pytest.approx(x, abs=1e-5) for x in expected]
+    assert torch.allclose(
+        rollout.parts["length_of"] + rollout.parts["per_token"] + rollout.parts["partner"], rollout.scores
+    )
+
+
+def test_random_numbers_depend_on_conversation_turn_and_speaker():
+    one = draw_uniforms(5, [3, 4], [0, 2], seed=1, whose=0)
+    assert torch.equal(one[1:], draw_uniforms(5, [4], [2], 1, 0)) and len({tuple(r) for r in one.tolist()}) == 2
+    assert not torch.equal(one, draw_uniforms(5, [3, 4], [0, 2], 1, 1))
+
+
+def test_a_model_as_partner_sees_the_conversation_from_its_own_side(chat_codec, policy):
+    partners = ModelPartners(policy, chat_codec)
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi, who is it?"}]
+    prompt = chat_codec.tokenizer.decode(partners._prompt(messages))
+    assert prompt == "assistant: Hello.<EOU>user: Hi, who is it?<EOU>assistant: "
+    partners.begin([0], [0], seed=0)
+    three = partners.reply([0, 1, 2], [messages] * 3, numbers=[0, 1, 0], turns=[1, 1, 1])
+    assert three[0] == three[2] != three[1]
+    assert partners.reply([0], [messages], numbers=[1], turns=[1]) == [three[1]]
+
+
+# Runs
+
+RUN = dict(env_num=8, total_time_steps=2000, save_interval=2, validation_limit=6, eval_limit=8, sample_interval=2)
+KILLER = """
+    import os, pathlib, signal
+
+    class Customer:
+        "Kills the run at the reply that a file beside this one names."
+        def reset(self, rng):
+            self.rng, self.n = rng, 0
+            return rng.choice(["Hello.", "Good morning.", "Are you there?"])
+
+        def reply(self, messages):
+            fuse = pathlib.Path(__file__).with_name("fuse")
+            if fuse.exists():
+                left = int(fuse.read_text() or 0) - 1
+                fuse.write_text(str(left))
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            self.n += 1
+            return None if self.n > self.rng.randrange(1, 5) else self.rng.choice(["Really?", "Why?", "When?"])
+
+        def score(self, messages):
+            return sum(len(m["content"]) for m in messages if m["role"] == "assistant") / 100
+"""
+
+
+def test_a_run_that_is_killed_in_mid_conversation_goes_on_to_the_digit(tmp_path):
+    (tmp_path / "own.py").write_text(textwrap.dedent(KILLER))
+    settings = RUN | dict(run_dir=str(tmp_path), partner=f"{tmp_path}/own.py:Customer")
+    whole = tmp_path / "whole"
+    assert run(sys.executable, "ppo_dialog.py", *flags(experiment_name="whole", **settings)).returncode == 0
+    (tmp_path / "fuse").write_text(str(150))
+    command = [sys.executable, "ppo_dialog.py", *flags(experiment_name="cut", **settings)]
+    assert run(*command).returncode == -signal.SIGKILL
+    (tmp_path / "fuse").unlink()
+    reached = len(lines(tmp_path / "cut"))
+    done = run(*command, "--resume")
+    assert done.returncode == 0 and 0 < reached < len(lines(whole)), done.stderr[-2000:]
+    assert timeless(lines(tmp_path / "cut")) == timeless(lines(whole))
+    for name in ("policy/model.safetensors", "value.safetensors", "eval_samples.jsonl", "samples.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
+    rows = [json.loads(line) for line in (whole / "eval_samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all("partner:" in row["after"]["text"] or row["after"]["turns"] == 1 for row in rows)
+    shown = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert shown and all(row["now"].startswith("policy: ") for row in shown)
+
+
+def test_a_partner_that_fails_loses_no_update(tmp_path):
+    text = KILLER.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('line is dead')")
+    (tmp_path / "own.py").write_text(textwrap.dedent(text))
+    settings = RUN | dict(
+        run_dir=tmp_path, partner=f"{tmp_path}/own.py:Customer", save_interval=100, validation_limit=0
+    )
+    (tmp_path / "fuse").write_text(str(110))
+    command = [sys.executable, "ppo_dialog.py", *flags(**settings)]
+    done = run(*command)
+    assert (
+        done.returncode == 2 and "error: the partner's reply() raised RuntimeError: line is dead (own.py" in done.stderr
+    )
+    reached = len(lines(tmp_path / "ppo_dialog"))
+    (tmp_path / "fuse").unlink()
+    again = run(*command, "--resume")
+    assert again.returncode == 0 and f"resumed after update {reached}," in again.stdout and reached > 0
+
+
+def test_self_play_from_recorded_beginnings_with_a_reward_for_turns(tmp_path):
+    settings = RUN | dict(run_dir=str(tmp_path), partner="self", max_turns=3, eval_limit=-1, validation_limit=0)
+    folder = trained(**settings, turn_reward=f"{__file__}:length_of", samples_per_prompt=2, length_rate=1.0)
+    for row in lines(folder):
+        assert 1 <= row["turns"] <= 3 and row["reward_length_of"] == pytest.approx(row["score"], abs=1e-5)
+        assert "reward_length_price" in row
+
+
+ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_learn_from_the_same_conversations(engine, tmp_path):
+    settings = dict(env_num=8, num_mini_batch=2, total_time_steps=1, save_interval=1, eval_limit=6, validation_limit=5)
+    settings |= dict(partner=f"{__file__}:Counting", lr=1e-3, lr_schedule="constant", max_new_tokens=12)
+    alone = trained(run_dir=str(tmp_path / "alone"), **settings)
+    run_by(engine, run_dir=str(tmp_path / "two"), **settings)
+    (expected,), (found,) = lines(alone), lines(tmp_path / "two" / "ppo_dialog")
+    for name in ("score", "turns", "kl_div", "policy_loss", "value_loss", "grad_norm", "mean_output_length"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    of_two, of_one = (
+        [json.loads(row)["before"]["text"] for row in (folder / "eval_samples.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "two" / "ppo_dialog", alone)
+    )
+    assert of_two == of_one and len(of_one) == 6
