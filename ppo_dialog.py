@@ -469,31 +469,25 @@ def collect_conversations(
 
     # 3. log-probabilities under the reference, and values of a separate critic, of the whole conversations
     device, pad_id = settings.device, env.codec.tokenizer.pad_token_id
-    texts = join_turns(of_talks, pad_id, device)
-    logprobs, full_logprobs, values = (
-        pad_sequence([torch.cat([getattr(turn, name) for turn in talk]) for talk in of_talks], batch_first=True)
-        for name in ("logprobs", "full_logprobs", "values")
-    )
-    lengths = torch.tensor([sum(len(turn.reply) for turn in talk) for talk in of_talks])
-    mask = (torch.arange(logprobs.shape[1]) < lengths[:, None]).to(device)
+    texts, tokens = join_turns(of_talks, pad_id, device), join_tokens(of_talks, device)
+    mask = tokens["mask"]
     ref_logprobs, critic_values = read_texts(model, ref_model, texts, mask, 1, settings)
-    values = values.to(device) if critic_values is None else critic_values
-    columns = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in scores_of(talks).items()}
-    parts, metrics = columns_of(talks, "parts"), columns_of(talks, "metrics")
-    metrics |= {"turns": [len(talk.replies) for talk in talks], "cut": [talk.end == "truncated" for talk in talks]}
-    as_columns = partial(torch.tensor, dtype=torch.float32, device=device)
+    values = tokens["values"] if critic_values is None else critic_values
+    as_column = partial(torch.tensor, dtype=torch.float32, device=device)
+    scores = {name: as_column(x) for name, x in scores_of(talks).items()}
     rollout = Rollout(
         texts=texts,
         mask=mask,
-        logprobs=logprobs.to(device),
-        kl=token_kl(full_logprobs.to(device), ref_logprobs, mask),
+        logprobs=tokens["logprobs"],
+        kl=token_kl(tokens["full_logprobs"], ref_logprobs, mask),
         values=value_scale.denormalize(values) * mask,
-        candidates=join_candidates(of_talks, device),
-        scores=columns["total"],
-        token_scores=columns["by_token"],
-        turns=columns["turns"],
-        parts={name: as_columns(x) for name, x in parts.items()},
-        metrics={name: as_columns(x) for name, x in metrics.items()},
+        candidates=tokens.get("candidates"),
+        scores=scores["total"],
+        token_scores=scores["by_token"],
+        turns=scores["turns"],
+        parts={name: as_column(x) for name, x in columns_of(talks, "parts").items()},
+        metrics={name: as_column(x) for name, x in columns_of(talks, "metrics").items()}
+        | {"turns": scores["turns"], "cut": as_column([talk.end == "truncated" for talk in talks])},
         prompts=[str(talk.prompts[0]) for talk in talks],
         responses=["\n".join(talk.replies) for talk in talks],
         references=[""] * len(talks),
@@ -542,13 +536,19 @@ def join_turns(of_talks: list[list[Turn]], pad_id: int, device: torch.device) ->
     return Texts(ids.to(device), attention.to(device), sampled.to(device), counts)
 
 
-def join_candidates(of_talks: list[list[Turn]], device: torch.device) -> torch.Tensor | None:
-    """Return the candidates (N, T, K) of the tokens of each conversation; None if all tokens are candidates."""
-    if of_talks[0][0].candidates is None:
-        return None
-    most = max(turn.candidates.shape[1] for talk in of_talks for turn in talk)
-    rows = [torch.cat([pad_right(turn.candidates, most, -1) for turn in talk]) for talk in of_talks]
-    return pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+def join_tokens(of_talks: list[list[Turn]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Join what was sampled in the turns of each of N conversations, padded on the right: the tensors of a Rollout."""
+    found = {}
+    for name in ("logprobs", "full_logprobs", "values"):
+        rows = [torch.cat([getattr(turn, name) for turn in talk]) for talk in of_talks]
+        found[name] = pad_sequence(rows, batch_first=True).to(device)  # (N, T)
+    lengths = torch.tensor([sum(len(turn.reply) for turn in talk) for talk in of_talks])
+    found["mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    if of_talks[0][0].candidates is not None:
+        most = max(turn.candidates.shape[1] for talk in of_talks for turn in talk)
+        rows = [torch.cat([pad_right(turn.candidates, most, -1) for turn in talk]) for talk in of_talks]
+        found["candidates"] = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)  # (N, T, K)
+    return found
 
 
 def read_texts(
@@ -959,10 +959,8 @@ class Parts:
         run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
         # `model` is what the engine makes of actor_critic
         self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
-        self.reward, self.turn_reward = (
-            build_reward(weights, config, self.codec, self.samples.get("train"), accelerator, run)
-            for weights in (config.reward, config.turn_reward)
-        )
+        self.rewards = build_reward(config, self.codec, self.samples.get("train"), accelerator, run)
+        self.reward, self.turn_reward = map(self.rewards.part_of, (config.reward, config.turn_reward))
         self.score, self.turn_score = (checked_reward(r, config, self.codec) for r in (self.reward, self.turn_reward))
         if partner is None:
             self.tasks = None
@@ -1008,7 +1006,7 @@ class Parts:
     def inference(self) -> contextlib.AbstractContextManager[None]:
         """Prepare all networks for passes without gradients."""
         judges = [] if self.judge is None else [self.judge.model]
-        frozen = [self.ref_model, *judges, *self.reward.models, *self.turn_reward.models]
+        frozen = [self.ref_model, *judges, *self.rewards.models]
         return inference(self.accelerator, self.model, frozen, self.gather)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -1145,22 +1143,17 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
 
 
 def build_reward(
-    weights: dict[str, float],
-    config: PPOConfig,
-    codec: DialogueCodec,
-    samples: Samples | None,
-    accelerator: Accelerator,
-    run: Run,
+    config: PPOConfig, codec: DialogueCodec, samples: Samples | None, accelerator: Accelerator, run: Run
 ) -> WeightedSum:
-    """Make the reward that the weights name, with its models placed. `samples` tell how words are counted."""
+    """Make all parts of the reward, with their models placed. `samples` tell how words are counted."""
     run.stage("loading the reward")
     word_tokenizer = word_tokenizer_for(samples.replies() if samples else ())
-    if weights and word_tokenizer != "english":
+    if word_tokenizer != "english":
         run.say(f"words of replies: {describe(word_tokenizer)}, as the human replies have letters beyond ASCII")
     marker = "" if codec.format.template else codec.format.eou_marker
     judge = resolve_model(config.intent_model, "judge") if config.rewards_intent else ""
     how = accelerator.device, marker, word_tokenizer, judge
-    reward = make_reward(weights, config.reward_args, *how)
+    reward = make_reward(config.turn_reward | config.reward, config.reward_args, *how)
     for model in reward.models:
         place(model, config.intent_placement, accelerator)
     return reward
@@ -1207,7 +1200,7 @@ def try_rewards_of_conversations(parts: Parts, run: Run) -> None:
     talk, prompt = env.conversations[0], infos["prompt"][0]
     prompt.columns = {"conversation": talk.messages, "partner_score": 0.0 if task.partners.has_score else None}
     sample = Sample(tuple(talk.messages), prompt, "Yes.")
-    with on_device(*parts.reward.models, *parts.turn_reward.models, once=parts.config.gather):
+    with on_device(*parts.rewards.models, once=parts.config.gather):
         for score in filter(None, (parts.score, parts.turn_score)):
             check_reward(score, sample, parts.config.samples_per_prompt)
 
@@ -1244,7 +1237,7 @@ def measure_start(parts: Parts, config: PPOConfig, state: TrainState, run: Run) 
     A resumed run has all of it in its state, but for the scale of a reward that it did not have before.
     """
     parts.reward.scales = parts.turn_reward.scales = state.reward_scales
-    new = (parts.reward.unbounded_parts | parts.turn_reward.unbounded_parts) - state.reward_scales.keys()
+    new = parts.rewards.unbounded_parts - state.reward_scales.keys()
     if state.updates and not new:
         return
     run.stage("measuring the model before training")

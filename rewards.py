@@ -78,7 +78,7 @@ def make_reward(
     own = [labels[name] for name in weights if ":" in name or (name in REWARDS and name not in KNOWN)]
     of_parts = distribute_arguments(args, own)
     made = {name: make_part(name, of_parts.get(label, {}), intent_model) for name, label in labels.items()}
-    reward = WeightedSum({labels[name]: (weight, made[name]) for name, weight in weights.items()})
+    reward = WeightedSum({labels[name]: (weight, made[name]) for name, weight in weights.items()}, labels)
     reward.word_tokenizer = word_tokenizer
     reward.setup(device, eou_marker)
     return reward
@@ -167,9 +167,17 @@ class WeightedSum(Reward):
     the deviation of each over replies of the supervised model.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[float, Any]]):
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[str, tuple[float, Any]], labels: Mapping[str, str] | None = None):
+        """`labels` has the label of each part by its name in the configuration."""
+        self.parts, self.labels = dict(parts), labels or {}
         self.scales: dict[str, tuple[float, float]] = {}
+
+    def part_of(self, weights: Mapping[str, float]) -> WeightedSum:
+        """Return the sum of some of the same parts, by their names as in make_reward, with weights of its own."""
+        of = self.labels
+        some = WeightedSum({of[name]: (weight, self.parts[of[name]][1]) for name, weight in weights.items()})
+        some.scales, some.word_tokenizer = self.scales, self.word_tokenizer
+        return some
 
     @property
     def judge(self) -> IntentJudge | None:

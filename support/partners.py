@@ -23,7 +23,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -225,12 +225,21 @@ class PartnerMaker:
         return functools.partial(target, **given)
 
 
+class TaskConfig(Protocol):
+    """The settings that `Tasks` reads."""
+
+    max_turns: int
+    partner_device: str
+    partner_timeout: float
+    reward: dict[str, float]
+
+
 class Tasks:
     """Makes the conversation task of each split: partners, rewards and recorded beginnings."""
 
     def __init__(
         self,
-        config: Any,
+        config: TaskConfig,
         maker: PartnerMaker,
         codec: DialogueCodec,
         samples: Mapping[str, Samples],

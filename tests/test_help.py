@@ -20,7 +20,7 @@ import tally
 from reproduce import results
 from support.config import command_line
 
-PPO_GROUPS = ["model", "text", "sample", "format", "reward", "algorithm", "engine", "run"]
+PPO_GROUPS = ["model", "text", "sample", "format", "reward", "partner", "algorithm", "engine", "run"]
 SCRIPTS = {  # configuration and the titles of its groups
     ppo_dialog: (ppo_dialog.PPOConfig, PPO_GROUPS),
     estimate: (estimate.EstimateConfig, [*PPO_GROUPS, "launch"]),
@@ -131,6 +131,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "generation": ("ppo_dialog", "eval_metrics", "chat"),
     "live_display": PPO,
     "models": PPO,
+    "partners": PPO,
     "preferences": ("reward_model",),
     "report": PPO,  # it names commands that go on with a run
     "results": PPO,
