@@ -488,7 +488,8 @@ def compare(
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
     known["word_tokenizer"] = describe(word_tokenizer_for(policy.references))
-    known["meteor_synonyms"] = meteor_uses_synonyms()
+    if any(policy.references):
+        known["meteor_synonyms"] = meteor_uses_synonyms()
     for name in ("intent", "intent_second_judge"):
         if name in policy.scores:
             known["intent_samples"] = int((~np.isnan(policy.scores[name])).sum())
