@@ -96,7 +96,7 @@ class Block:
     def is_python(self) -> bool:
         with contextlib.suppress(SyntaxError):
             tree = ast.parse(self.text)
-            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef)) for node in tree.body)
+            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for node in tree.body)
         return False
 
     def commands(self) -> list[list[str]]:
@@ -217,15 +217,15 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     shutil.copytree(worked / "DATA", tmp_path / "messages")
-    for name in ("NAME", "ppo_dialog", "mine", "preferred", "one", "two", "smollm2_daily_dialog"):
+    for name in ("NAME", "ppo_dialog", "mine", "preferred", "friend", "one", "two", "smollm2_daily_dialog"):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
     choice = dict(prompt="Hello.", chosen="Hi.", rejected="No.", chosen_model="A", rejected_model="B", tie=False)
     (tmp_path / "blind.jsonl").write_text(json.dumps(choice) + "\n")
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
-    pages = [ROOT / "README.md", ROOT / "docs" / "reward.md", ROOT / "docs" / "notebook" / "chat_models.md"]
-    code = [block.text for page in pages for block in blocks_of(page) if block.is_python]
+    pages = ["README.md", "docs/reward.md", "docs/conversations.md", "docs/notebook/chat_models.md"]
+    code = [block.text for page in map(ROOT.joinpath, pages) for block in blocks_of(page) if block.is_python]
     own = [text for text in code if re.search(r"^(def|class) ", text, re.M) and "train(" not in text]
     (tmp_path / "my_file.py").write_text("\n\n".join(own))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -408,11 +408,12 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     for name, own in (
         ("plain", "--reward my_file.py:brevity --length-rate 0.5"),
         ("alike", "--consensus-coef 1 --commonplace-coef 1"),
+        ("talk", "--partner my_file.py:Friend"),
     ):
         execute("ppo_dialog.py", f"{common} --experiment-name {name} {own}".split())
-    folders = worked / "runs" / "NAME", clone / "runs" / "plain", clone / "runs" / "alike"
+    folders = worked / "runs" / "NAME", *(clone / "runs" / name for name in ("plain", "alike", "talk"))
     rows = [json.loads(line) for f in folders for line in (f / "metrics.jsonl").read_text().splitlines()]
-    names = {name.replace("brevity", "NAME") for row in rows for name in row}  # the part of one's own
+    names = {re.sub("brevity|partner", "NAME", name) for row in rows for name in row}  # parts
     assert names == glossary("metrics.jsonl")
 
     result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
