@@ -408,7 +408,7 @@ def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     for name, own in (
         ("plain", "--reward my_file.py:brevity --length-rate 0.5"),
         ("alike", "--consensus-coef 1 --commonplace-coef 1"),
-        ("talk", "--partner my_file.py:Friend"),
+        ("talk", "--partner my_file.py:Friend --reward partner=1"),
     ):
         execute("ppo_dialog.py", f"{common} --experiment-name {name} {own}".split())
     folders = worked / "runs" / "NAME", *(clone / "runs" / name for name in ("plain", "alike", "talk"))
