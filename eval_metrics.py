@@ -157,6 +157,7 @@ from support.samples import (
 )
 from support.scoring import Scores
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat
+from support.turn_cache import TurnCache
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,7 +647,7 @@ def play(
     env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
     rounds = -(-conversations // env.env_num)
     observations, _ = env.reset(seed=settings.seed, options={"rounds": rounds})
-    talks, device, step = [], next(model.parameters()).device, causal_lm_step(model)
+    talks, device, step = [], next(model.parameters()).device, TurnCache(causal_lm_step(model))
     while env.active.any():
         observations, *_ = env.step(sample_turn(step, env, observations, settings.sampling, device)[2])
         talks += env.finished

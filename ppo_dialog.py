@@ -92,6 +92,7 @@ from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, lengths_to_choose, load_samples, longest_lengths, with_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
+from support.turn_cache import TurnCache
 from support.words import describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,12 +452,12 @@ def collect_conversations(
 
     The partner's words are no actions: advantages run over the policy's tokens alone, across the turns.
     """
-    started, waited = time.perf_counter(), 0.0
+    started, waited, decode = time.perf_counter(), 0.0, TurnCache(model.decode)
     turns: dict[int, list[Turn]] = {}
     talks: list[Conversation] = []
     while env.active.any():
         # 1. a reply in each conversation that goes on
-        slots, out, actions = sample_turn(model.decode, env, observations, settings.sampling, settings.device)
+        slots, out, actions = sample_turn(decode, env, observations, settings.sampling, settings.device)
         for slot, turn in zip(slots, turns_of(observations, slots, out)):
             turns.setdefault(env.conversations[slot].number, []).append(turn)
         # 2. the partners answer, and the environment scores

@@ -96,7 +96,9 @@ class Block:
     def is_python(self) -> bool:
         with contextlib.suppress(SyntaxError):
             tree = ast.parse(self.text)
-            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for node in tree.body)
+            return any(
+                isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for node in tree.body
+            )
         return False
 
     def commands(self) -> list[list[str]]:

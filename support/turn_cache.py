@@ -1,0 +1,126 @@
+"""Keys and values of conversations, kept from one turn to the next, so that a turn reads only what is new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from support.generation import DecodeStep
+
+Row = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer the keys and values (H, n, D) of n tokens
+
+
+class TurnCache:
+    """A decode step that remembers the keys and values of texts which have ended, and reuses them in longer texts.
+
+    It gives what `step` gives, up to rounding. `sample_responses` calls it with the prompts of all conversations that
+    go on; what it keeps of other texts is forgotten then. It passes on to `step` what a model without such a cache
+    (windows, states) needs.
+    """
+
+    def __init__(self, step: DecodeStep):
+        self.step = step
+        self.known: dict[tuple[int, ...], Row] = {}  # by their tokens
+        self.last: Turns | None = None  # the rows of the last turn
+        self.useless = False  # whether no prompt continued a text that was kept
+
+    def __call__(
+        self, tokens: torch.Tensor, attention: torch.Tensor, past: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        if past is None:
+            return self._begin(tokens, attention)
+        if not isinstance(past, Turns):
+            return self.step(tokens, attention, past)
+        past.attention = torch.cat([past.attention, torch.ones_like(tokens)], dim=-1)
+        past.texts = [text + row for text, row in zip(past.texts, tokens.tolist())]
+        logits, values, past.past = self.step(tokens, past.attention, past.past)
+        return logits, values, past
+
+    def _begin(self, tokens: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """Read prompts (b, P), of which a part may be known."""
+        if self.last is not None:
+            self.last.keep(range(len(self.last.texts)))  # those that were going on when the turn ended
+            self.last = None
+        prompts = [row[mask > 0].tolist() for row, mask in zip(tokens, attention)]
+        lengths = sorted({len(text) for text in self.known}, reverse=True)  # the longest text first
+        starts = [next((t for n in lengths if (t := tuple(p[:n])) in self.known), ()) for p in prompts]
+        if not any(starts):
+            self.useless = bool(self.known)  # this text format does not continue what was read, such as a window
+            self.known = {}
+            logits, values, past = self.step(tokens, attention, None)
+            if (
+                self.useless
+                or not isinstance(past, DynamicCache)
+                or any(type(layer) is not DynamicLayer for layer in past.layers)
+            ):
+                return logits, values, past  # it has no keys and values of each token
+            self.last = Turns(self.known, past, attention, prompts)
+            return logits, values, self.last
+        rows = {i: self.known[start] for i, start in enumerate(starts) if start}
+        if unknown := [i for i, start in enumerate(starts) if not start]:  # a new conversation, or one written anew
+            *_, past = self.step(tokens[unknown, :-1], attention[unknown, :-1], None)
+            rows |= zip(unknown, rows_of(past, attention[unknown, :-1]))
+        self.known = {}
+        past, mask = join_rows([rows[i] for i in range(len(prompts))])
+        rest = [prompt[len(start) or -1 :] for prompt, start in zip(prompts, starts)]
+        width = max(map(len, rest))
+        new = tokens[:, -width:]
+        here = (
+            torch.arange(width, device=tokens.device) >= width - torch.tensor(list(map(len, rest))).to(tokens)[:, None]
+        )
+        mask = torch.cat([mask, here.to(mask.dtype)], dim=-1)
+        logits, values, past = self.step(new, mask, past)
+        self.last = Turns(self.known, past, mask, prompts)
+        return logits, values, self.last
+
+
+@dataclass
+class Turns:
+    """The cache of a turn: `past` of b texts, whose tokens `attention` (b, S) marks. What leaves it is kept."""
+
+    known: dict[tuple[int, ...], Row]
+    past: DynamicCache
+    attention: torch.Tensor
+    texts: list[list[int]] = field(default_factory=list)
+
+    def reorder_cache(self, rows: torch.Tensor) -> None:
+        """Keep these rows (k,) only. A row may be named several times."""
+        chosen = rows.tolist()
+        self.keep(sorted(set(range(len(self.texts))) - set(chosen)))
+        self.past.reorder_cache(rows)
+        self.attention, self.texts = self.attention[rows], [self.texts[i] for i in chosen]
+
+    def keep(self, rows: Any) -> None:
+        """Remember the keys and values of some rows."""
+        rows = list(rows)
+        self.known |= {tuple(self.texts[i]): row for i, row in zip(rows, rows_of(self.past, self.attention, rows))}
+
+
+def rows_of(past: DynamicCache, attention: torch.Tensor, rows: Any = None) -> list[Row]:
+    """Return the keys and values of rows of a cache, all of them by default, without padding."""
+    found = []
+    for i in range(len(attention)) if rows is None else rows:
+        real = attention[i] > 0
+        found.append([(layer.keys[i][:, real], layer.values[i][:, real]) for layer in past.layers])
+    return found
+
+
+def join_rows(rows: list[Row]) -> tuple[DynamicCache, torch.Tensor]:
+    """Return a cache of b rows, padded on the left to the longest, S, and the mask (b, S) of its tokens."""
+    lengths = [row[0][0].shape[1] for row in rows]
+    width, first = max(lengths), rows[0][0][0]
+    past = DynamicCache()
+    for layer in range(len(rows[0])):
+        joined = []
+        for which in range(2):
+            like = rows[0][layer][which]
+            padded = like.new_zeros((len(rows), like.shape[0], width, like.shape[2]))
+            for i, row in enumerate(rows):
+                padded[i, :, width - lengths[i] :] = row[layer][which]
+            joined.append(padded)
+        past.update(*joined, layer)
+    mask = torch.arange(width, device=first.device) >= width - torch.tensor(lengths, device=first.device)[:, None]
+    return past, mask.long()
