@@ -199,7 +199,8 @@ class PPOConfig(
                 weight = checked_value(PPOConfig, f"{name}_coef", getattr(self, f"{name}_coef"))
                 self.reward = {n: w for n, w in self.reward.items() if n != name} | ({name: weight} if weight else {})
                 setattr(self, f"{name}_coef", None)
-        for name, value in ESTIMATORS.get(self.advantage, {}).items():  # `check` refuses another name
+        self.advantage = checked_value(PPOConfig, "advantage", self.advantage)
+        for name, value in ESTIMATORS[self.advantage].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
