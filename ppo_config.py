@@ -36,6 +36,20 @@ from support.paths import check_data, check_models, check_partner_path, check_re
 
 DEFAULT_REWARD = {"intent": 0.5, "meteor": 0.5}  # that of OpenRL's tutorial
 SMALL_MODEL = 10_000_000  # parameters, below which a model learns at the rates of the built-in one
+ESTIMATORS: dict[str, dict[str, Any]] = {  # defaults that depend on `advantage`; docs/estimators.md has the papers
+    "gae": dict(
+        samples_per_prompt=1, value_coef=0.5, gae_lambda=0.95, normalize_advantages=True, divide_by_length=False
+    ),
+    "rloo": dict(
+        samples_per_prompt=4, value_coef=0.0, gae_lambda=1.0, normalize_advantages=False, divide_by_length=False
+    ),
+    "grpo": dict(
+        samples_per_prompt=8, value_coef=0.0, gae_lambda=1.0, normalize_advantages=False, divide_by_length=True
+    ),
+    "reinforce": dict(
+        samples_per_prompt=1, value_coef=0.0, gae_lambda=1.0, normalize_advantages=True, divide_by_length=False
+    ),
+}
 
 
 @dataclass
@@ -124,8 +138,11 @@ class AlgorithmOptions:
     """Environment steps (generated tokens) to train for."""
     env_num: PositiveInt | None = None
     """Dialogues at a time, over all processes [128, fewer where texts are long]."""
-    samples_per_prompt: PositiveInt = 1
-    """Replies to each prompt of a rollout. With several, the mean score of the others is a reply's baseline (RLOO)."""
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """Estimator of advantages: gae learns values; the others compare whole replies. See docs/estimators.md."""
+    samples_per_prompt: PositiveInt | None = None
+    """Replies to each prompt of a rollout [1; 4 with rloo, 8 with grpo]. With several, gae subtracts from each score
+    the mean score of the others."""
     episode_length: PositiveInt = 20
     """Environment steps of each dialogue slot in a rollout, counted in full replies of max_new_tokens."""
     ppo_epoch: PositiveInt = 2
@@ -142,14 +159,14 @@ class AlgorithmOptions:
     """AdamW's weight decay."""
     gamma: Share = 1.0
     """Discount of a token."""
-    gae_lambda: Share = 0.95
-    """Lambda of generalised advantage estimation."""
+    gae_lambda: Share | None = None
+    """Lambda of generalised advantage estimation [0.95]."""
     clip_range: Above0 = 0.2
     """Clipping range of the policy's probability ratio."""
     value_clip_range: Above0 = 0.2
     """Clipping range of the value's change, in normalised units."""
-    value_coef: Weight = 0.5
-    """Weight of the value loss."""
+    value_coef: Weight | None = None
+    """Weight of the value loss [0.5; 0 without a critic: rloo, grpo, reinforce]."""
     entropy_coef: Number = 0.0
     """Weight of the entropy bonus. A negative one makes the policy sharper, as a lower temperature does."""
     max_grad_norm: Above0 = 1.0
@@ -158,8 +175,10 @@ class AlgorithmOptions:
     """Optimizer steps with a loss or gradient that is not finite that a run may skip before it stops."""
     early_stop_kl: Above0 | None = None
     """Stop the passes over a rollout early when approx_kl exceeds this value (CleanRL's target_kl)."""
-    normalize_advantages: bool = True
-    """Whiten the advantages of a rollout over all its tokens."""
+    normalize_advantages: bool | None = None
+    """Whiten the advantages of a rollout over all its tokens [with gae and reinforce]."""
+    divide_by_length: bool | None = None
+    """Average the loss within each reply first. Else every token has the same weight [with grpo]."""
     normalize_values: bool = True
     """Normalise the returns that the value network predicts by their running mean and deviation."""
     temperature: float = 1.0
@@ -185,7 +204,10 @@ class PPOConfig(
     """PPO on dialogues. Names are those of the OpenRL tutorial where it has one."""
 
     def __post_init__(self):
-        """Put what the earlier names say (`reward: default`, intent_coef, ...) into `reward`."""
+        """Put what the earlier names say (`reward: default`, intent_coef, ...) into `reward`.
+
+        Options that were left out, and that ESTIMATORS has, take the estimator's defaults.
+        """
         self.reward = checked_value(PPOConfig, "reward", self.reward)
         if "default" in self.reward:
             times = self.reward.pop("default")
@@ -197,7 +219,10 @@ class PPOConfig(
                 weight = checked_value(PPOConfig, f"{name}_coef", getattr(self, f"{name}_coef"))
                 self.reward = {n: w for n, w in self.reward.items() if n != name} | ({name: weight} if weight else {})
                 setattr(self, f"{name}_coef", None)
-
+        self.advantage = checked_value(PPOConfig, "advantage", self.advantage)
+        for name, value in ESTIMATORS[self.advantage].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.partner:
             self._fit_partner()
 
@@ -217,6 +242,7 @@ class PPOConfig(
         self.check_partner()
         self.sampling  # noqa: B018  raises where temperature, top_k or top_p cannot be
         super().check()
+        self.check_estimator()
         if self.model_class and (self.policy_class or self.critic_class):
             raise UserError("model_class is policy and value together; give it, or policy_class and critic_class.")
         if self.lora_rank and (self.model_class or self.policy_class or self.ref_model):
@@ -275,6 +301,31 @@ class PPOConfig(
         if not self.gather:
             raise UserError("conversations end at different times, so they need whole weights; leave --no-gather out.")
 
+    def check_estimator(self) -> None:
+        """UserError for settings without a meaning for the estimator of advantages."""
+        name = self.advantage
+        if name == "gae":
+            return
+        default = ESTIMATORS[name]["samples_per_prompt"]
+        if default > 1 and self.samples_per_prompt == 1:
+            raise UserError(
+                f"samples_per_prompt is 1, and advantage {name} compares a reply with others to its prompt; expected 2 "
+                f"or more, or leave it out for {default}."
+            )
+        of_critic = {"value_coef": 0, "critic_class": "", "use_share_model": True}
+        for setting, expected in of_critic.items():
+            if (given := getattr(self, setting)) != expected:
+                raise UserError(
+                    f"{setting} is {given}, and advantage {name} has no critic; leave {setting} out, or give "
+                    "--advantage gae."
+                )
+        for setting in ("gae_lambda", "gamma"):
+            if (given := getattr(self, setting)) != 1:
+                raise UserError(
+                    f"{setting} is {given:g}, and with advantage {name} all tokens of a reply have the same "
+                    "advantage; expected 1, or give --advantage gae."
+                )
+
     def check_processes(self, processes: int) -> None:
         """UserError where the dialogues cannot be divided among so many processes."""
         if self.env_num is None:  # it is chosen to fit
@@ -293,7 +344,7 @@ class PPOConfig(
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     def choices(self, parameters: int, text_tokens: int, processes: int, on_gpu: bool) -> dict[str, Any]:
-        """Choose learning rates and env_num for a model and its texts.
+        """Choose learning rates and env_num for a model and its texts. The estimator's defaults are with them.
 
         `text_tokens` is the length of the longest prompt with its reply. The key/value cache of env_num such texts must
         fit into memory: 32,768 tokens on a CPU, four times as many on a GPU.
@@ -303,7 +354,7 @@ class PPOConfig(
         fitting = max(1, 32_768 * (4 if on_gpu else 1) // text_tokens)
         dialogues = min(128, 2 ** (fitting.bit_length() - 1))
         unit = processes * self.samples_per_prompt
-        return {
+        return ESTIMATORS[self.advantage] | {
             "lr": policy_lr,
             "critic_lr": 3e-3 if small else 1e-3,
             "env_num": unit * max(1, dialogues // unit),

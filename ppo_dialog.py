@@ -642,6 +642,46 @@ def leave_one_out(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor
     return (groups - others).flatten()
 
 
+def rloo(rewards: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+    """Compute the advantage (N,) of each reply by REINFORCE with a leave-one-out baseline.
+
+    A_i = R_i - mean of R_j over the k - 1 other replies j to the same prompt (RLOO: Ahmadian et al., 2024).
+    R_i = score_i - kl_coef * sum over t of kl_it. `rewards` (N,) are R_i. Replies to one prompt are neighbours.
+    """
+    return leave_one_out(rewards, samples_per_prompt)
+
+
+def grpo(scores: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+    """Compute the advantage (N,) of each reply relative to its group, the replies to the same prompt.
+
+    A_i = (score_i - mean of the group) / (deviation of the group + 1e-4) (GRPO: Shao et al., 2024, section 4.1). The
+    deviation is the unbiased one, and 1e-4 is added to it, as in TRL's GRPOTrainer. `scores` (N,) have no KL penalty:
+    it is a term of the loss (`reference_kl`). Replies to one prompt are neighbours.
+    """
+    groups = scores.view(-1, samples_per_prompt)
+    return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)).flatten()
+
+
+def reinforce(rewards: torch.Tensor, reduce: Callable = lambda x: x) -> torch.Tensor:
+    """Compute the advantage (N,) of each reply by REINFORCE with the mean of the rollout as baseline.
+
+    A_i = R_i - mean of R over all replies of all processes (Williams, 1992). R_i = score_i - kl_coef * sum over t of
+    kl_it. `rewards` (N,) are R_i; `reduce` sums over processes.
+    """
+    return rewards - masked_moments(rewards, torch.ones_like(rewards), reduce)[0]
+
+
+def length_weights(mask: torch.Tensor, reduce: Callable = lambda x: x) -> torch.Tensor:
+    """Return weights (N, T) with which a mean over tokens is the mean over replies of each reply's own mean.
+
+    The weight of a token is 1 / |o_i|, the length of its reply (Shao et al., 2024, equation 3), times the mean length
+    over the replies of all processes. So the weights add up to the number of tokens.
+    """
+    lengths = mask.sum(-1, keepdim=True)  # (N, 1)
+    replies, tokens = reduce(torch.tensor([len(mask), int(lengths.sum())], dtype=torch.float64)).tolist()
+    return mask * (tokens / replies) / lengths
+
+
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -709,28 +749,50 @@ class Batch:
 
     rollout: Rollout
     advantages: torch.Tensor  # (N, T), whitened if normalize_advantages
-    returns: torch.Tensor  # (N, T) in units of the score
+    returns: torch.Tensor  # (N, T) in units of the score; without a critic this and the next two are 0
     targets: torch.Tensor  # (N, T) returns in the scale that the value network predicts
     old_values: torch.Tensor  # (N, T) values of the rollout, in the scale that they were predicted in
     length_penalty: torch.Tensor | None  # (N,) penalty on each reply's length
+    weights: torch.Tensor | None = None  # (N, T) of each token in the losses; None: all 1
+    kl_coef: float = 0.0  # of the KL term of the loss; 0: the KL penalty is part of the advantages
 
 
 def make_batch(rollout: Rollout, state: TrainState, config: PPOConfig, reduce: Callable) -> Batch:
-    """Compute token rewards, advantages and returns; update the scale of values. `reduce` sums over processes."""
+    """Compute advantages, returns and weights of tokens; update the scale of values. `reduce` sums over processes."""
+    kl_coef, group, mask = state.kl_controller.coef, config.samples_per_prompt, rollout.mask
+    in_loss = kl_coef if config.advantage == "grpo" else 0.0
     penalty, scores = None, rollout.scores
     if config.length_rate:
-        earned = scores - state.kl_controller.coef * rollout.kl.sum(-1)
-        lengths = rollout.mask.sum(-1) / rollout.turns  # of a reply
-        penalty = state.length_controller.penalty(lengths, earned, config.samples_per_prompt, reduce)
+        earned = scores - (kl_coef - in_loss) * rollout.kl.sum(-1)
+        lengths = mask.sum(-1) / rollout.turns  # of a reply
+        penalty = state.length_controller.penalty(lengths, earned, group, reduce)
         scores = scores - penalty
-    scores = leave_one_out(scores, config.samples_per_prompt)
-    rewards = token_rewards(rollout, state.kl_controller.coef, scores)
-    advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-    old_values = state.value_scale.normalize(rollout.values)  # in the scale of the rollout, which is updated below
-    state.value_scale.update(*masked_moments(returns, rollout.mask, reduce))
+    if config.advantage == "gae":
+        rewards = token_rewards(rollout, kl_coef, leave_one_out(scores, group))
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
+        old_values = state.value_scale.normalize(rollout.values)  # in the scale of the rollout, which is updated below
+        state.value_scale.update(*masked_moments(returns, mask, reduce))
+        targets = state.value_scale.normalize(returns)
+    else:
+        advantages = reply_advantages(rollout, kl_coef, scores, config, reduce)[:, None] * mask
+        returns = old_values = targets = torch.zeros_like(advantages)
     if config.normalize_advantages:
-        advantages = whiten(advantages, rollout.mask, reduce)
-    return Batch(rollout, advantages, returns, state.value_scale.normalize(returns), old_values, penalty)
+        advantages = whiten(advantages, mask, reduce)
+    weights = length_weights(mask, reduce) if config.divide_by_length else None
+    return Batch(rollout, advantages, returns, targets, old_values, penalty, weights, in_loss)
+
+
+def reply_advantages(
+    rollout: Rollout, kl_coef: float, scores: torch.Tensor, config: PPOConfig, reduce: Callable
+) -> torch.Tensor:
+    """Return advantages (N,) of whole replies, by the estimator that `config.advantage` names.
+
+    `scores` (N,) include what was earned at single tokens (`rollout.token_scores`).
+    """
+    if config.advantage == "grpo":
+        return grpo(scores, config.samples_per_prompt)
+    rewards = scores - kl_coef * rollout.kl.sum(-1)
+    return rloo(rewards, config.samples_per_prompt) if config.advantage == "rloo" else reinforce(rewards, reduce)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -758,6 +820,14 @@ def value_loss(
     """Return half the squared error of each value (n,), the larger of plain and clipped, as OpenAI Baselines does."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def reference_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Return the estimate (n,) of KL(pi || pi_ref) that GRPO's loss has: exp(-x) - 1 + x for x = log pi - log pi_ref.
+
+    It is not negative and unbiased (k3: Schulman, joschu.net/blog/kl-approx; Shao et al., 2024, equation 4).
+    """
+    return (-log_ratio).exp() - 1 + log_ratio
 
 
 def token_entropy(logits: torch.Tensor, temperature: float, candidates: torch.Tensor | None) -> torch.Tensor:
@@ -792,7 +862,7 @@ def update(
         epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
         for mini_batch in sizes.mini_batches(*stream, epoch):
             # All processes make as many micro-batches as the one with the longest replies. The loss is divided by the
-            # tokens of all processes, so that each token has the same weight in any split.
+            # tokens of all processes, or their weights, so that a token has the same weight in any split.
             tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
             parts = -(-int(tokens_of_groups.sum()) // sizes.micro_batch)
             ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
@@ -801,7 +871,10 @@ def update(
             accelerator.step, accelerator.gradient_accumulation_steps = 0, parts  # count the parts from 0 again
             # Accelerate divides the loss by the parts (DeepSpeed does not), and data parallelism by the processes
             divided = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
-            scale = divided * accelerator.num_processes / tokens
+            whole = tokens  # the weights of all processes' tokens
+            if batch.weights is not None:
+                whole = accelerator.reduce(batch.weights[mini_batch].sum(), reduction="sum")
+            scale = divided * accelerator.num_processes / whole
             for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
                 with accelerator.accumulate(model):
                     stats = token_stats(model, batch, rows, config)
@@ -846,6 +919,8 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
     logprobs = token_log_probs(logits, rollout.texts.sampled_ids(rows), config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
     losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(batch.advantages), config.clip_range)
+    if batch.kl_coef:  # with top-k or top-p as if the candidates kept the probability that they had together
+        losses = losses + batch.kl_coef * reference_kl(logprobs - old_logprobs + at_tokens(rollout.kl))
     stats |= {
         "policy_loss": losses,
         "value_loss": value_loss(
@@ -854,6 +929,9 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
         # without a bonus, log a cheap estimate: minus the log-probabilities at sampling time
         "entropy": token_entropy(logits, config.temperature, candidates) if config.entropy_coef else -old_logprobs,
     }
+    if batch.weights is not None:
+        weights = at_tokens(batch.weights)
+        stats |= {name: stats[name] * weights for name in ("policy_loss", "value_loss", "entropy")}
     return {name: x.sum() for name, x in stats.items()}
 
 
@@ -1112,6 +1190,11 @@ def fit_settings(
         f"settings: prompts of at most {fmt.max_prompt_tokens} tokens, replies of at most {fmt.max_new_tokens}, "
         f"env_num {fitted.env_num}, lr {fitted.lr:g}, critic_lr {fitted.critic_lr:g}"
     )
+    if fitted.advantage != "gae":
+        run.say(
+            f"advantage {fitted.advantage}: samples_per_prompt {fitted.samples_per_prompt}, no critic, "
+            f"normalize_advantages {fitted.normalize_advantages}, divide_by_length {fitted.divide_by_length}"
+        )
     fitted.check_processes(processes)
     return fitted
 

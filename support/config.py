@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -92,7 +93,7 @@ def command_line(cls: type, description: str, arguments: Sequence[str] | None = 
 
     `default` is what a file of settings gave, for the scripts that take one.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = _spell_out_switches(cls, sys.argv[1:] if arguments is None else arguments)
     markers = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitArgPrefixes)
     with_file = {"prog": f"{Path(sys.argv[0]).name} [--config FILE.yaml]"} if default and "--help" in arguments else {}
     old_weights: dict[str, Any] = {}
@@ -116,6 +117,24 @@ def command_line(cls: type, description: str, arguments: Sequence[str] | None = 
         sys.exit(0)
     found = {f.name: getattr(group, f.name) for group in vars(chosen).values() for f in dataclasses.fields(group)}
     return cls(**found | old_weights)
+
+
+def _spell_out_switches(cls: type, arguments: Sequence[str]) -> list[str]:
+    """Give the switches that may be left out (`bool | None`) a value: `--x` becomes `--x True`, `--no-x` `--x False`.
+
+    tyro makes a pair of flags for a `bool` alone.
+    """
+    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls) if f.type == "bool | None"}
+    words = []
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        flag = word.replace("_", "-")
+        if flag in switches and following not in ("True", "False", "None"):
+            words += [flag, "True"]
+        elif flag.startswith("--no-") and f"--{flag.removeprefix('--no-')}" in switches:
+            words += [f"--{flag.removeprefix('--no-')}", "False"]
+        else:
+            words.append(word)
+    return words
 
 
 def _take_old_weights(cls: type, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -192,10 +211,22 @@ def parse_config(cls: type, argv: Sequence[str], description: str) -> tuple[Any,
     """
     arguments, file = _config_file(argv)
     values, notes = load_yaml(cls, file) if file else ({}, [])
-    config = command_line(cls, description, arguments, default=cls(**values))
+    config = command_line(cls, description, arguments, default=_unchosen(cls, values))
     if getattr(config, "resume", False):
         config, notes = _resumed(cls, config, arguments, description)
     return config, notes
+
+
+def _unchosen(cls: type, values: dict[str, Any]) -> Any:
+    """Return a `cls` of the values. Fields that were left out and default to None are None.
+
+    `__post_init__` of a class may choose a value for them. It does so after the command line has been read.
+    """
+    config = cls(**values)
+    for field in dataclasses.fields(cls):
+        if field.default is None and field.name not in values:
+            setattr(config, field.name, None)
+    return config
 
 
 def _config_file(argv: Sequence[str]) -> tuple[list[str], str | None]:
