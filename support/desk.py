@@ -21,7 +21,7 @@ from typing import NamedTuple
 DESK_VERSION = 1  # part of cache keys: raise it whenever a change makes generate_desk() print something else
 SPLIT_SIZES = {"train": 15000, "validation": 500, "test": 1000}  # conversations
 TURNS = 6  # the most that a clerk may take, with the confirmation; then the customer hangs up
-CORRECTS, VOLUNTEERS = 0.35, 0.25  # probabilities: of a correction in a conversation, of telling more than was asked
+CORRECTS, VOLUNTEERS = 0.36, 0.25  # probabilities: of a correction in a conversation, of telling more than was asked
 ANSWERS = 2  # a customer answers at most so many questions of one turn
 
 Message = Mapping[str, str]  # {"role": "user" or "assistant", "content": ...}
@@ -153,8 +153,8 @@ class Customer:
         )
 
     def _asked(self, text: str) -> list[str]:
-        """The slots that a text asks for, in its order."""
-        words = words_of(text)
+        """The slots that a text asks for, in its order. If it has questions, nothing else is looked at."""
+        words = words_of(" ".join(part for part in re.split(r"(?<=[.!?])", text) if part.endswith("?")) or text)
         places = {slot: [words.index(word) for word in ASKING[slot] if word in words] for slot in self.goal}
         return sorted((slot for slot in self.goal if places[slot]), key=lambda slot: min(places[slot]))
 
@@ -199,11 +199,12 @@ def _replies(messages: Sequence[Message]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripted conversations
 
-IGNORES = 0.7  # share of conversations in which the clerk overhears corrections
-ASSUMES = 0.6  # ... in which it does not ask for one slot, but invents its value
-HASTY = 0.05  # probability at each turn that it closes, and invents what it does not know
+IGNORES = 0.72  # share of conversations in which the clerk overhears corrections
+ASSUMES = 0.64  # ... in which it does not ask for one slot, but invents its value
+HASTY = 0.03  # probability at each turn that it closes, and invents what it does not know
+NOTES = 0.5  # probability that a question begins with what the clerk has understood
 FORGETS = 0.06  # ... that it asks for something that was said
-SLIPS = 0.01  # probability that a value of the confirmation is another
+SLIPS = 0.005  # probability that a value of the confirmation is another
 
 
 class Clerk:
@@ -216,7 +217,7 @@ class Clerk:
 
     def reply(self, messages: Sequence[Message]) -> str:
         """Ask for what is missing, or confirm."""
-        self.listen(messages[-1]["content"])
+        new = self.listen(messages[-1]["content"])
         missing = [slot for slot in self.domain.slots if slot not in self.known]
         wanted = [slot for slot in missing if not (self.assumes and slot == self.domain.assumed)]
         if self.known and self._errs(FORGETS):
@@ -224,16 +225,19 @@ class Clerk:
         if not wanted or self._errs(HASTY):
             return self.confirm()
         slot = wanted[0] if self.rng.random() < 0.7 else _pick(self.rng, wanted)
-        thanks = f"{_pick(self.rng, PHRASES['thanks'])} " if len(messages) > 1 and self.rng.random() < 0.3 else ""
-        return thanks + _pick(self.rng, QUESTIONS[slot])
+        noted = " ".join(text.format(self.known[slot]) for slot, text in self.domain.slots.items() if slot in new)
+        noted = f"{_pick(self.rng, PHRASES['noted'])} ".format(noted) if noted and self.rng.random() < NOTES else ""
+        return noted + _pick(self.rng, QUESTIONS[slot])
 
-    def listen(self, text: str) -> None:
-        """Note the values of a customer's text. A value beside the one that is known corrects it."""
-        named = values_in(text)
+    def listen(self, text: str) -> set[str]:
+        """Note the values of a customer's text; return their slots. A value beside a known one corrects it."""
+        named, heard = values_in(text), set()
         for slot in self.domain.slots:
             new = [value for value in named if value in VALUES[slot] and value != self.known.get(slot)]
             if new and not (slot in self.known and self.ignores):
                 self.known[slot] = new[0]
+                heard.add(slot)
+        return heard
 
     def confirm(self) -> str:
         """The confirmation, with values from nowhere for what is not known."""

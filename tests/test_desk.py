@@ -5,10 +5,15 @@ import random
 from itertools import product
 
 import pytest
+import torch
 
 from support import desk
+from support.builtin import resolve_model
 from support.data import load_splits
 from support.desk import DOMAINS, SPLIT_SIZES, TURNS, VALUES, Customer, converse, generate_desk, split_of
+from support.generation import causal_lm_step, sample_responses
+from support.models import load_causal_lm, load_codec
+from support.options import Sampling
 
 EVERY = pytest.mark.parametrize("domain", list(DOMAINS))
 
@@ -125,6 +130,7 @@ def test_it_tells_what_is_asked_repeats_what_was_told_and_says_when_it_does_not_
     assert customer.goal["name"] not in messages[0]["content"]
     assert customer.goal["name"] in say(customer, messages, "AND YOUR NAME, PLEASE")
     assert customer.goal["name"] in say(customer, messages, "Your name?")
+    assert customer.goal["name"] not in say(customer, messages, "Noted: under the name Smith. On which day?")
     confused = {say(customer, messages, text) for text in ("Wonderful weather.", "")}
     assert confused <= set(desk.PHRASES["confused"])
 
@@ -279,3 +285,29 @@ def test_rows_load_as_data_of_that_name():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(desk, "SPLIT_SIZES", small)
         assert generate_desk(seed=0)["train"] == rows["train"][:5] != generate_desk(seed=1)["train"]
+
+
+def success_rate(model, codec, sampling, number=600):
+    """The share of conversations about test goals in which the model, as the clerk, succeeds."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    customers = [Customer("test") for _ in range(number)]
+    conversations = [[{"role": "user", "content": customer.reset(rng)}] for customer in customers]
+    going = list(range(number))
+    while going:
+        ids, mask = map(torch.from_numpy, codec.encode_prompts(codec.prompt_ids([conversations[i] for i in going])))
+        uniforms = torch.rand((len(going), codec.format.max_new_tokens), generator=generator)
+        found = sample_responses(causal_lm_step(model), codec, ids, mask, sampling, uniforms)
+        texts = [codec.decode_response(row[:n]) for row, n in zip(found.ids.tolist(), found.mask.sum(-1).tolist())]
+        going = [i for i, text in zip(going, texts) if say(customers[i], conversations[i], text) is not None]
+    return sum(customer.score(c) for customer, c in zip(customers, conversations)) / number
+
+
+@pytest.mark.slow
+def test_the_model_succeeds_in_a_part_of_the_conversations():
+    folder = resolve_model("desk")  # trained at first use
+    codec, model = load_codec(folder), load_causal_lm(folder).eval()
+    values = {value for values in VALUES.values() for value in values}
+    assert all(len(codec.tokenizer(f" {value}").input_ids) == 1 for value in values)
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    assert 0.3 < success_rate(model, codec, Sampling()) < 0.5
+    assert success_rate(model, codec, Sampling(greedy=True)) < 0.6  # it has learned the scripted clerk's mistakes
