@@ -9,7 +9,7 @@ import torch
 
 from support import desk
 from support.builtin import resolve_model
-from support.data import load_splits
+from support.data import EMBEDDED, load_splits
 from support.desk import DOMAINS, SPLIT_SIZES, TURNS, VALUES, Customer, converse, generate_desk, split_of
 from support.generation import causal_lm_step, sample_responses
 from support.models import load_causal_lm, load_codec
@@ -272,7 +272,7 @@ def test_about_45_percent_of_the_scripted_conversations_succeed():
 
 
 def test_rows_load_as_data_of_that_name():
-    rows = generate_desk(seed=0)
+    rows = EMBEDDED["desk"]()
     assert {split: len(part) for split, part in rows.items()} == SPLIT_SIZES
     loaded = load_splits("desk", ["validation", "test"])
     for split, dialogues in loaded.items():
