@@ -1,9 +1,10 @@
-"""The two small models of the built-in corpus, the default of every command. They are trained at first use.
+"""The small models: two of the built-in corpus, the default of every command, and the clerk of the desk.
 
-    python -m support.builtin          # train both now, side by side
+    python -m support.builtin          # train the two of the corpus now, side by side
+    python -m support.builtin desk     # train the clerk now (support/desk.py), in about a minute
 
-Tokenizer, sizes and settings are here. sft_dialog.py and intent_classifier.py train the models from random weights, as
-commands of their own.
+They are trained at first use. Tokenizers, sizes and settings are here. sft_dialog.py and intent_classifier.py train the
+models from random weights, as commands of their own.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from support.builtin_corpus import CORPUS_VERSION
 from support.data import load_dialogues
+from support.desk import DESK_VERSION
 from support.distributed import ENGINE_VARIABLES
 from support.errors import UserError, run_script
 from support.files import atomic_folder, cache_dir
@@ -38,13 +48,32 @@ POLICY = dict(n_layer=2, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0,
 POLICY_FIT = dict(lr=3e-3, weight_decay=0.1, batch_size=32, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
 JUDGE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
 JUDGE_FIT = dict(lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
+# all of a conversation is learned, each turn once: replies alone are too few tokens to learn to copy values from
+DESK = dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=6, intermediate_size=512)
+# copying is learned several times sooner from weights of this size than from the usual 0.02
+DESK |= dict(max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08)
+DESK_FIT = dict(loss_on="window", turns="last", max_prompt_tokens=208, max_new_tokens=32, lr=3e-3, weight_decay=0.1)
+DESK_FIT |= dict(batch_size=16, epochs=1, warmup_steps=20, log_every=50)
+# none on the way: of last replies alone, the lowest loss is that of a clerk who closes too early
+DESK_FIT |= dict(eval_every=10000)
+DESK_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{{- raise_exception('the desk has no place for a system message') -}}
+{%- endif -%}
+{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+TOGETHER = ("policy", "judge")  # are trained side by side
 
 
 def builtin_model(kind: str) -> Path:
-    """The folder of the built-in "policy" or "judge"; both are trained first if it does not exist.
+    """The folder of the built-in "policy", "judge" or "desk"; it is trained first if it does not exist.
 
-    They are trained in processes of their own, at the same time, one core each. Neither the launcher's engine
-    (DeepSpeed, several processes) nor this process's random state affects them.
+    Policy and judge are trained at the same time, one core each; the desk's model alone, on all cores. Each has a
+    process of its own: neither the launcher's engine (DeepSpeed, several processes) nor this process's random state
+    affects it.
     """
     if PartialState().is_local_main_process and not _exists(kind):
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -55,7 +84,7 @@ def builtin_model(kind: str) -> Path:
             print("another run is training the built-in models: waiting for it", file=sys.stderr, flush=True)
             locked = lock.acquire()
         with locked:
-            missing = [k for k in ("policy", "judge") if not _exists(k)]
+            missing = [k for k in (TOGETHER if kind in TOGETHER else (kind,)) if not _exists(k)]
             if kind in missing:
                 _train_aside(missing)
     PartialState().wait_for_everyone()
@@ -63,11 +92,11 @@ def builtin_model(kind: str) -> Path:
 
 
 def _train_aside(missing: list[str]) -> None:
-    """Train these of the two, each in a process of its own."""
+    """Train these models, each in a process of its own."""
     print(f"first use: training the built-in {' and '.join(missing)}, kept in {cache_dir()}", file=sys.stderr)
     plain = {k: v for k, v in os.environ.items() if not k.startswith((*ENGINE_VARIABLES, "TORCHELASTIC_"))}
-    plain |= {"TORCH_NUM_THREADS": "1", "PPO_DIALOG_PROGRESS": "plain"}
-    draw, tokenizer = can_draw(), train_tokenizer()
+    plain |= {"PPO_DIALOG_PROGRESS": "plain"} | ({"TORCH_NUM_THREADS": "1"} if missing != ["desk"] else {})
+    draw, tokenizer = can_draw(), train_desk_tokenizer() if missing == ["desk"] else train_tokenizer()
     # their progress becomes bars, or goes to stderr: a program's own output (a chat's replies) stays its own
     pipes = dict(env=plain, stdout=subprocess.PIPE if draw else 2, text=True)
     runs = [subprocess.Popen(_command(kind, tokenizer), **pipes) for kind in missing]
@@ -87,13 +116,16 @@ def _train_aside(missing: list[str]) -> None:
 
 
 def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Write random weights to a folder, and return the command that trains one of the two from them."""
+    """Write random weights to a folder, and return the command that trains the model from them."""
     sizes = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "policy":
             sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
             script, fit, blank = "sft_dialog.py", POLICY_FIT, GPT2LMHeadModel(GPT2Config(**sizes, **POLICY))
+        elif kind == "desk":
+            sizes |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+            script, fit, blank = "sft_dialog.py", DESK_FIT, LlamaForCausalLM(LlamaConfig(**sizes, **DESK))
         else:
             network = BertConfig(**sizes, num_labels=4, **JUDGE)
             script, fit, blank = "intent_classifier.py", JUDGE_FIT, BertForSequenceClassification(network)
@@ -101,19 +133,24 @@ def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         blank.save_pretrained(part)
         tokenizer.save_pretrained(part)
     options = dict(model_path=_start_folder(kind), output_dir=_folder(kind)) | fit
-    options["eval_samples"] = 200 if kind == "policy" else 500
+    options["data_path"] = "desk" if kind == "desk" else "builtin"
+    options["eval_samples"] = 500 if kind == "judge" else 200
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, str(SCRIPTS / script), *words, "--resume"]
 
 
 def resolve_model(name: str, kind: str = "policy") -> str:
-    """The folder or hub name behind what a user calls a model: `builtin`, the folder of a run, or the name itself."""
+    """The folder or hub name behind a model's name: `builtin`, `desk`, the folder of a run, or the name itself."""
+    if name == "desk" and kind == "policy":
+        return str(builtin_model("desk"))
     return str(builtin_model(kind)) if name == "builtin" else model_folder(name)
 
 
 def _folder(kind: str) -> Path:
     """A model's folder. Its name depends on corpus and settings: a change of either trains the model anew."""
-    settings = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
+    settings: tuple = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
+    if kind == "desk":
+        settings = (DESK_VERSION, VOCABULARY, DESK, DESK_FIT, DESK_TEMPLATE)
     return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
@@ -128,17 +165,7 @@ def _exists(kind: str) -> bool:
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of the built-in corpus with the end-of-utterance marker as one token; it can encode any text."""
     marker = DialogueFormat().eou_marker
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True) for token in ("<PAD>", "<EOS>", marker)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    utterances = (u for d in load_dialogues("builtin", "train") for u in d.utterances)
-    tokenizer.train_from_iterator(utterances, trainer)
+    tokenizer = _byte_level_bpe("builtin", ["<PAD>", "<EOS>", marker])
     # the judge reads (previous utterance, utterance) pairs; single texts stay as they are
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair=f"$A {marker} $B:1 {marker}:1", special_tokens=[(marker, tokenizer.token_to_id(marker))]
@@ -148,9 +175,41 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def train_desk_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the desk's texts with its chat template. Each value after a blank is one token."""
+    tokens = ["<PAD>", "<|end|>", "<|user|>", "<|assistant|>"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe("desk", tokens),
+        pad_token="<PAD>",
+        eos_token="<|end|>",
+        padding_side="left",
+        truncation_side="left",
+        chat_template=DESK_TEMPLATE,
+    )
+
+
+def _byte_level_bpe(data_path: str, special_tokens: list[str]) -> Tokenizer:
+    """Train a BPE of at most VOCABULARY tokens on the training texts of embedded data."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    utterances = (u for d in load_dialogues(data_path, "train") for u in d.utterances)
+    tokenizer.train_from_iterator(utterances, trainer)
+    return tokenizer
+
+
 def main() -> None:
+    if sys.argv[1:] == ["desk"]:
+        print(f"desk: {builtin_model('desk')}")
+        return
     if sys.argv[1:]:
-        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none.")
+        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none, or 'desk'.")
     print(f"policy: {builtin_model('policy')}\njudge: {builtin_model('judge')}")
 
 

@@ -27,6 +27,7 @@ from support.builtin_corpus import ACTS as ACTS
 from support.builtin_corpus import generate_corpus
 from support.data_checks import check_content, check_json_lines, describe_form, line_hint, normalized_text
 from support.data_forms import DIALOG, Dialogue, Form, Rejected, as_list, form_of, read_row
+from support.desk import generate_desk
 from support.errors import UserError, did_you_mean, first_line
 from support.spool import Spool
 
@@ -140,10 +141,10 @@ class Dialogues(Sequence):
 def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, markers: Sequence[str] = ()) -> Dialogues:
     """Load all dialogues of one split ("train", "validation" or "test").
 
-    `data_path` is `builtin`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that one); a folder
-    written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines, CSV or Arrow file for each split (`train.csv`,
-    `train-00000-of-00001.parquet`, `validation/rows.json`); one such file, which is then cut 90/5/5 into splits; or the
-    original DailyDialog release, zipped or not.
+    `data_path` is `builtin` or `desk`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that
+    one); a folder written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines, CSV or Arrow file for each
+    split (`train.csv`, `train-00000-of-00001.parquet`, `validation/rows.json`); one such file, which is then cut 90/5/5
+    into splits; or the original DailyDialog release, zipped or not.
 
     Raises UserError with file and line of the first bad row: unequal lengths, an empty utterance, an unknown role, a
     label out of range, text that is not UTF-8 or contains one of the `markers` that end an utterance. With
@@ -156,7 +157,7 @@ def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, mark
 def has_splits(data_path: str) -> bool:
     """Whether data has splits of its own: it is neither a single file nor one stored dataset."""
     path = Path(data_path).expanduser()
-    return data_path == "builtin" or not (path.is_file() or (path / "state.json").is_file())
+    return data_path in EMBEDDED or not (path.is_file() or (path / "state.json").is_file())
 
 
 def load_whole(data_path: str, skip_bad_rows: bool = False) -> Dialogues:
@@ -292,14 +293,16 @@ def _cut(rows: Rows) -> dict[str, list[int]]:
     return parts
 
 
-_corpus = functools.cache(generate_corpus)  # once for all its splits
+# data of this project's own: its rows of each split, made once for all splits
+EMBEDDED = {"builtin": functools.cache(generate_corpus), "desk": functools.cache(generate_desk)}
 
 
 def _rows(data_path: str, split: str) -> Iterator[Row]:
     """Every row of a split, with its place, from a source that has splits."""
     path = Path(data_path).expanduser()
-    if data_path == "builtin":
-        yield from ((f"built-in {split} row {i}", row) for i, row in enumerate(_corpus()[split]))
+    if data_path in EMBEDDED:
+        label = "built-in" if data_path == "builtin" else data_path
+        yield from ((f"{label} {split} row {i}", row) for i, row in enumerate(EMBEDDED[data_path]()[split]))
     elif path.is_dir():
         yield from _folder_rows(path, split)
     elif path.is_absolute() or data_path.startswith((".", "~")) or data_path.count("/") > 1:
@@ -317,7 +320,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
     except Exception as error:  # offline, unknown, gated or a script: the library has a class for each
         raise UserError(
             f"dataset '{name}' is neither a folder or file on this machine nor could it be loaded from the hub as "
-            f"'{resolved}' ({type(error).__name__}). Give a local path, 'builtin', or a hub name while online."
+            f"'{resolved}' ({type(error).__name__}). Give a local path, 'builtin', 'desk', or a hub name while "
+            "online."
         ) from error
     yield from _dataset_rows(_pick_split(stored, split, name), name)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from support.errors import UserError
 
+EMBEDDED_MODELS = ("", "builtin", "desk")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pt", ".pth", ".ckpt")
 
 
@@ -47,9 +48,9 @@ def model_folder(name: str) -> str:
 
 
 def check_models(**names: str) -> None:
-    """Raise UserError for the first of these models that is a mistyped path; '' and built-in ones are not checked."""
+    """Raise UserError for the first of these models that is a mistyped path, unless it is one of EMBEDDED_MODELS."""
     for what, name in names.items():
-        if name and name not in ("builtin", "desk"):
+        if name not in EMBEDDED_MODELS:
             check_name(what.replace("_", " "), model_folder(name))
 
 
