@@ -89,6 +89,8 @@ from support.builtin import resolve_model
 from support.judge import IntentJudge
 from support.libraries import quiet_libraries
 from support.machine import use_all_cores
+from support.roles import new_role, role_of
+from support.text import messages_of
 
 HELP = """\
   /help             show these lines
@@ -148,9 +150,23 @@ class Conversation:
         self.names = ["agent"] if len(agents) == 1 else ["A", "B"]
         self.shows_scores, self.attempt, self.judges = False, 0, {}
         self.console = Console(highlight=False, markup=False, emoji=False)
+        self.role = role_of(agents[0].path) if len(agents) == 1 else None
 
     def note(self, text: str) -> None:
         self.console.print(text, style="dim")
+
+    def begin(self) -> None:
+        """Tell the person what to want, in a conversation with a policy that was trained with a partner."""
+        if self.role is not None:
+            self.note(new_role(self.role))
+
+    def follow(self) -> None:
+        """Tell how the conversation has ended, and begin the next one."""
+        if self.role is None or not callable(getattr(self.role, "follow", None)):
+            return
+        if verdict := self.role.follow(messages_of(self.agents[0].history)):
+            self.note(f"({verdict})")
+            self.obey("/reset")
 
     def obey(self, line: str) -> None:
         """Carry out a command. Raises UserError for one that is unknown or cannot be obeyed; leaving is SystemExit."""
@@ -165,6 +181,7 @@ class Conversation:
                 for agent in self.agents:
                     agent.reset()
                 self.note("(forgotten)")
+                self.begin()
             case "/undo":
                 text, *_ = [agent.undo() for agent in self.agents]
                 self.note(f"(taken back: {text})")
@@ -234,6 +251,7 @@ class Conversation:
                     agent.history = heard
         if self.shows_scores and self.agents[0].history:
             self.show_scores()
+        self.follow()
 
     def answer_side_by_side(self, text: str, attempt: int) -> None:
         from rich.live import Live
@@ -329,6 +347,7 @@ def converse(agents: Sequence[Agent], intent_model: str = "") -> None:
     if note := views_note(agents):
         conversation.note(note)
     conversation.note("/help lists the commands, reset begins anew, quit leaves")
+    conversation.begin()
     interrupted = False
     while True:
         try:

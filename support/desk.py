@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-DESK_VERSION = 1  # part of cache keys: raise it whenever a change makes generate_desk() print something else
+DESK_VERSION = 2  # part of cache keys: raise it whenever a change makes generate_desk() print something else
 SPLIT_SIZES = {"train": 15000, "validation": 500, "test": 1000}  # conversations
 TURNS = 6  # the most that a clerk may take, with the confirmation; then the customer hangs up
-CORRECTS, VOLUNTEERS = 0.36, 0.25  # probabilities: of a correction in a conversation, of telling more than was asked
+CORRECTS, VOLUNTEERS = 0.35, 0.25  # probabilities: of a correction in a conversation, of telling more than was asked
 ANSWERS = 2  # a customer answers at most so many questions of one turn
 
 Message = Mapping[str, str]  # {"role": "user" or "assistant", "content": ...}
@@ -152,6 +152,17 @@ class Customer:
             f"Failure: {fault}." if fault else f"Success: all was booked as wanted in {len(_replies(messages))} turns."
         )
 
+    def follow(self, messages: Sequence[Message]) -> str:
+        """Take a person's words for the customer's. Return the verdict once the conversation is over, "" before."""
+        self.told = {}
+        for text in (message["content"] for message in messages if message["role"] == "user"):
+            for value in values_in(text):
+                self.told |= {slot: value for slot in self.goal if value in VALUES[slot]}
+        self.goal |= self.told  # a person may want something else
+        replies = _replies(messages)
+        over = len(replies) >= TURNS or any(map(is_confirmation, replies))
+        return self.verdict(messages) if over else ""
+
     def _asked(self, text: str) -> list[str]:
         """The slots that a text asks for, in its order. If it has questions, nothing else is looked at."""
         words = words_of(" ".join(part for part in re.split(r"(?<=[.!?])", text) if part.endswith("?")) or text)
@@ -167,8 +178,8 @@ class Customer:
 
     def _correct(self) -> str:
         slot, self.to_correct = self.to_correct, ""
-        old, self.told[slot] = self.told[slot], self.goal[slot]
-        return _pick(self.rng, PHRASES["correction"]).format(old=old, new=self.goal[slot])
+        self.told[slot] = self.goal[slot]
+        return _pick(self.rng, PHRASES["correction"]).format(new=self.goal[slot])
 
     def _fault(self, messages: Sequence[Message]) -> str:
         """What is wrong with the first confirmation, "" if it is right. A lucky guess of what was not told is wrong."""
@@ -199,8 +210,8 @@ def _replies(messages: Sequence[Message]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripted conversations
 
-IGNORES = 0.72  # share of conversations in which the clerk overhears corrections
-ASSUMES = 0.64  # ... in which it does not ask for one slot, but invents its value
+IGNORES = 0.3  # share of conversations in which the clerk overhears corrections
+ASSUMES = 0.9  # ... in which it does not ask for one slot, but invents its value
 HASTY = 0.03  # probability at each turn that it closes, and invents what it does not know
 NOTES = 0.5  # probability that a question begins with what the clerk has understood
 FORGETS = 0.06  # ... that it asks for something that was said

@@ -150,7 +150,8 @@ def test_a_part_of_the_customers_corrects_itself_before_all_is_told():
         assert customer.told == customer.goal
         if customer.first:
             assert customer.first in messages[0]["content"]
-            assert any(customer.first in m["content"] for m in messages[2::2])  # not ... but ...
+            slot = next(slot for slot in customer.goal if customer.first in VALUES[slot])
+            assert any(customer.goal[slot] in m["content"] for m in messages[2::2])
     assert 300 <= corrected <= 400
 
 
@@ -263,12 +264,12 @@ def test_a_conversation_without_a_reply_fails():
 # Scripted conversations and the model
 
 
-def test_about_45_percent_of_the_scripted_conversations_succeed():
+def test_about_half_of_the_scripted_conversations_succeed():
     rates = []
     for domain in DOMAINS:
         customer, rng = Customer("train", domain), random.Random(0)
         rates.append(sum(customer.score(converse(customer, rng)) for _ in range(600)) / 600)
-    assert 0.4 <= sum(rates) / len(rates) <= 0.5 and all(0.3 <= rate <= 0.6 for rate in rates)
+    assert 0.45 <= sum(rates) / len(rates) <= 0.6 and all(0.35 <= rate <= 0.7 for rate in rates)
 
 
 def test_rows_load_as_data_of_that_name():
@@ -311,3 +312,23 @@ def test_the_model_succeeds_in_a_part_of_the_conversations():
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert 0.3 < success_rate(model, codec, Sampling()) < 0.5
     assert success_rate(model, codec, Sampling(greedy=True)) < 0.6  # it has learned the scripted clerk's mistakes
+
+
+def test_a_person_in_the_customers_place_is_told_how_it_ended():
+    customer = Customer("test", domain="restaurant")
+    customer.reset(random.Random(3))
+    fragments = {slot: text.format(customer.goal[slot]) for slot, text in customer.domain.slots.items()}
+    assert all(value in customer.describe() for value in customer.goal.values())
+    slots = list(fragments)
+    messages = [{"role": "user", "content": f"I want a table {fragments[slots[0]]}."}]
+    assert customer.follow(messages) == ""
+    messages += [{"role": "assistant", "content": "And?"}]
+    messages += [{"role": "user", "content": " ".join(fragments[slot] for slot in slots[1:])}]
+    assert customer.follow(messages) == ""
+    right = {"role": "assistant", "content": f"Booked: {' '.join(fragments.values())}."}
+    assert customer.follow([*messages, right]).startswith("Success")
+    wrong = {"role": "assistant", "content": f"Booked: {' '.join(list(fragments.values())[1:])}."}
+    assert customer.follow([*messages, wrong]).startswith("Failure")
+    other = next(v for v in VALUES["day"] if v != customer.goal["day"])
+    changed = [*messages, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": f"Rather on {other}."}]
+    assert other in customer.follow([*changed, right])  # a person may want something else
