@@ -1,6 +1,6 @@
 """Draw the share of conversations of the desk that succeed, during the training of one run or several.
 
-    python benchmarks/desk_curve.py runs/desk --output desk.png
+python benchmarks/desk_curve.py runs/desk --output desk.png
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     shutil.copytree(worked / "DATA", tmp_path / "messages")
-    for name in ("NAME", "ppo_dialog", "mine", "preferred", "friend", "one", "two", "smollm2_daily_dialog"):
+    for name in ("NAME", "ppo_dialog", "mine", "preferred", "friend", "desk", "one", "two", "smollm2_daily_dialog"):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
@@ -264,17 +264,19 @@ def execute(script: str, options: list[str]) -> None:
 
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
-    """Return script and options of `python SCRIPT ...` or `accelerate launch ... SCRIPT ...`."""
+    """Return script and options of `python SCRIPT ...`, `python -m MODULE ...` or `accelerate launch SCRIPT ...`."""
     if words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])
         return launched.training_script, launched.training_script_args
+    if words[1] == "-m":
+        words = [words[0], f"{words[2].replace('.', '/')}.py", *words[3:]]
     assert words[0] == "python" and words[1].endswith(".py"), f"how is this run? {shlex.join(words)}"
     return words[1], words[2:]
 
 
 def run_command(words: list[str]) -> None:
     script, options = script_of(words)
-    assert script in CONFIGS, f"tests/test_docs.py does not know how to run {script}"
+    assert script in CONFIGS or script == "support/desk.py", f"tests/test_docs.py does not know how to run {script}"
     for file, instead in FROM_THE_HUB.items():
         options = options + instead.split() * (file in options and "--data-path" not in options)
     passes_through = {"--help", "--tyro-write-completion"} & set(options)
