@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation  # noqa: E402
 import agreement  # noqa: E402
 import compare  # noqa: E402
+import estimators  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
 
@@ -168,3 +169,47 @@ def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(
     assert (tmp_path / "curve.png").stat().st_size > 5000
     wrong = forked.run([*command, "--unseen", "rm_c"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "has no reward model 'rm_c'; it has rm_a, rm_b" in wrong.stderr
+
+
+def test_estimators_are_compared_over_the_runs_that_are_complete(tmp_path, capsys):
+    rows = [dict(env_steps=n, fps=100.0 * n, kl_div=0.1 * n, peak_memory_mb=10.0 * n) for n in (1, 2, 3)]
+    for seed, after in enumerate((0.5, 0.7)):
+        run = tmp_path / f"gae-seed{seed}"
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        models = dict(policy={"meteor": 0.3, "intent": None}, baseline={"meteor": 0.2, "intent": None})
+        result = dict(reward={"baseline": 0.4, "policy": after}) | models
+        (run / "eval.json").write_text(json.dumps(result))
+    assert estimators.run_once(tmp_path / "gae-seed0", ["--no-such-option"])  # complete, so nothing is run
+    figures = estimators.figures_of(tmp_path / "gae-seed0")
+    assert figures["seconds"] == pytest.approx(1 / 100 + 1 / 200 + 1 / 300)
+    assert (
+        figures["MiB"] == 30 and figures["KL"] == pytest.approx(0.3) and figures["meteor, change"] == pytest.approx(0.5)
+    )
+    estimators.show("here", {"gae": [tmp_path / f"gae-seed{n}" for n in range(3)], "rloo": [tmp_path / "rloo"]})
+    printed = capsys.readouterr().out
+    assert "| gae | 2 | 0.400 [0.400, 0.400] | 0.600 [0.500, 0.700] | +50.0% [+50.0%, +50.0%] |" in printed
+    assert "rloo" not in printed
+    assert estimators.without(["--a", "1", "--b", "2"], "--a") == ["--b", "2"]
+
+
+def test_the_curve_of_the_desk_is_drawn(tmp_path):
+    import desk_curve
+
+    run = tmp_path / "runs" / "desk"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("partner: desk\n")
+    rows = [dict(update=n, env_steps=100 * n, partner=n / 10) for n in range(1, 9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "desk_curve.py"),
+        str(run),
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    assert forked.run(command, capture_output=True, text=True).returncode == 0
+    assert (tmp_path / "a.png").stat().st_size > 3000 and desk_curve.CurveConfig
+    (run / "metrics.jsonl").write_text(json.dumps(dict(update=1, env_steps=1)) + "\n")
+    done = forked.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected one with --partner desk" in done.stderr
