@@ -571,7 +571,8 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
     names = [*LABELS, *(name for name in result["policy"] if name not in LABELS)]
     for name in names:
         # without human replies there are no metrics of them
-        if name not in result["policy"] or (name in OF_REFERENCES and result["policy"]["meteor"] is None):
+        alone = result["policy"]["meteor"] is None and result["policy"].get(name) is None
+        if name not in result["policy"] or (name in (*OF_REFERENCES, "intent") and alone):
             continue
         row = [label_of(name)] + ["-" if (v := result[m].get(name)) is None else f"{v:.4f}" for m in models]
         if two and (difference := result["difference"][name]):

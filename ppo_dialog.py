@@ -1035,7 +1035,8 @@ class Parts:
             )
         self.ref_model = load_reference(config, name, self.actor_critic, self.codec, accelerator, run)
         optimizer = make_optimizer(config, self.actor_critic, accelerator)
-        run.describe(self.actor_critic, self.sizes.replies, self.sizes.num_mini_batch)
+        episodes = f"{self.sizes.replies * accelerator.num_processes} {'conversations' if partner else 'replies'}"
+        run.describe(self.actor_critic, episodes, self.sizes.num_mini_batch)
         # `model` is what the engine makes of actor_critic
         self.model, self.optimizer = prepare(accelerator, self.actor_critic, optimizer, ("decode", "values_of"))
         self.rewards = build_reward(config, self.codec, self.samples.get("train"), accelerator, run)

@@ -107,15 +107,15 @@ class Run:
         """Show how far a long stage is."""
         self.monitor.stage(f"{what}: {done / total:.0%}" if total else what)
 
-    def describe(self, actor_critic: nn.Module, replies: int, mini_batches: int) -> None:
-        """Print what is trained. Call this before the weights are sharded."""
+    def describe(self, actor_critic: nn.Module, episodes: str, mini_batches: int) -> None:
+        """Print what is trained. Call this before the weights are sharded. `episodes` is such as `128 replies`."""
         parameters, trained = count_parameters(actor_critic), count_parameters(actor_critic, trained=True)
         self.checkpoint_bytes = 8 * (parameters + trained)
         accelerator = self.accelerator
         self.say(
             f"policy: {parameters:,} parameters with value, {trained:,} of them trained, on {accelerator.device}, "
             f"{accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}; "
-            f"{replies * accelerator.num_processes} replies in a rollout, {mini_batches} mini-batches"
+            f"{episodes} in a rollout, {mini_batches} mini-batches"
         )
 
     def begin(

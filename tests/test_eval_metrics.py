@@ -423,8 +423,8 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
 
 
 def test_a_change_is_judged_by_what_is_better_for_its_metric():
-    assert list(BETTER) == list(LABELS)
-    assert [name for name in BETTER if BETTER[name] < 1] == ["mean_output_length", "perplexity"]
+    assert list(BETTER) == [*LABELS, "turns"]
+    assert [name for name in BETTER if BETTER[name] < 1] == ["mean_output_length", "perplexity", "turns"]
     up, down, open_, touching = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.3), (0.0, 0.2)
     assert [verdict(*up, better) for better in (1, -1, 0)] == ["better", "worse", "changed"]
     assert [verdict(*down, better) for better in (1, -1, 0)] == ["worse", "better", "changed"]
