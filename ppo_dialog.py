@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
 from envs import ConversationVectorEnv, DialogueVectorEnv
@@ -56,12 +55,20 @@ from eval_metrics import (
 from rewards import WeightedSum, make_reward, token_kl
 from support.builtin import resolve_model
 from support.checkpoint import save_merged
-from support.conversations import Conversation, columns_of, sample_turn, scores_of
+from support.conversations import (
+    Conversation,
+    Turn,
+    columns_of,
+    join_tokens,
+    join_turns,
+    sample_turn,
+    scores_of,
+    turns_of,
+)
 from support.data import SPLITS
 from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
 from support.generation import (
     ReplySettings,
-    Responses,
     cached_pass,
     generate_replies,
     keep_candidates,
@@ -85,7 +92,7 @@ from support.models import (
     longest_text,
     training_noise,
 )
-from support.packing import get_conventions, logits_at, pack, packed_lengths, split_by_tokens
+from support.packing import get_conventions, logits_at, pack, packed_lengths, pad_right, split_by_tokens
 from support.partners import PartnerMaker, Tasks
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
@@ -428,18 +435,6 @@ def collect_round(
     return rollout, observations
 
 
-@dataclass
-class Turn:
-    """One reply of a conversation, as it was sampled. The tensors (n,) are of its n tokens, candidates (n, K)."""
-
-    prompt: list[int]
-    reply: list[int]
-    logprobs: torch.Tensor
-    full_logprobs: torch.Tensor
-    values: torch.Tensor
-    candidates: torch.Tensor | None
-
-
 def collect_conversations(
     model: ActorCritic,
     ref_model: nn.Module,
@@ -470,7 +465,7 @@ def collect_conversations(
 
     # 3. log-probabilities under the reference, and values of a separate critic, of the whole conversations
     device, pad_id = settings.device, env.codec.tokenizer.pad_token_id
-    texts, tokens = join_turns(of_talks, pad_id, device), join_tokens(of_talks, device)
+    texts, tokens = Texts(*join_turns(of_talks, pad_id, device)), join_tokens(of_talks, device)
     mask = tokens["mask"]
     ref_logprobs, critic_values = read_texts(model, ref_model, texts, mask, 1, settings)
     values = tokens["values"] if critic_values is None else critic_values
@@ -495,61 +490,6 @@ def collect_conversations(
         seconds={"rollout_s": time.perf_counter() - started - waited, "scoring_s": waited},
     )
     return rollout, env.reset(options={"rounds": settings.rounds})[0]
-
-
-def turns_of(observations: dict[str, Any], slots: np.ndarray, out: Responses) -> list[Turn]:
-    """Return what was sampled in each of some slots."""
-    columns = [x.cpu() for x in (out.ids, out.mask, out.logprobs, out.full_logprobs, out.values)]
-    candidates = None if out.candidates is None else out.candidates.cpu()
-    found = []
-    for i, slot in enumerate(slots):
-        prompt = observations["input_ids"][slot][observations["attention_mask"][slot] > 0].tolist()
-        ids, mask, logprobs, full_logprobs, values = (x[i] for x in columns)
-        some = None if candidates is None else candidates[i][mask]
-        found.append(Turn(prompt, ids[mask].tolist(), logprobs[mask], full_logprobs[mask], values[mask], some))
-    return found
-
-
-def join_turns(of_talks: list[list[Turn]], pad_id: int, device: torch.device) -> Texts:
-    """Join the turns of each conversation to one text, or to several if a prompt does not continue the text."""
-    rows: list[tuple[list[int], list[int], list[bool]]] = []  # prompt, what follows it, which of that was sampled
-    counts = []
-    for turns in of_talks:
-        before, text = len(rows), None
-        for turn in turns:
-            if text is not None and turn.prompt[: len(text)] == text:
-                between = turn.prompt[len(text) :]
-                rest, sampled = rows[-1][1:]
-                rest += between + turn.reply
-                sampled += [False] * len(between) + [True] * len(turn.reply)
-            else:
-                rows.append((turn.prompt, list(turn.reply), [True] * len(turn.reply)))
-            text = turn.prompt + turn.reply
-        counts.append(len(rows) - before)
-    width = max(len(prompt) for prompt, *_ in rows)
-    length = max(len(rest) for _, rest, _ in rows)
-    ids = torch.full((len(rows), width + length), pad_id)
-    attention, sampled = torch.zeros_like(ids), torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, (prompt, rest, chosen) in enumerate(rows):
-        ids[i, width - len(prompt) : width + len(rest)] = torch.tensor(prompt + rest)
-        attention[i, width - len(prompt) : width + len(rest)] = 1
-        sampled[i, : len(rest)] = torch.tensor(chosen)
-    return Texts(ids.to(device), attention.to(device), sampled.to(device), counts)
-
-
-def join_tokens(of_talks: list[list[Turn]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Join what was sampled in the turns of each of N conversations, padded on the right: the tensors of a Rollout."""
-    found = {}
-    for name in ("logprobs", "full_logprobs", "values"):
-        rows = [torch.cat([getattr(turn, name) for turn in talk]) for talk in of_talks]
-        found[name] = pad_sequence(rows, batch_first=True).to(device)  # (N, T)
-    lengths = torch.tensor([sum(len(turn.reply) for turn in talk) for talk in of_talks])
-    found["mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-    if of_talks[0][0].candidates is not None:
-        most = max(turn.candidates.shape[1] for talk in of_talks for turn in talk)
-        rows = [torch.cat([pad_right(turn.candidates, most, -1) for turn in talk]) for talk in of_talks]
-        found["candidates"] = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)  # (N, T, K)
-    return found
 
 
 def read_texts(
@@ -606,12 +546,6 @@ def join(rounds: list[Rollout]) -> Rollout:
         **{name: [x for r in rounds for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
         seconds={name: sum(r.seconds[name] for r in rounds) for name in rounds[0].seconds},
     )
-
-
-def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.Tensor:
-    """Pad x to n in dimension `dim`."""
-    filler = [0, 0] * (x.dim() - 1 - dim) + [0, n - x.shape[dim]]
-    return F.pad(x, filler, value=value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from support.errors import UserError
 from support.generation import DecodeStep, Responses, sample_responses
 from support.options import Sampling
+from support.packing import pad_right
 from support.samples import Sample
 from support.scoring import Scores
 from support.text import DialogueCodec, Message, Prompt, Reply, TemplateRefusal
@@ -117,6 +119,79 @@ def sample_turn(
     actions = np.full(env.action_space.shape, -1, np.int64)
     actions[slots, : out.ids.shape[1]] = out.ids.masked_fill(~out.mask, -1).cpu().numpy()
     return slots, out, actions
+
+
+@dataclass
+class Turn:
+    """One reply of a conversation, as it was sampled. The tensors (n,) are of its n tokens, candidates (n, K)."""
+
+    prompt: list[int]
+    reply: list[int]
+    logprobs: torch.Tensor
+    full_logprobs: torch.Tensor
+    values: torch.Tensor
+    candidates: torch.Tensor | None
+
+
+def turns_of(observations: dict[str, Any], slots: np.ndarray, out: Responses) -> list[Turn]:
+    """Return what was sampled in each of some slots."""
+    columns = [x.cpu() for x in (out.ids, out.mask, out.logprobs, out.full_logprobs, out.values)]
+    candidates = None if out.candidates is None else out.candidates.cpu()
+    found = []
+    for i, slot in enumerate(slots):
+        prompt = observations["input_ids"][slot][observations["attention_mask"][slot] > 0].tolist()
+        ids, mask, logprobs, full_logprobs, values = (x[i] for x in columns)
+        some = None if candidates is None else candidates[i][mask]
+        found.append(Turn(prompt, ids[mask].tolist(), logprobs[mask], full_logprobs[mask], values[mask], some))
+    return found
+
+
+def join_turns(
+    of_talks: list[list[Turn]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Join the turns of each conversation to one text, or to several if a prompt does not continue the text.
+
+    Return what ppo_dialog.Texts holds: input_ids and attention_mask (M, P + S), which of the last S columns were
+    sampled (M, S), and the number of texts of each conversation.
+    """
+    rows: list[tuple[list[int], list[int], list[bool]]] = []  # prompt, what follows it, which of that was sampled
+    counts = []
+    for turns in of_talks:
+        before, text = len(rows), None
+        for turn in turns:
+            if text is not None and turn.prompt[: len(text)] == text:
+                between = turn.prompt[len(text) :]
+                rest, sampled = rows[-1][1:]
+                rest += between + turn.reply
+                sampled += [False] * len(between) + [True] * len(turn.reply)
+            else:
+                rows.append((turn.prompt, list(turn.reply), [True] * len(turn.reply)))
+            text = turn.prompt + turn.reply
+        counts.append(len(rows) - before)
+    width = max(len(prompt) for prompt, *_ in rows)
+    length = max(len(rest) for _, rest, _ in rows)
+    ids = torch.full((len(rows), width + length), pad_id)
+    attention, sampled = torch.zeros_like(ids), torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, (prompt, rest, chosen) in enumerate(rows):
+        ids[i, width - len(prompt) : width + len(rest)] = torch.tensor(prompt + rest)
+        attention[i, width - len(prompt) : width + len(rest)] = 1
+        sampled[i, : len(rest)] = torch.tensor(chosen)
+    return ids.to(device), attention.to(device), sampled.to(device), counts
+
+
+def join_tokens(of_talks: list[list[Turn]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Join what was sampled in the turns of each of N conversations, padded on the right: the tensors of a Rollout."""
+    found = {}
+    for name in ("logprobs", "full_logprobs", "values"):
+        rows = [torch.cat([getattr(turn, name) for turn in talk]) for talk in of_talks]
+        found[name] = pad_sequence(rows, batch_first=True).to(device)  # (N, T)
+    lengths = torch.tensor([sum(len(turn.reply) for turn in talk) for talk in of_talks])
+    found["mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    if of_talks[0][0].candidates is not None:
+        most = max(turn.candidates.shape[1] for talk in of_talks for turn in talk)
+        rows = [torch.cat([pad_right(turn.candidates, most, -1) for turn in talk]) for talk in of_talks]
+        found["candidates"] = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)  # (N, T, K)
+    return found
 
 
 def draw_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed: int, whose: int) -> torch.Tensor:

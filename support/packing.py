@@ -116,6 +116,12 @@ def unpack_cache(cache: Any, attention_mask: torch.Tensor) -> None:
         layer.keys, layer.values = (x[0][:, index].transpose(0, 1) for x in (layer.keys, layer.values))
 
 
+def pad_right(x: torch.Tensor, n: int, value: float = 0, dim: int = 1) -> torch.Tensor:
+    """Pad x to n in dimension `dim`."""
+    filler = [0, 0] * (x.dim() - 1 - dim) + [0, n - x.shape[dim]]
+    return nn.functional.pad(x, filler, value=value)
+
+
 def first_equal_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return for each row (B,) the first row of its run of equal rows; input_ids, attention_mask (B, S)."""
     rows = torch.arange(len(input_ids), device=input_ids.device)
