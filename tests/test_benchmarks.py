@@ -213,3 +213,13 @@ def test_the_curve_of_the_desk_is_drawn(tmp_path):
     (run / "metrics.jsonl").write_text(json.dumps(dict(update=1, env_steps=1)) + "\n")
     done = forked.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "expected one with --partner desk" in done.stderr
+
+
+@pytest.mark.slow
+def test_success_at_the_desk_is_counted_for_a_model():
+    command = [sys.executable, str(ROOT / "benchmarks" / "desk_success.py"), "desk", "--conversations", "20"]
+    done = forked.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    sampled, greedy = done.stdout.splitlines()[-2:]
+    assert sampled.startswith("desk, sampled: ") and greedy.startswith("desk, greedy: ")
+    assert all(line.endswith(" of 20 conversations") for line in (sampled, greedy))
