@@ -293,6 +293,11 @@ class PPOConfig(
                     f"the reward '{name}' compares replies to one recorded prompt, and a conversation with a partner "
                     "has none; reward 'partner', a reward model, a judge or your own (docs/conversations.md)."
                 )
+        if "partner" in self.reward and not is_class(self.partner):
+            raise UserError(
+                f"the reward 'partner' is the score of a class, and partner '{self.partner}' is a model, not 'desk' or a "
+                "class; name another with --reward or --turn-reward, such as a reward model or my_file.py:my_reward."
+            )
         if "partner" in self.turn_reward:
             raise UserError("a partner scores whole conversations; put 'partner' into --reward, not --turn-reward.")
         check_partner_path(self.partner)

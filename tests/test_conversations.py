@@ -230,6 +230,7 @@ def test_what_does_not_fit_a_partner_is_refused():
     for name in ("intent", "meteor", "consensus", "commonplace"):
         assert f"the reward '{name}' compares replies" in refused(**own, reward={name: 1.0})
     assert "--reward, not --turn-reward" in refused(**own, turn_reward={"partner": 1.0})
+    assert "'self' is a model, not 'desk' or a class; name another" in refused(partner="self")
     assert "takes none" in refused(partner="self", partner_args={"a": 1}, reward={"models": 1.0})
     assert "no file" in refused(partner="nowhere.py:Customer")
     assert "gather" in refused(**own, gather=False)
