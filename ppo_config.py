@@ -295,8 +295,8 @@ class PPOConfig(
                 )
         if "partner" in self.reward and not is_class(self.partner):
             raise UserError(
-                f"the reward 'partner' is the score of a class, and partner '{self.partner}' is a model, not 'desk' or a "
-                "class; name another with --reward or --turn-reward, such as a reward model or my_file.py:my_reward."
+                f"the reward 'partner' is the score of a class, and partner '{self.partner}' is a model, not 'desk' or "
+                "a class; name another with --reward or --turn-reward, such as a reward model or my_file.py:my_reward."
             )
         if "partner" in self.turn_reward:
             raise UserError("a partner scores whole conversations; put 'partner' into --reward, not --turn-reward.")
