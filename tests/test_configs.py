@@ -18,7 +18,10 @@ def test_a_configuration_loads_and_can_work(file):
     values, notes = load_yaml(PPOConfig, str(file))
     config = PPOConfig(**values)
     config.check()
-    assert config.data_path == "daily_dialog" and config.model_path != "builtin"
+    if config.partner:  # it needs no data
+        assert config.model_path == config.partner == "desk"
+    else:
+        assert config.data_path == "daily_dialog" and config.model_path != "builtin"
     assert len(notes) == (1 if file == TUTORIAL else 0)  # use_recurrent_policy has no meaning here
 
 
