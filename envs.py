@@ -279,11 +279,10 @@ class ConversationVectorEnv(VectorEnv):
             talk.note = note
         if self.task.reward is None:
             return np.zeros(len(talks))
-        prompts = [Prompt.of(t.prompts[-1], t.prompts[-1].messages, {"conversation": t.messages}) for t in talks]
-        if self.task.partners.has_score:
-            scored = self.task.partners.score(slots, [t.messages for t in talks])
-            for prompt, score in zip(prompts, scored):
-                prompt.columns = {**prompt.columns, "partner_score": score}
+        has_score, conversations = self.task.partners.has_score, [t.messages for t in talks]
+        scored = self.task.partners.score(slots, conversations) if has_score else [None] * len(talks)
+        columns = [dict(conversation=c, partner_score=score) for c, score in zip(conversations, scored)]
+        prompts = [Prompt.of(t.prompts[-1], t.prompts[-1].messages, more) for t, more in zip(talks, columns)]
         scores = _score(self.task.reward, prompts, [t.replies[-1] for t in talks])
         for i, talk in enumerate(talks):
             talk.scores = scores.row(i)

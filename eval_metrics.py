@@ -157,7 +157,7 @@ from support.samples import (
 )
 from support.scoring import Scores
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat
-from support.turn_cache import TurnCache
+from support.turn_cache import keep_turns
 from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ def play(
     env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
     rounds = -(-conversations // env.env_num)
     observations, _ = env.reset(seed=settings.seed, options={"rounds": rounds})
-    talks, device, step = [], next(model.parameters()).device, TurnCache(causal_lm_step(model))
+    talks, device, step = [], next(model.parameters()).device, keep_turns(causal_lm_step(model), settings.codec)
     while env.active.any():
         observations, *_ = env.step(sample_turn(step, env, observations, settings.sampling, device)[2])
         talks += env.finished
@@ -661,17 +661,15 @@ def play(
 
 def score_conversations(talks: Sequence[Conversation], seconds: float) -> Scored:
     """Compute the metrics of a run's model over the conversations that it played."""
-    parts = columns_of(talks, "metrics")
     scores = {"mean_output_length": np.array([talk.tokens / len(talk.replies) for talk in talks])}
     scores |= {"turns": np.array([len(talk.replies) for talk in talks], float)}
-    scores |= {name: np.array(values) for name, values in parts.items()}
+    scores |= {name: np.array(values) for name, values in columns_of(talks, "metrics").items()}
     said = ["\n".join(talk.replies) for talk in talks]
     none = np.zeros(len(talks))
     ngrams = {f"distinct{n}": NGrams(said, n) for n in (1, 2)}
     texts = [talk.transcript() for talk in talks]
     evaluation = Evaluation(texts, [""] * len(talks), scores, None, ngrams, none, none, seconds)
-    metrics = {name: np.array(values) for name, values in parts.items()} | {"turns": scores["turns"]}
-    return Scored(evaluation, Scores(np.array([talk.total for talk in talks]), metrics=metrics))
+    return Scored(evaluation, Scores(np.array([talk.total for talk in talks])))
 
 
 @dataclass

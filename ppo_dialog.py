@@ -99,7 +99,7 @@ from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, lengths_to_choose, load_samples, longest_lengths, with_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
-from support.turn_cache import TurnCache
+from support.turn_cache import keep_turns
 from support.words import describe, word_tokenizer_for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def collect_conversations(
 
     The partner's words are no actions: advantages run over the policy's tokens alone, across the turns.
     """
-    started, waited, decode = time.perf_counter(), 0.0, TurnCache(model.decode)
+    started, waited, decode = time.perf_counter(), 0.0, keep_turns(model.decode, env.codec)
     turns: dict[int, list[Turn]] = {}
     talks: list[Conversation] = []
     while env.active.any():
@@ -1393,9 +1393,9 @@ def evaluate(
         samples = list(parts.samples[config.eval_split][: config.eval_limit or None])
         answers = answer(model, samples, settings, report)
         reward_models = sorted(parts.reward.unbounded_parts)
-        return samples, score_result(
-            answers, samples, parts.score, parts.judge, reward_models
-        ) if parts.scores_replies else None
+        if not parts.scores_replies:
+            return samples, None
+        return samples, score_result(answers, samples, parts.score, parts.judge, reward_models)
     model.eval()
     started = time.perf_counter()
     talks = play(model, partial(parts.tasks, config.eval_split), config.eval_limit or PLAYED, settings, report)

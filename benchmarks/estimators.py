@@ -27,13 +27,10 @@ ESTIMATORS = {  # name -> options
     "grpo": ["--advantage", "grpo", "--samples-per-prompt", "8"],
     "reinforce": ["--advantage", "reinforce"],
 }
-TASKS = {  # what all runs of a task have, and what those with a critic have
+DESK = f"--config {ROOT}/configs/desk.yaml --total-time-steps 450000 --validation-limit 0 --sample-interval 0"
+TASKS = {  # what all runs of a task have, and what those without a critic have
     "replies": (["--total-time-steps", "50000"], []),
-    "desk": (
-        "--partner desk --max-turns 6 --ppo-epoch 1 --lr 5e-4 --kl-coef 0.005 --kl-rate 0 --eval-limit 600 "
-        "--total-time-steps 450000 --save-interval 1000 --validation-limit 0 --sample-interval 0".split(),
-        "--gae-lambda 1 --value-coef 0.1 --critic-lr 1e-3".split(),
-    ),
+    "desk": (DESK.split(), ["--value-coef", "0"]),
 }
 
 
@@ -104,10 +101,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(ESTIMATORS), help="some of the estimators")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "estimators", help="folder of the runs")
     args, of_run = parser.parse_known_args()
-    common, of_critic = TASKS[args.task]
+    common, without_critic = TASKS[args.task]
     options = {}
     for name in args.only:
-        options[name] = [*common, *(of_critic if name.startswith("gae") else []), *ESTIMATORS[name], *of_run]
+        options[name] = [*common, *([] if name.startswith("gae") else without_critic), *ESTIMATORS[name], *of_run]
     words = options[args.only[0]]
     total = int(words[max(i for i, word in enumerate(words) if word == "--total-time-steps") + 1])
     folder = args.output / (args.name or args.task)

@@ -114,7 +114,7 @@ def sample_turn(
     ids, mask = (torch.from_numpy(x[:, first:]).to(device) for x in (observations["input_ids"][slots], mask))
     talks = [env.conversations[slot] for slot in slots]
     of_talks = [talk.number for talk in talks], [len(talk.replies) for talk in talks]
-    uniforms = draw_uniforms(env.codec.format.max_new_tokens, *of_talks, env.seed, POLICY)
+    uniforms = turn_uniforms(env.codec.format.max_new_tokens, *of_talks, env.seed, POLICY)
     out = sample_responses(step, env.codec, ids, mask, sampling, uniforms.to(device))
     actions = np.full(env.action_space.shape, -1, np.int64)
     actions[slots, : out.ids.shape[1]] = out.ids.masked_fill(~out.mask, -1).cpu().numpy()
@@ -194,7 +194,7 @@ def join_tokens(of_talks: list[list[Turn]], device: torch.device) -> dict[str, t
     return found
 
 
-def draw_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed: int, whose: int) -> torch.Tensor:
+def turn_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed: int, whose: int) -> torch.Tensor:
     """Draw random numbers (n, width) in [0, 1), which depend on conversation, turn, seed and speaker alone."""
     rows = []
     for number, turn in zip(numbers, turns):

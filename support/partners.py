@@ -28,8 +28,8 @@ from typing import Any, Protocol
 import torch
 
 from support.builtin import resolve_model
-from support.conversations import PARTNER, ConversationTask, draw_uniforms, prompt_of
-from support.errors import UserError, describe_exception, import_path
+from support.conversations import PARTNER, ConversationTask, prompt_of, turn_uniforms
+from support.errors import UserError, import_path
 from support.generation import causal_lm_step, sample_responses
 from support.models import load_causal_lm, load_codec, longest_text
 from support.options import EVAL_SAMPLING, Sampling
@@ -37,7 +37,7 @@ from support.paths import is_class
 from support.pretrained import check_positions, check_vocabulary
 from support.samples import Samples
 from support.text import DialogueCodec, Message
-from support.timeouts import TookTooLong, call_within
+from support.timeouts import call_own
 
 METHODS = ("reset", "reply")
 
@@ -95,16 +95,7 @@ class ScriptedPartners:
         return [str(self._call("verdict", self.partners[s].verdict, c)) for s, c in zip(slots, conversations)]
 
     def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return call_within(self.timeout, function, *arguments)
-        except UserError:
-            raise
-        except TookTooLong:
-            raise UserError(
-                f"the partner's {method}() did not return within {self.timeout:g} s (partner_timeout)."
-            ) from None
-        except Exception as error:
-            raise UserError(f"the partner's {method}() raised {describe_exception(error)}.") from error
+        return call_own(f"the partner's {method}()", "partner_timeout", self.timeout, function, *arguments)
 
 
 class ModelPartners:
@@ -130,7 +121,7 @@ class ModelPartners:
         prompts = [self._prompt(messages) for messages in conversations]
         device = next(self.model.parameters()).device
         ids, mask = (torch.from_numpy(x).to(device) for x in self.codec.encode_prompts(prompts))
-        uniforms = draw_uniforms(self.codec.format.max_new_tokens, numbers, turns, self.seed, PARTNER)
+        uniforms = turn_uniforms(self.codec.format.max_new_tokens, numbers, turns, self.seed, PARTNER)
         step = causal_lm_step(self.model)
         out = sample_responses(step, self.codec, ids, mask, self.sampling, uniforms.to(device))
         rows = out.ids.masked_fill(~out.mask, -1).tolist()

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from support.errors import UserError, describe_exception
+from support.errors import UserError
 from support.samples import Sample
 from support.text import Reply
-from support.timeouts import TookTooLong, call_within
+from support.timeouts import call_own
 from support.words import WordTokenizer
 
 LENGTH_PENALTY = "length_price"  # the name of LengthController's penalty among the parts of the reward
@@ -180,7 +180,9 @@ def score_episodes(reward: Callable[..., Any], prompts, responses, references, a
 
     UserError also for what the reward raises, and for a call that takes longer than `timeout` seconds, if that is set.
     """
-    return checked_scores(_call(reward, (prompts, responses, references, acts), timeout), responses)
+    return checked_scores(
+        call_own("the reward", "reward_timeout", timeout, reward, prompts, responses, references, acts), responses
+    )
 
 
 def checked_scores(result: Any, responses: Sequence[str]) -> Scores:
@@ -282,20 +284,6 @@ def _numbers(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
-
-
-def _call(reward: Callable[..., Any], arguments: tuple, timeout: float) -> Any:
-    """Call the reward. UserError for what it raises, with the place, and for a call that takes too long."""
-    try:
-        return call_within(timeout, reward, *arguments)
-    except UserError:
-        raise
-    except TookTooLong:
-        raise UserError(
-            f"the reward did not return within {timeout:g} s (reward_timeout) on {len(arguments[1])} replies."
-        ) from None
-    except Exception as error:
-        raise UserError(f"the reward raised {describe_exception(error)}.") from error
 
 
 def check_reward(score: Callable, sample: Sample, group: int) -> None:

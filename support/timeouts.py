@@ -6,6 +6,23 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from support.errors import UserError, describe_exception
+
+
+def call_own(what: str, option: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a user's function. UserError for what it raises, with the place, and for a call that takes too long.
+
+    `what` begins the sentence, such as "the reward", and `option` is the setting that limits the seconds (0: no limit).
+    """
+    try:
+        return call_within(seconds, function, *arguments)
+    except UserError:
+        raise
+    except TookTooLong:
+        raise UserError(f"{what} did not return within {seconds:g} s ({option}).") from None
+    except Exception as error:
+        raise UserError(f"{what} raised {describe_exception(error)}.") from error
+
 
 class TookTooLong(Exception):
     """A call has not returned in time."""

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from support.generation import DecodeStep
+from support.text import DialogueCodec
 
 Row = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer the keys and values (H, n, D) of n tokens
 
@@ -25,7 +26,6 @@ class TurnCache:
         self.step = step
         self.known: dict[tuple[int, ...], Row] = {}  # by their tokens
         self.last: Turns | None = None  # the rows of the last turn
-        self.useless = False  # whether no prompt continued a text that was kept
 
     def __call__(
         self, tokens: torch.Tensor, attention: torch.Tensor, past: Any
@@ -45,36 +45,42 @@ class TurnCache:
             self.last.keep(range(len(self.last.texts)))  # those that were going on when the turn ended
             self.last = None
         prompts = [row[mask > 0].tolist() for row, mask in zip(tokens, attention)]
-        lengths = sorted({len(text) for text in self.known}, reverse=True)  # the longest text first
-        starts = [next((t for n in lengths if (t := tuple(p[:n])) in self.known), ()) for p in prompts]
+        longest_first = sorted({len(text) for text in self.known}, reverse=True)
+        # a beginning, and not the whole: the logits need a token to be read
+        starts = [
+            next((t for n in longest_first if n < len(p) and (t := tuple(p[:n])) in self.known), ()) for p in prompts
+        ]
         if not any(starts):
-            self.useless = bool(self.known)  # this text format does not continue what was read, such as a window
             self.known = {}
             logits, values, past = self.step(tokens, attention, None)
-            if (
-                self.useless
-                or not isinstance(past, DynamicCache)
-                or any(type(layer) is not DynamicLayer for layer in past.layers)
-            ):
+            if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
                 return logits, values, past  # it has no keys and values of each token
             self.last = Turns(self.known, past, attention, prompts)
             return logits, values, self.last
         rows = {i: self.known[start] for i, start in enumerate(starts) if start}
-        if unknown := [i for i, start in enumerate(starts) if not start]:  # a new conversation, or one written anew
-            *_, past = self.step(tokens[unknown, :-1], attention[unknown, :-1], None)
-            rows |= zip(unknown, rows_of(past, attention[unknown, :-1]))
+        # a new conversation, or one written anew; each text once, because a packed pass shares equal neighbours
+        unknown = {tuple(prompt[:-1]): i for i, (prompt, start) in enumerate(zip(prompts, starts)) if not start}
+        if unknown:
+            some = list(unknown.values())
+            *_, past = self.step(tokens[some, :-1], attention[some, :-1], None)
+            read = dict(zip(unknown, rows_of(past, attention[some, :-1])))
+            rows |= {i: read[tuple(p[:-1])] for i, p in enumerate(prompts) if not starts[i]}
         self.known = {}
         past, mask = join_rows([rows[i] for i in range(len(prompts))])
         rest = [prompt[len(start) or -1 :] for prompt, start in zip(prompts, starts)]
         width = max(map(len, rest))
         new = tokens[:, -width:]
-        here = (
-            torch.arange(width, device=tokens.device) >= width - torch.tensor(list(map(len, rest))).to(tokens)[:, None]
-        )
+        lengths = torch.tensor([len(text) for text in rest], device=tokens.device)
+        here = torch.arange(width, device=tokens.device) >= width - lengths[:, None]
         mask = torch.cat([mask, here.to(mask.dtype)], dim=-1)
         logits, values, past = self.step(new, mask, past)
         self.last = Turns(self.known, past, mask, prompts)
         return logits, values, self.last
+
+
+def keep_turns(step: DecodeStep, codec: DialogueCodec) -> DecodeStep:
+    """Return the step with a TurnCache, for a chat template; the window of the dialogue format moves on each turn."""
+    return TurnCache(step) if codec.format.template else step
 
 
 @dataclass

@@ -19,7 +19,7 @@ from ppo_config import PPOConfig
 from ppo_dialog import ActorCritic, Critic, RolloutSettings, RunningMoments, collect, gae, token_rewards
 from rewards import make_reward
 from support.builtin import builtin_model
-from support.conversations import ConversationTask, draw_uniforms, prompt_of
+from support.conversations import ConversationTask, prompt_of, turn_uniforms
 from support.errors import UserError
 from support.generation import token_log_probs
 from support.models import load_causal_lm, load_codec, load_trunk
@@ -385,6 +385,29 @@ def test_a_rollout_has_the_numbers_of_a_plain_pass_over_each_turn(
         assert at == rollout.mask[row].sum()
 
 
+class Alike(Counting):
+    """All its conversations begin alike."""
+
+    def reset(self, rng):
+        super().reset(rng)
+        return "Hello, who is there?"
+
+
+def test_new_conversations_that_begin_alike_beside_old_ones_are_read_right(chat_codec, policy):
+    task = ConversationTask(ScriptedPartners(Alike, 3), reward=make_reward({"partner": 1.0}, {}, "cpu", ""))
+    env = ConversationVectorEnv(task, chat_codec, 3)
+    observations, _ = env.reset(seed=0, options={"rounds": 8})
+    settings = RolloutSettings(Sampling(), 256, torch.device("cpu"), rounds=8)
+    model = ActorCritic(policy).eval()
+    rollout, _ = collect(model, policy, env, observations, torch.zeros(0), RunningMoments(), settings)
+    with torch.no_grad():
+        everything = torch.arange(len(rollout.mask))
+        logits, values = model(*rollout.texts.inputs(everything))
+    logprobs = token_log_probs(logits, rollout.texts.sampled_ids(everything), 1.0)
+    assert len(rollout.mask) == 24 and torch.allclose(rollout.logprobs[rollout.mask], logprobs, atol=2e-5)
+    assert torch.allclose(rollout.values[rollout.mask], values, atol=2e-5)
+
+
 def test_conversations_of_a_rollout_depend_neither_on_the_batch_nor_on_processes(codec, policy):
     model = ActorCritic(policy).eval()
 
@@ -437,9 +460,9 @@ def test_rewards_of_turns_are_earned_at_the_ends_of_turns(codec, policy):
 
 
 def test_random_numbers_depend_on_conversation_turn_and_speaker():
-    one = draw_uniforms(5, [3, 4], [0, 2], seed=1, whose=0)
-    assert torch.equal(one[1:], draw_uniforms(5, [4], [2], 1, 0)) and len({tuple(r) for r in one.tolist()}) == 2
-    assert not torch.equal(one, draw_uniforms(5, [3, 4], [0, 2], 1, 1))
+    one = turn_uniforms(5, [3, 4], [0, 2], seed=1, whose=0)
+    assert torch.equal(one[1:], turn_uniforms(5, [4], [2], 1, 0)) and len({tuple(r) for r in one.tolist()}) == 2
+    assert not torch.equal(one, turn_uniforms(5, [3, 4], [0, 2], 1, 1))
 
 
 def test_a_model_as_partner_sees_the_conversation_from_its_own_side(chat_codec, policy):
