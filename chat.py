@@ -89,7 +89,7 @@ from support.builtin import resolve_model
 from support.judge import IntentJudge
 from support.libraries import quiet_libraries
 from support.machine import use_all_cores
-from support.roles import new_role, role_of
+from support.roles import how_it_ended, new_role, role_of
 from support.text import messages_of
 
 HELP = """\
@@ -162,9 +162,7 @@ class Conversation:
 
     def follow(self) -> None:
         """Tell how the conversation has ended, and begin the next one."""
-        if self.role is None or not callable(getattr(self.role, "follow", None)):
-            return
-        if verdict := self.role.follow(messages_of(self.agents[0].history)):
+        if self.role is not None and (verdict := how_it_ended(self.role, messages_of(self.agents[0].history))):
             self.note(f"({verdict})")
             self.obey("/reset")
 

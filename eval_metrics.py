@@ -1,6 +1,7 @@
 """Measure a dialogue model, or compare two: how close the replies are to the human ones, how varied, how long.
 
     python eval_metrics.py --model-path runs/my_run --baseline-path builtin --output metrics.json
+    python eval_metrics.py --model-path runs/desk --baseline-path desk --partner desk   # they play conversations
     python eval_metrics.py --model-path FOLDER --baseline-path FOLDER --data-path daily_dialog --split validation \\
         --intent-model FOLDER --limit 500
 
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +34,15 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, first_line, run_script
-from support.options import EVAL_SAMPLING, SampleOptions, Sampling, TextOptions, check_values
-from support.paths import check_data, check_file_to_write, check_models, check_template
+from support.options import EVAL_SAMPLING, PartnerOptions, SampleOptions, Sampling, TextOptions, check_values
+from support.paths import (
+    check_data,
+    check_file_to_write,
+    check_models,
+    check_partner_path,
+    check_template,
+    is_class,
+)
 
 
 @dataclass
@@ -52,7 +61,7 @@ class EvalOptions:
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop at the first."""
     limit: NonNegativeInt = 0
-    """Use only the first so many samples (0: all)."""
+    """Use only the first so many samples (0: all), or with --partner so many conversations (0: 600)."""
     intent_model: str = ""
     """Judge of dialogue acts: folder, hub name or 'builtin'; left out, the built-in judge for built-in data alone."""
     second_intent_model: str = ""
@@ -90,7 +99,7 @@ class EvalOptions:
 
 
 @dataclass
-class EvalConfig(EvalOptions, TextOptions, SampleOptions):
+class EvalConfig(EvalOptions, PartnerOptions, TextOptions, SampleOptions):
     """Evaluation of a dialogue model, against a baseline where one is given."""
 
     def __post_init__(self):
@@ -108,6 +117,27 @@ class EvalConfig(EvalOptions, TextOptions, SampleOptions):
             check_models(reward_model=name)
         check_data(self.data_path)
         check_template(self.template)
+        self.check_partner()
+
+    def check_partner(self) -> None:
+        """UserError for settings that conversations with a partner have no use for."""
+        if not self.partner:
+            if self.partner_args:
+                raise UserError("partner_args is for conversations; give --partner as well, or leave it out.")
+            return
+        check_partner_path(self.partner)
+        if self.partner_args and not is_class(self.partner):
+            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
+        if self.partner == "self":
+            raise UserError("partner is 'self', which only a run has; name the model, such as --partner builtin.")
+        for name in ("replies", "intent_model", "second_intent_model"):
+            if value := getattr(self, name):
+                raise UserError(
+                    f"{name} is '{value}', and is for replies to recorded dialogues; leave it out with --partner."
+                )
+        for name in ("model_path", "baseline_path"):
+            if (path := Path(getattr(self, name))).is_file():
+                raise UserError(f"{name} is the file '{path}'; expected a model, which plays with the partner.")
 
     @property
     def sampling(self) -> Sampling:
@@ -129,7 +159,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoConfig
 
 from envs import ConversationVectorEnv
-from rewards import intent_hits, label_parts
+from rewards import intent_hits, label_parts, make_reward
 from support.builtin import resolve_model
 from support.conversations import Conversation, ConversationTask, columns_of, sample_turn
 from support.data import Dialogue, Dialogues, form_sentence, load_dialogues
@@ -142,6 +172,7 @@ from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
 from support.metric_names import LABELS, OF_REWARD_MODEL, label_of
 from support.models import load_causal_lm, load_codec, longest_text
+from support.partners import PartnerMaker, Tasks
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
 from support.reward_model import RewardModel, check_reward_model, wilson
 from support.samples import (
@@ -151,6 +182,7 @@ from support.samples import (
     choose_lengths,
     describe_samples,
     lengths_to_choose,
+    lengths_without_data,
     make_samples,
     pick,
     why_no_samples,
@@ -631,6 +663,9 @@ def sample_dialogue(sample: Sample, before: str, now: str, score: Callable, metr
     }
 
 
+PLAYED = 600  # conversations, where no number is given: there is no end of them
+
+
 def play(
     model: torch.nn.Module,
     make_task: Callable[[int], ConversationTask],
@@ -638,11 +673,11 @@ def play(
     settings: ReplySettings,
     report: Report | None = None,
 ) -> list[Conversation]:
-    """Let the model play so many conversations, those with the numbers 0, 1, ...; return them in this order.
+    """Let the model play conversations 0, 1, ... and return them in this order; 0 conversations means PLAYED.
 
     `make_task` makes the task for a number of conversations at a time. With `settings.share` each process plays a part.
     """
-    state = PartialState()
+    state, conversations = PartialState(), conversations or PLAYED
     index, processes = (state.process_index, state.num_processes) if settings.share else (0, 1)
     at_a_time = max(1, min(2 * settings.batch_size, -(-conversations // processes)))
     env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
@@ -742,18 +777,18 @@ def sample_scores(scored: Scored) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def progress(label: str, lines: bool = True, main: bool = True) -> Iterator[Report]:
-    """Show a bar on a terminal. Elsewhere print a line for each tenth of the replies, with `lines`."""
+def progress(label: str, lines: bool = True, main: bool = True, unit: str = "replies") -> Iterator[Report]:
+    """Show a bar on a terminal. Elsewhere, with `lines`, print a line for each tenth of the `unit`."""
     started, tenths, draw = time.perf_counter(), 0, can_draw(main=main)
     with show_bar(label, draw, transient=True) as move:
 
         def report(done: int, total: int) -> None:
             nonlocal tenths
-            move(done / total, f"{done:,} of {total:,} replies")
+            move(done / total, f"{done:,} of {total:,} {unit}")
             if done * 10 // total > tenths:
                 tenths = done * 10 // total
                 if lines and not draw:
-                    print(f"{label}: {done} of {total} replies, {time.perf_counter() - started:.0f} s", flush=True)
+                    print(f"{label}: {done} of {total} {unit}, {time.perf_counter() - started:.0f} s", flush=True)
 
         yield report
 
@@ -797,10 +832,65 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     """Check the settings, evaluate, print the table and write `output`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check()
-    judge_names = find_judges(config)
     for name in config.reward_models:
         check_reward_model(name)
-    codecs = open_codecs(config)
+    evaluate_models = evaluate_conversations if config.partner else evaluate_replies
+    evaluations, measured = evaluate_models(config, open_codecs(config), device)
+    settings = dataclasses.asdict(config) | {"device": str(device)} | measured
+    result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
+    print(format_table(result))
+    for more in filter(None, (format_win_rates(result), format_turns(result))):
+        print(more)
+    if config.output:
+        write_json(Path(config.output), result)
+        print(f"written to {config.output}")
+    return result
+
+
+def evaluate_conversations(
+    config: EvalConfig, codecs: dict[str, DialogueCodec], device: torch.device
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    """Let each model play the same conversations with a partner, whose score of them is a metric, if it gives one.
+
+    Reward models score the last reply of each. The second value has nothing to add to the settings.
+    """
+    maker = PartnerMaker(config.partner, config.partner_args, config.seed)
+    dialogues = None
+    if not maker.begins:
+        dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows)
+        print(form_sentence(config.data_path, dialogues), flush=True)
+    for heading in codecs:
+        codecs[heading] = with_common_lengths(config, codecs, heading, dialogues)
+    openings = {}
+    if dialogues is not None:
+        made = make_samples(dialogues, codecs["policy"], config.speaker, config.turns, config.skip_bad_rows)
+        print(f"{config.split}: {describe_samples(made)}", flush=True)
+        if not len(made):
+            raise UserError(why_no_samples(config.split, made))
+        openings = {config.split: made}
+    reward = make_reward({"partner": 1.0}, {}, device, "") if maker.has_score else None
+    models, reward_models, evaluations = load_models(config, codecs), load_reward_models(config, device), {}
+    for heading, (model, codec) in models.items():
+        started, model = time.perf_counter(), model.eval().to(device)
+        tasks = Tasks(config, maker, codec, openings, (reward, None))
+        tasks.load(model, device)
+        settings = ReplySettings(codec, config.sampling, config.seed, config.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            with progress(heading, unit="conversations") as report:
+                talks = play(model, partial(tasks, config.split), config.limit, settings, report)
+        evaluation = score_conversations(talks, time.perf_counter() - started).evaluation
+        ends = [talk.prompts[-1].messages for talk in talks], [talk.replies[-1] for talk in talks]
+        evaluation.scores |= {OF_REWARD_MODEL + name: judge.scores(*ends) for name, judge in reward_models.items()}
+        evaluations[heading] = evaluation
+        model.cpu()
+    return evaluations, {}
+
+
+def evaluate_replies(
+    config: EvalConfig, codecs: dict[str, DialogueCodec], device: torch.device
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    """Let each model answer the same recorded dialogues. Also return what was measured of the judges."""
+    judge_names = find_judges(config)
     markers = dict.fromkeys(codec.stop for codec in codecs.values() if codec.stop)
     dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
     print(form_sentence(config.data_path, dialogues), flush=True)
@@ -820,16 +910,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
     asked_judges = judges.get("judge"), judges.get("second judge"), load_reward_models(config, device)
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
-    settings = dataclasses.asdict(config) | {"device": str(device)}
-    settings |= {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
-    result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
-    print(format_table(result))
-    for more in filter(None, (format_win_rates(result), format_turns(result))):
-        print(more)
-    if config.output:
-        write_json(Path(config.output), result)
-        print(f"written to {config.output}")
-    return result
+    return evaluations, {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
 
 
 def model_names(config: EvalConfig) -> dict[str, str]:
@@ -889,14 +970,19 @@ def samples_of_all(
 
 
 def with_common_lengths(
-    config: EvalConfig, codecs: dict[str, DialogueCodec], heading: str, dialogues: Dialogues
+    config: EvalConfig, codecs: dict[str, DialogueCodec], heading: str, dialogues: Dialogues | None
 ) -> DialogueCodec:
-    """Return a model's codec with the lengths of the first model. UserError for a model with too few positions."""
+    """Return a model's codec with the lengths of the first model. UserError for a model with too few positions.
+
+    Lengths that no model's folder has are those of the dialogues, where there are any.
+    """
     name, codec, first = model_names(config)[heading], codecs[heading], next(iter(codecs))
     architecture = load_pretrained(AutoConfig, name, "model")
     if heading != first:
         fmt = codecs[first].format
         codec = codec.with_format(max_prompt_tokens=fmt.max_prompt_tokens, max_new_tokens=fmt.max_new_tokens)
+    elif dialogues is None:
+        codec = lengths_without_data(codec, config, name, positions_of(architecture))
     elif missing := lengths_to_choose(codec, config, name):
         codec = choose_lengths(codec, dialogues, config, missing, positions_of(architecture))
     advice = "lower one of them in dialogue_format.json in the folder of --model-path"

@@ -21,6 +21,7 @@ from support.options import (
     FormatOptions,
     NamedValues,
     Number,
+    PartnerOptions,
     Positive,
     RewardWeights,
     RunOptions,
@@ -81,6 +82,8 @@ class RewardOptions:
     reward: RewardWeights = field(default_factory=lambda: dict(DEFAULT_REWARD))
     """Parts of the reward, with weights (0: measure only): intent, meteor, consensus, commonplace, a reward model
     (folder or hub name), a judge (YAML file), your own (my_file.py:name). See docs/reward.md."""
+    turn_reward: RewardWeights = field(default_factory=dict)
+    """With --partner: parts of the reward for each reply of a conversation; --reward scores the whole at its end."""
     reward_args: NamedValues = field(default_factory=dict)
     """Arguments for a part of your own: --reward-args weight=2 word=please; of several parts, polite.word=please."""
     intent_model: str = "builtin"
@@ -109,25 +112,6 @@ class RewardOptions:
     """How strongly a penalty on tokens keeps the mean length of replies at its target (0: no penalty)."""
     length_ratio: Positive = 1.0
     """Target of the mean length, as a multiple of the mean length before training."""
-
-
-@dataclass
-class PartnerOptions:
-    """Conversations of several turns, in place of single replies to recorded dialogues (docs/conversations.md)."""
-
-    partner: str = ""
-    """Who answers the policy: 'desk' (a customer), a class (my_file.py:Customer), 'self' (the policy before training),
-    or a model (folder or hub name). Left out: replies to recorded dialogues."""
-    partner_args: NamedValues = field(default_factory=dict)
-    """Arguments for a class of your own: --partner-args patience=3."""
-    partner_device: str = ""
-    """Device of a model as partner, such as cuda:1 (left out: that of the policy)."""
-    partner_timeout: Weight = 0.0
-    """Seconds that a call of the partner may take before the run ends (0: no limit)."""
-    max_turns: PositiveInt = 8
-    """Replies of the policy after which a conversation is cut."""
-    turn_reward: RewardWeights = field(default_factory=dict)
-    """Parts of the reward for each reply of a conversation, with weights; --reward scores the whole at its end."""
 
 
 @dataclass

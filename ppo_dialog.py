@@ -96,7 +96,7 @@ from support.packing import get_conventions, logits_at, pack, packed_lengths, pa
 from support.partners import PartnerMaker, Tasks
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
-from support.samples import Sample, Samples, lengths_to_choose, load_samples, longest_lengths, with_lengths
+from support.samples import Sample, Samples, lengths_without_data, load_samples, longest_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
 from support.turn_cache import keep_turns
@@ -873,10 +873,8 @@ def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOC
 # State
 
 SAMPLING, SHUFFLING = 0, 1  # what random numbers are for: each purpose has a stream of its own
-WITHOUT_DATA = {"max_prompt_tokens": 512, "max_new_tokens": 64}  # lengths in tokens, where no data decides them
 SHOWN = 8  # validation dialogues that the sample dialogues are taken from
 START_CONVERSATIONS = 64  # that scales and mean length before training are measured on
-PLAYED = 600  # conversations of the final comparison, for eval_limit 0: there is no end of them
 START_PROMPTS = 256  # enough to estimate the mean length of replies within 2%
 
 
@@ -947,6 +945,8 @@ class Parts:
         name = resolve_model(config.model_path)
         check_model_names(config, name)
         partner = PartnerMaker(config.partner, config.partner_args, config.seed) if config.partner else None
+        if partner is not None:
+            partner.check_score(config.reward)
         self.accelerator = accelerator
         codec, positions = open_codec(config, name, run)
         run.stage("loading the models")
@@ -1085,12 +1085,6 @@ def read_data(
     options, folder = text_source(config, name, run)
     needed = [s for s in SPLITS if s in ("train", "validation") or (s == config.eval_split and config.eval_limit >= 0)]
     return load_samples(options, codec, folder, needed, run.say, positions, run.progress)
-
-
-def lengths_without_data(codec: DialogueCodec, options: Any, folder: str, positions: int | None) -> DialogueCodec:
-    """Return the codec with the lengths of conversations whose beginnings come from the partner."""
-    names = lengths_to_choose(codec, options, folder)
-    return with_lengths(codec, {name: WITHOUT_DATA[name] for name in names}, positions)
 
 
 def leave_out_impossible(config: PPOConfig, samples: Samples, run: Run) -> PPOConfig:
@@ -1398,7 +1392,7 @@ def evaluate(
         return samples, score_result(answers, samples, parts.score, parts.judge, reward_models)
     model.eval()
     started = time.perf_counter()
-    talks = play(model, partial(parts.tasks, config.eval_split), config.eval_limit or PLAYED, settings, report)
+    talks = play(model, partial(parts.tasks, config.eval_split), config.eval_limit, settings, report)
     samples = [Sample(tuple(talk.messages[: talk.opening]), "") for talk in talks]
     return samples, score_conversations(talks, time.perf_counter() - started)
 

@@ -5,8 +5,9 @@
     python benchmarks/estimators.py --task replies --name daily --model-path models/mine --data-path messages ...
 
 Further options go to every run of ppo_dialog.py. Runs that are complete are kept, and one that was begun is resumed. At
-equal wall time a run has as many steps as its speed at equal steps allows in the seconds of the first estimator. The
-tables give the mean over seeds, and the smallest and the largest in brackets.
+equal wall time a run has as many steps as its speed at equal steps allows in the seconds of the first estimator. A run
+whose speed is within 5% of that one's counts in both tables. They give the mean over seeds, and the smallest and the
+largest in brackets.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ESTIMATORS = {  # name -> options
     "grpo": ["--advantage", "grpo", "--samples-per-prompt", "8"],
     "reinforce": ["--advantage", "reinforce"],
 }
+AS_FAST = 0.05  # relative difference of speeds that needs no run of its own
 DESK = f"--config {ROOT}/configs/desk.yaml --total-time-steps 450000 --validation-limit 0 --sample-interval 0"
 TASKS = {  # what all runs of a task have, and what those without a critic have
     "replies": (["--total-time-steps", "50000"], []),
@@ -120,7 +122,7 @@ def main() -> None:
             figures = figures_of(run)
             seconds = seconds or figures["seconds"]
             steps = round(total * seconds / figures["seconds"])
-            timed = folder / f"{short}-timed-seed{seed}" if name != args.only[0] else run
+            timed = folder / f"{short}-timed-seed{seed}" if abs(steps / total - 1) > AS_FAST else run
             tables["equal wall time"].setdefault(name, []).append(timed)
             of_time = [*without(of_estimator, "--total-time-steps"), "--total-time-steps", str(steps)]
             run_once(timed, [*of_time, "--seed", seed])

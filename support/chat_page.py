@@ -4,6 +4,9 @@
     python chat.py runs/my_run --versus builtin --web      # replies of two models to choose from
     python chat.py A --versus B --web --blind              # which model wrote which reply is hidden
 
+A model that was trained with a partner (ppo_dialog.py --partner desk) gets the person in the partner's place: the page
+says what to want, and at the end whether it was got.
+
 Only this machine can open the page, and it works without a network. Each tab has its own conversation; a reload begins
 a new one. A choice becomes one line of the file of `--preferences`, {"prompt", "chosen", "rejected"}, which
 `datasets.load_dataset("json", data_files=...)` and TRL's DPOTrainer read. The values are strings for a model of the
@@ -17,6 +20,7 @@ support/tally.py too: the two models, and whether they tied.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import html
 import itertools
@@ -34,6 +38,7 @@ import gradio as gr
 
 from support.agent import Agent, views_note
 from support.errors import UserError, first_line
+from support.roles import how_it_ended, new_role, role_of
 from support.tally import MODEL_COLUMNS, Tally, one_line, read_choices, tally_of
 from support.text import messages_of
 
@@ -131,6 +136,8 @@ class Tab(NamedTuple):
     pending: dict[str, Any] | None = None  # the two replies to choose from: text, said (2), writers (2), attempt
     chosen: int = 0  # choices written down
     tries: int = 1  # the attempt that the next retry makes
+    role: Any = None  # the partner whose place the person takes, if the model was trained with one
+    goal: str = ""  # what the person is to want, in that place
 
 
 class ChatPage:
@@ -143,6 +150,7 @@ class ChatPage:
         self.agents, self.preferences, self.blind = agents, preferences, blind
         self.draws = random.Random(agents[0].seed)  # which model is first, and which reply goes on after a tie
         self.writing: dict[str, Stop] = {}  # by session, while a reply is being written there
+        self.role = role_of(agents[0].path) if len(agents) == 1 else None
         title = "Chat: blind comparison" if blind else f"Chat: {agents[0].path}"
         with gr.Blocks(title=title, analytics_enabled=False) as self.page:
             self._lay_out(["A", "B"] if len(agents) > 1 and not blind else ["First", "Second"])
@@ -161,6 +169,7 @@ class ChatPage:
         single = len(self.agents) == 1
         self.tab = gr.State(Tab())
         gr.Markdown(self._heading(names), elem_id="heading")
+        self.goal = gr.HTML("", visible=self.role is not None, elem_id="goal")
         self.chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",
@@ -199,7 +208,8 @@ class ChatPage:
         """Say which method answers which event."""
         hidden = dict(api_visibility="private", show_progress="hidden")
         pair = [self.pair, *self.replies, *self.buttons]
-        answers = hidden | dict(outputs=[self.tab, self.chat, *pair, self.status, self.box, self.tally, self.ask])
+        shown = [self.tab, self.goal, self.chat, *pair, self.status, self.box, self.tally, self.ask]
+        answers = hidden | dict(outputs=shown)
         speaks = answers | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
         self.box.submit(self.say, [self.box, self.tab, self.compare], **speaks)
         self.again.click(self.retry_pair, self.tab, **speaks)
@@ -213,6 +223,15 @@ class ChatPage:
         self.box.stop(self.stop, queue=False, **hidden)
         self.begin_anew.click(self.reset, queue=False, **answers)
         self.page.unload(self.stop)
+        if self.role is not None:
+            self.page.load(lambda: self.show(self.new_tab()), queue=False, **answers)
+
+    def new_tab(self) -> Tab:
+        """An empty conversation; with a goal for the person, where the model was trained with a partner."""
+        if self.role is None:
+            return Tab()
+        role = copy.deepcopy(self.role)
+        return Tab(goal=new_role(role), role=role)
 
     def shown(self, history: Sequence[str]) -> list[dict[str, str]]:
         return [m | {"content": m["content"] or "(no words)"} for m in messages_of(history)]
@@ -223,11 +242,14 @@ class ChatPage:
         """The page of a tab where `said` follows its history. `box`: a new text for the box.
 
         While a reply is written (`busy`) the box has its Stop in place of Send, and nothing can be chosen. The tally
-        is hidden again.
+        is hidden again. A conversation with a goal that has ended gets its verdict.
         """
         new_text = {} if box is None else {"value": box}
+        if tab.role is not None and not said and (verdict := how_it_ended(tab.role, messages_of(tab.history))):
+            status = f"{status} {html.escape(verdict)} *Reset* begins another conversation.".strip()
         return {
             self.tab: tab,
+            self.goal: html.escape(tab.goal),
             self.chat: self.shown([*tab.history, *said]),
             self.pair: gr.update(visible=pair),
             self.status: status,
@@ -250,7 +272,7 @@ class ChatPage:
         finally:
             self.writing.pop(request.session_hash, None)
         if stop.begin_anew:
-            yield self.show(Tab(), box="")
+            yield self.show(self.new_tab(), box="")
 
     def answer(self, text: str, tab: Tab, stop: Stop, attempt: int) -> Iterator[dict[Any, Any]]:
         """The page while one reply is written, and after."""
@@ -366,7 +388,7 @@ class ChatPage:
             reply.set()
             if self.writing.get(request.session_hash) is reply:
                 return {self.status: ""}
-        return self.show(Tab(), box="")
+        return self.show(self.new_tab(), box="")
 
 
 def tally_html(tally: Tally, notes: Sequence[str]) -> str:

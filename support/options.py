@@ -172,6 +172,23 @@ class FormatOptions:
 
 
 @dataclass
+class PartnerOptions:
+    """Conversations of several turns, in place of single replies to recorded dialogues (docs/conversations.md)."""
+
+    partner: str = ""
+    """Who answers the policy: 'desk' (a customer), a class (my_file.py:Customer), 'self' (the policy before training),
+    or a model (folder or hub name). Left out: replies to recorded dialogues."""
+    partner_args: NamedValues = field(default_factory=dict)
+    """Arguments for a class of your own: --partner-args patience=3."""
+    partner_device: str = ""
+    """Device of a model as partner, such as cuda:1 (left out: that of the policy)."""
+    partner_timeout: Weight = 0.0
+    """Seconds that a call of the partner may take before the run ends (0: no limit)."""
+    max_turns: PositiveInt = 8
+    """Replies of the policy after which a conversation is cut."""
+
+
+@dataclass
 class EngineOptions:
     """Precision, memory and processes."""
 

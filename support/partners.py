@@ -185,9 +185,24 @@ class PartnerMaker:
     @functools.cached_property
     def begins(self) -> bool:
         """Whether the partner begins conversations itself; others begin with recorded dialogues."""
-        if not self.is_class:
-            return False
-        return ScriptedPartners(self.of_split("train"), 1).begin([0], [0], self.seed)[0] is not None
+        return self.is_class and self._first.begin([0], [0], self.seed)[0] is not None
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the partner scores a conversation."""
+        return self.is_class and self._first.has_score
+
+    def check_score(self, rewarded: Mapping[str, float]) -> None:
+        """UserError if the score of the partner is rewarded, and it gives none."""
+        if "partner" in rewarded and not self.has_score:
+            raise UserError(
+                f"partner '{self.name}' gives conversations no score, and 'partner' is rewarded; give its class "
+                "a method score(messages), or name another reward with --reward."
+            )
+
+    @functools.cached_property
+    def _first(self) -> ScriptedPartners:
+        return ScriptedPartners(self.of_split("train"), 1)
 
     def of_split(self, split: str) -> Callable[[], Any]:
         """Return a function that makes an object of the class. UserError if it cannot be made.
@@ -222,7 +237,6 @@ class TaskConfig(Protocol):
     max_turns: int
     partner_device: str
     partner_timeout: float
-    reward: dict[str, float]
 
 
 class Tasks:
@@ -262,11 +276,6 @@ class Tasks:
             partners: Any = ModelPartners(self.model, self.of_model)
         else:
             partners = ScriptedPartners(self.maker.of_split(split), slots, self.config.partner_timeout)
-        if "partner" in self.config.reward and not partners.has_score:
-            raise UserError(
-                f"partner '{self.maker.name}' gives conversations no score, and 'partner' is rewarded; give its class "
-                "a method score(messages), or name another reward with --reward."
-            )
         return ConversationTask(partners, self.config.max_turns, *self.rewards, self.openings.get(split, ()))
 
 

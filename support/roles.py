@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from support.errors import UserError
 from support.paths import is_class
+from support.text import Message
 
 
 def role_of(path: str) -> Any | None:
@@ -32,6 +34,13 @@ def role_of(path: str) -> Any | None:
     except UserError:  # the file of the class is gone, which does not matter to a chat
         return None
     return partner if callable(getattr(partner, "describe", None)) else None
+
+
+def how_it_ended(partner: Any, messages: Sequence[Message]) -> str:
+    """Say how a conversation in this role has ended; "" while it goes on, and for a class without follow()."""
+    if not messages or not callable(getattr(partner, "follow", None)):
+        return ""
+    return str(partner.follow(messages) or "")
 
 
 def new_role(partner: Any) -> str:

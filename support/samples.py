@@ -28,6 +28,7 @@ from support.text import (
 CHUNK = 256  # dialogues that are looked at together
 LOOKED_AT = 2000  # samples, to find out how many prompts are shortened
 LENGTHS_FROM = 1000  # dialogues that lengths are chosen from
+WITHOUT_DATA = {"max_prompt_tokens": 512, "max_new_tokens": 64}  # lengths in tokens, where no data decides them
 MOST = {"max_prompt_tokens": 1024, "max_new_tokens": 512}  # that are chosen
 
 
@@ -423,6 +424,12 @@ def with_lengths(codec: DialogueCodec, lengths: dict[str, int], positions: int |
         new_tokens = lengths.get("max_new_tokens", codec.format.max_new_tokens)
         lengths["max_prompt_tokens"] = min(lengths["max_prompt_tokens"], max(1, positions - new_tokens))
     return codec.with_format(**lengths)
+
+
+def lengths_without_data(codec: DialogueCodec, options: Any, folder: str, positions: int | None) -> DialogueCodec:
+    """Return the codec with the lengths of conversations whose beginnings come from the partner."""
+    names = lengths_to_choose(codec, options, folder)
+    return with_lengths(codec, {name: WITHOUT_DATA[name] for name in names}, positions)
 
 
 def longest_lengths(codec: DialogueCodec, options: Any, folder: str, positions: int | None) -> DialogueCodec:

@@ -247,6 +247,34 @@ def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_p
     assert not (tmp_path / "preferences.jsonl").exists()
 
 
+def test_a_person_in_the_partners_place_is_told_what_to_want_and_how_it_ended(browser, models, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "policy").symlink_to(models[0])
+    (tmp_path / "own.py").write_text(
+        "class Shop:\n"
+        "    def reset(self, rng): self.wish = rng.choice(['bread', 'milk']) + f' <{rng.random()}>'; return 'Hi.'\n"
+        "    def reply(self, messages): return None\n"
+        "    def describe(self): return f'You want {self.wish}'\n"
+        "    def follow(self, messages): return f'{self.wish} is sold.' if len(messages) >= 4 else ''\n"
+    )
+    (run / "config.yaml").write_text(f"partner: {tmp_path}/own.py:Shop\n")
+    with serving(tmp_path, run, "--max-new-tokens", 3) as address:
+        browser.get(address)
+        goal = wait(browser, lambda: (texts(browser, "#goal") or [""])[0].strip())
+        wish = goal.removeprefix("You want ")
+        assert wish.startswith(("bread <", "milk <"))
+        say(browser, "one")
+        idle(browser)
+        assert "sold" not in texts(browser, "#status")[0]
+        say(browser, "two")
+        idle(browser, 2)
+        wait(browser, lambda: f"{wish} is sold. Reset begins another conversation." in texts(browser, "#status")[0])
+        press(browser, "Reset")
+        wait(browser, lambda: texts(browser, "#goal")[0].strip() not in ("", goal))
+        assert texts(browser, USER) == []
+
+
 # --- a blind comparison ----------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from test_engines import run_by
 from test_programs import flags, lines, run, timeless, trained
 
 from envs import ConversationVectorEnv
+from eval_metrics import EvalConfig, run_evaluation
 from ppo_config import PPOConfig
 from ppo_dialog import ActorCritic, Critic, RolloutSettings, RunningMoments, collect, gae, token_rewards
 from rewards import make_reward
@@ -551,6 +552,36 @@ def test_self_play_from_recorded_beginnings_with_a_reward_for_turns(tmp_path):
 
 
 ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+
+
+def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsys):
+    options = dict(partner=f"{__file__}:Counting", partner_args={"most": 4}, limit=12, bootstrap=20, max_turns=3)
+    same = EvalConfig(model_path="builtin", baseline_path="builtin", output=str(tmp_path / "out.json"), **options)
+    result = run_evaluation(same)
+    assert result["policy"] == result["baseline"] and result["settings"]["samples"] == 12
+    assert result["policy"]["turns"] == pytest.approx(result["policy"]["partner"] / 2, rel=0.3)
+    assert all(found is None or found["value"] == 0 for found in result["difference"].values())
+    assert json.loads((tmp_path / "out.json").read_text())["policy"] == result["policy"]
+    shown = capsys.readouterr().out
+    assert "12 of 12 conversations" in shown and "METEOR" not in shown and "\npartner " in shown
+    # a model as partner begins with recorded dialogues and has no score
+    friend = run_evaluation(EvalConfig(model_path="builtin", partner="builtin", limit=5, bootstrap=5, max_turns=2))
+    assert friend["policy"]["turns"] == 2 and "partner" not in friend["policy"]
+
+
+def test_what_does_not_fit_an_evaluation_with_a_partner_is_refused(tmp_path):
+    def refused(**options):
+        with pytest.raises(UserError) as error:
+            EvalConfig(**{"model_path": "builtin", "partner": "desk"} | options).check()
+        return str(error.value)
+
+    (tmp_path / "replies.jsonl").write_text("{}")
+    assert "expected a model, which plays" in refused(baseline_path=str(tmp_path / "replies.jsonl"))
+    assert "give --partner as well" in refused(partner="", partner_args={"a": 1})
+    assert "'builtin' takes none" in refused(partner="builtin", partner_args={"a": 1})
+    assert "name the model, such as --partner builtin" in refused(partner="self")
+    assert "intent_model is 'builtin'" in refused(intent_model="builtin")
+    assert "there is no file 'no.py'" in refused(partner="no.py:Friend")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -27,7 +27,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     sft_dialog: (sft_dialog.SFTConfig, ["sft", "fit", "text", "sample", "format"]),
     intent_classifier: (intent_classifier.IntentConfig, ["intent", "fit"]),
     reward_model: (reward_model.RewardModelConfig, ["rewardmodel", "pair", "fit", "text", "sample"]),
-    eval_metrics: (eval_metrics.EvalConfig, ["eval", "text", "sample"]),
+    eval_metrics: (eval_metrics.EvalConfig, ["eval", "partner", "text", "sample"]),
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
     tally: (tally.TallyConfig, []),
