@@ -37,6 +37,7 @@ class Watched(Protocol):
     entropy_coef: float
     kl_coef: float
     kl_target: float
+    kl_rate: float
     ppo_epoch: int
     samples_per_prompt: int
     use_share_model: bool
@@ -70,6 +71,8 @@ def _policy_warnings(first: Rows, recent: Rows, config: Watched, max_new_tokens:
         held, ways = f"alpha is {now('alpha'):.3g}", f"{_smaller_lr(kl, config)}, or {more_kl}"
         if not config.kl_coef:
             held, ways = "nothing holds it (kl_coef is 0)", more_kl
+        elif not config.kl_rate:
+            held = f"alpha stays {config.kl_coef:.3g} (kl_rate is 0)"
         yield (
             "kl_runaway",
             f"KL to the reference is {kl:.3g} nats a token, {kl / config.kl_target:.0f} times its target, and {held}: "

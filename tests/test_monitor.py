@@ -79,6 +79,10 @@ def test_each_warning_names_what_to_try(name, then, now, tried):
 def test_warnings_follow_the_configuration_and_take_what_is_no_number():
     held = found({}, {"kl_div": 1.0}, replace(CONFIG, kl_coef=0.0))["kl_runaway"]
     assert "nothing holds it" in held and held.endswith("Try --kl-coef 0.2.")
+    assert (
+        "alpha stays 0.05 (kl_rate is 0)"
+        in found({}, {"kl_div": 1.0}, replace(CONFIG, kl_coef=0.05, kl_rate=0.0))["kl_runaway"]
+    )
     assert "kl_runaway" not in found({}, {"kl_div": 0.3}, replace(CONFIG, kl_target=0.2))
     assert found({}, dict.fromkeys(HEALTHY)) == {}  # metrics.jsonl has null for numbers that are not finite
     assert found({}, dict.fromkeys(HEALTHY, float("nan"))) == {}
