@@ -32,7 +32,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import NonNegativeInt, PositiveInt
 
-from support.config import check_command_line, command_line
+from support.config import check_command_line, command_line, plain_values
 from support.errors import UserError, first_line, run_script
 from support.options import EVAL_SAMPLING, PartnerOptions, SampleOptions, Sampling, TextOptions, check_values
 from support.paths import (
@@ -499,7 +499,7 @@ def paired_difference(
             error = math.sqrt((size - 1) * without.var())
             interval = [value - 1.96 * error, value + 1.96 * error]
         else:
-            drawn = [p[name] - b[name] for p, b in resampled if p[name] is not None]
+            drawn = [p[name] - b[name] for p, b in resampled if p[name] is not None and b[name] is not None]
             interval = np.percentile(drawn or [np.nan], [2.5, 97.5]).tolist()
         has_zero = not name.startswith(OF_REWARD_MODEL)  # a reward model's scores have no natural zero
         relative = value / theirs[name] if theirs[name] and has_zero else None
@@ -546,6 +546,9 @@ def win_rates(policy: Evaluation, baseline: Evaluation) -> dict[str, dict[str, A
         if not name.startswith(OF_REWARD_MODEL) or name not in baseline.scores:
             continue
         gains = policy.scores[name] - baseline.scores[name]
+        gains = gains[~np.isnan(gains)]  # of replies that it scores
+        if not len(gains):
+            continue
         wins, ties, losses = (int(count.sum()) for count in (gains > 0, gains == 0, gains < 0))
         counts = {"wins": wins, "ties": ties, "losses": losses}
         value = (wins + 0.5 * ties) / len(gains)
@@ -836,7 +839,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         check_reward_model(name)
     evaluate_models = evaluate_conversations if config.partner else evaluate_replies
     evaluations, measured = evaluate_models(config, open_codecs(config), device)
-    settings = dataclasses.asdict(config) | {"device": str(device)} | measured
+    settings = plain_values(config) | {"device": str(device)} | measured
     result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
     print(format_table(result))
     for more in filter(None, (format_win_rates(result), format_turns(result))):
@@ -896,7 +899,7 @@ def evaluate_replies(
     print(form_sentence(config.data_path, dialogues), flush=True)
     answers, asked = samples_of_all(config, codecs, dialogues)
     samples = asked["policy"]
-    models = load_models(config, codecs)
+    models, reward_models = load_models(config, codecs), load_reward_models(config, device)
 
     judges, measured = load_judges(judge_names, samples, config.split, device)
     for heading, (model, codec) in models.items():
@@ -908,7 +911,7 @@ def evaluate_replies(
         model.cpu()
     if config.replies and "policy" in codecs:
         answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
-    asked_judges = judges.get("judge"), judges.get("second judge"), load_reward_models(config, device)
+    asked_judges = judges.get("judge"), judges.get("second judge"), reward_models
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     return evaluations, {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
 

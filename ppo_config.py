@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from support.config import HIDDEN
+from support.config import OF_ONES_OWN, name_of_hidden
 from support.errors import UserError
 from support.llm_judge import JudgeConfig
 from support.options import (
@@ -236,9 +236,10 @@ class PPOConfig(
             )
         if self.lora_merge and not self.lora_rank:
             raise UserError("lora_merge needs lora_rank: without an adapter there is nothing to merge.")
-        if HIDDEN in self.reward_args.values():
-            name = next(k for k, v in self.reward_args.items() if v == HIDDEN)
-            raise UserError(f"reward_args.{name} looks like a secret and was not stored; give --reward-args again.")
+        for option in OF_ONES_OWN:
+            if name := name_of_hidden(getattr(self, option), option):
+                again = option.replace("_", "-")
+                raise UserError(f"{name} looks like a secret and was not stored; give --{again} again.")
         if not any({**self.reward, **self.turn_reward}.values()):
             raise UserError(f"reward is {self.reward or 'empty'}: nothing is rewarded; expected a part with a weight.")
         for name in ("consensus", "commonplace"):

@@ -519,6 +519,14 @@ def read_texts(
     return ref_logprobs, values
 
 
+def join_named(rounds: list[dict[str, torch.Tensor]], counts: list[int], missing: float) -> dict[str, torch.Tensor]:
+    """Join tensors of rounds by name; `missing` fills the round of a reward that did not give that name."""
+    found = {}
+    for name, like in {name: x for named in rounds for name, x in named.items()}.items():
+        found[name] = torch.cat([named.get(name, like.new_full((n,), missing)) for named, n in zip(rounds, counts)])
+    return found
+
+
 def join(rounds: list[Rollout]) -> Rollout:
     """Join rounds of replies to one rollout, padded to the longest prompt and the longest response."""
     width, length = max(r.prompt_mask.shape[1] for r in rounds), max(r.mask.shape[1] for r in rounds)
@@ -536,13 +544,14 @@ def join(rounds: list[Rollout]) -> Rollout:
         for name in ("mask", "logprobs", "kl", "values", "token_scores")
     }
     ids, attention = (torch.cat([text(r, name) for r in rounds]) for name in ("input_ids", "attention_mask"))
+    counts = [len(r.scores) for r in rounds]
     return Rollout(
         texts=Texts(ids, attention, of_tokens["mask"]),
         **of_tokens,
         candidates=candidates,
         **{name: torch.cat([getattr(r, name) for r in rounds]) for name in ("scores", "turns")},
-        parts={name: torch.cat([r.parts[name] for r in rounds]) for name in rounds[0].parts},
-        metrics={name: torch.cat([r.metrics[name] for r in rounds]) for name in rounds[0].metrics},
+        parts=join_named([r.parts for r in rounds], counts, 0.0),
+        metrics=join_named([r.metrics for r in rounds], counts, math.nan),  # NaN does not count
         **{name: [x for r in rounds for x in getattr(r, name)] for name in ("prompts", "responses", "references")},
         seconds={name: sum(r.seconds[name] for r in rounds) for name in rounds[0].seconds},
     )
@@ -1536,9 +1545,10 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
             metrics |= {"update_s": ended - sampled_at, "peak_memory_mb": peak_memory_mb(accelerator.device)}
             metrics |= compute_stats(parts.stats, rollout, metrics)
             checkpoint_due = run.checkpoint_due()
-            best = checkpoint_due and validate(parts, config, state, metrics)
-            if run.dialogue_due():
-                show_dialogue(parts, config, state, metrics, run)
+            with run.checkpoint_on_error(metrics, list(rollout.metrics)):
+                best = checkpoint_due and validate(parts, config, state, metrics)
+                if run.dialogue_due():
+                    show_dialogue(parts, config, state, metrics, run)
             run.log(metrics, list(rollout.metrics))
             if checkpoint_due:
                 run.checkpoint(best)

@@ -38,6 +38,7 @@ from support.paths import is_model
 from support.reward_model import RewardModel
 from support.scoring import (
     CompletionFunction,
+    CompletionObject,
     FunctionReward,
     Reward,
     Scores,
@@ -77,22 +78,22 @@ def make_reward(
     labels = label_parts(weights)
     own = [labels[name] for name in weights if ":" in name or (name in REWARDS and name not in KNOWN)]
     of_parts = distribute_arguments(args, own)
-    made = {name: make_part(name, of_parts.get(label, {}), intent_model) for name, label in labels.items()}
+    made = {name: make_part(name, label, of_parts.get(label, {}), intent_model) for name, label in labels.items()}
     reward = WeightedSum({labels[name]: (weight, made[name]) for name, weight in weights.items()}, labels)
     reward.word_tokenizer = word_tokenizer
     reward.setup(device, eou_marker)
     return reward
 
 
-def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any:
-    """Make one part of the reward, see make_reward; it is not set up yet."""
+def make_part(name: str, label: str, args: Mapping[str, Any], intent_model: str = "") -> Any:
+    """Make one part of the reward, see make_reward; it is not set up yet. `label` names its metrics."""
     known = sorted({*REWARDS, "default"})  # the configuration says what the default is
     if name == "intent":
         return Intent(intent_model)
     if name in REWARDS:
         target = REWARDS[name]
     elif Path(name).suffix in (".yaml", ".yml"):
-        return LanguageModelReward(name)
+        return LanguageModelReward(name, label)
     elif ":" in name or name.endswith(".py"):
         target = import_path(name, "reward")
     elif is_model(name):
@@ -113,7 +114,7 @@ def make_part(name: str, args: Mapping[str, Any], intent_model: str = "") -> Any
     if inspect.isclass(target):
         check_arguments(target, [])
         made = target(**args)
-        return CompletionFunction(made, {}) if is_completion_function(made) else made
+        return CompletionObject(made, {}) if is_completion_function(made) else made
     if is_completion_function(target):
         return CompletionFunction(target, args)
     if callable(target):
@@ -208,7 +209,13 @@ class WeightedSum(Reward):
         """
         scales = {}
         for label in sorted(self.unbounded_parts - self.scales.keys()):
-            scores = self._score(label, prompts, responses, references, acts).total
+            found = self._score(label, prompts, responses, references, acts)
+            scores = found.total if found.skipped is None else found.total[~found.skipped]
+            if len(scores) < 2:
+                raise UserError(
+                    f"the reward '{label}' scores {len(scores)} of {len(responses)} replies of the model, and None the "
+                    "others; its scale cannot be measured. Expected scores of two replies or more."
+                )
             mean, deviation = float(scores.mean()), float(scores.std())
             if not deviation > 1e-8:
                 raise UserError(
@@ -236,7 +243,7 @@ class WeightedSum(Reward):
             if found.skipped is not None:
                 raw, scaled = np.where(found.skipped, np.nan, raw), np.where(found.skipped, 0.0, scaled)
             named = {label: scaled} if label in self.scales or not found.parts else found.parts
-            metrics |= found.metrics or {label: raw}
+            metrics |= {label: raw} | found.metrics
             if not weight:
                 continue
             total = total + weight * scaled
@@ -377,11 +384,12 @@ class ModelReward(Reward):
 class LanguageModelReward(Reward):
     """The score, 0 to 1, that a language model gives a reply (support/llm_judge.py), by the YAML file of the judge.
 
-    An answer without a score gets the mean of the others in the batch, 0.5 without any. NAME_without_score counts it.
+    An answer without a score gets the mean of the others in the batch, 0.5 without any. The metric `name` leaves it
+    out, and `name`_without_score counts it.
     """
 
-    def __init__(self, file: str):
-        self.name, self.judge_model = Path(file).stem, LanguageModelJudge(file)
+    def __init__(self, file: str, name: str):
+        self.name, self.judge_model = name, LanguageModelJudge(file)
 
     def __call__(self, prompts, responses, references, acts):
         scores = self.judge_model.scores([conversation_of(prompt) for prompt in prompts], responses)

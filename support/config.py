@@ -76,8 +76,13 @@ TUTORIAL_VALUES = {
 }
 # Options of ppo_dialog.py that change what a run shows, keeps, or stops at, and not what it computes
 NOT_COMPUTED = {f.name for f in dataclasses.fields(RunOptions)} | {"lora_merge", "reward_timeout", "max_skipped_steps"}
-SECRET = re.compile(r"token$|secret|password|credential|api_?key", re.IGNORECASE)
+# names whose values are not written to disk
+SECRET = re.compile(
+    r"token$|secret|passw(or)?d|passphrase|credential|bearer|api[-_]?key|(^|[-_])(key|auth|authorization)$",
+    re.IGNORECASE,
+)
 HIDDEN = "(not stored)"
+OF_ONES_OWN = ("reward_args", "partner_args", "template_args")  # settings with any names
 SECTIONS = ("env", "env.args", "reward_class", "reward_class.args", "vec_info_class", "model_dict")
 WITHOUT_MEANING = {
     "use_recurrent_policy": "a transformer reads its whole context, there is no recurrent state to carry",
@@ -356,12 +361,25 @@ def placement_from(file: str) -> Placement:
 
 
 def plain_values(config: DataclassInstance) -> dict[str, Any]:
-    """Return every field as YAML and trackers take it. HIDDEN replaces what looks like a secret in `reward_args`."""
+    """Return every field as YAML and trackers take it. HIDDEN replaces what looks like a secret in OF_ONES_OWN."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     values = {name: value for name, value in values.items() if name not in OLD_WEIGHTS}  # which `reward` has
-    if values.get("reward_args"):
-        values["reward_args"] = {k: HIDDEN if SECRET.search(k) else v for k, v in values["reward_args"].items()}
-    return values
+    return values | {name: _without_secrets(values[name]) for name in OF_ONES_OWN if values.get(name)}
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return a value in which HIDDEN stands for each value whose name looks like that of a secret, at any depth."""
+    if isinstance(value, dict):
+        return {k: HIDDEN if SECRET.search(str(k)) else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def name_of_hidden(value: Any, name: str = "") -> str:
+    """Return the name of the first value that `plain_values` did not store, such as `reward_args.api_key`; else ""."""
+    if value == HIDDEN:
+        return name
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next(filter(None, (name_of_hidden(v, f"{name}.{k}") for k, v in inner)), "")
 
 
 def save_yaml(config: DataclassInstance, path: Path) -> None:

@@ -41,6 +41,9 @@ NO_KEY = "none"  # what a server that needs no key gets: the client refuses an e
 GRACE = 5.0  # seconds after the first failure in which answers that are on their way still count
 # An error of one question, and not of the server: there is no score for it, and the others are asked
 ABOUT_ONE_QUESTION = ("content_filter", "context_length_exceeded")
+TOO_LONG = re.compile(
+    r"context (length|window|size)|max_model_len|maximum (input|model) length|too long", re.IGNORECASE
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,10 +169,11 @@ def _typed(cls: type, name: str, value: Any, file: str | Path) -> Any:
 def _refuse_secrets(values: Mapping[Any, Any], file: str | Path) -> None:
     """UserError for a name that is that of a key or a password, at any depth. The value is not shown."""
     for name, value in values.items():
-        if SECRET.search(str(name)) or str(name).lower() in ("key", "authorization"):
+        if SECRET.search(str(name)):
             raise UserError(f"'{file}' sets '{name}', and a file is no place for a key; {KEY_PLACE}. Remove it.")
-        if isinstance(value, Mapping):
-            _refuse_secrets(value, file)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                _refuse_secrets(inner, file)
 
 
 def _check_url(url: str, file: Path) -> None:
@@ -457,7 +461,11 @@ class LanguageModelJudge:
                 except queue.Empty:
                     return
                 try:
-                    self.answers.keep(key, *self._ask(request))
+                    self.answers.refresh()  # other processes ask too
+                    if key not in self.answers.scores:
+                        if len(self.answers.scores) >= config.max_calls:
+                            raise self._over_budget(waiting.qsize() + 1)
+                        self.answers.keep(key, *self._ask(request))
                     outcomes.put(None)
                 except Exception as error:  # the caller's thread raises it
                     stop.set()
@@ -477,11 +485,15 @@ class LanguageModelJudge:
         finally:
             stop.set()
         if len(requests) > allowed:
-            raise UserError(
-                f"'{self.answers.file}' holds {len(self.answers.scores)} answers; max_calls in '{self.file}' allows "
-                f"{config.max_calls}, and {len(requests) - allowed} more questions are due. Raise max_calls there, and "
-                "run again: no answer is lost."
-            )
+            raise self._over_budget(len(requests) - allowed)
+
+    def _over_budget(self, due: int) -> UserError:
+        """Return the error for questions that max_calls does not allow."""
+        return UserError(
+            f"'{self.answers.file}' holds {len(self.answers.scores)} answers; max_calls in '{self.file}' allows "
+            f"{self.config.max_calls}, and {due} more questions are due. Raise max_calls there, and run again: no "
+            "answer is lost."
+        )
 
     def _connect(self) -> None:
         """Make the client, which threads share."""
@@ -507,7 +519,8 @@ class LanguageModelJudge:
         try:
             answer = self._client.chat.completions.create(**request)
         except openai.OpenAIError as error:
-            if getattr(error, "code", None) in ABOUT_ONE_QUESTION:
+            too_long = getattr(error, "status_code", 0) in (400, 413, 422) and TOO_LONG.search(_message(error))
+            if too_long or getattr(error, "code", None) in ABOUT_ONE_QUESTION:
                 return None, self._shown(error)
             raise self._failure(f"{self._shown(error)}; {self._advice(error)}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):

@@ -236,8 +236,10 @@ class Run:
             self.say(f"WARNING: update {self.state.updates} could not be saved ({error}); earlier checkpoints are kept")
 
     @contextlib.contextmanager
-    def checkpoint_on_error(self) -> Iterator[None]:
-        """Save the last update if the block fails, in a run of one process.
+    def checkpoint_on_error(
+        self, metrics: dict[str, float] | None = None, of_reward: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """Save the last update if the block fails, in a run of one process; first log its `metrics`, if they are given.
 
         The block must not change weights or state.
         """
@@ -245,6 +247,8 @@ class Run:
             yield
         except Exception:
             if self.accelerator.num_processes == 1 and self.state.updates > self.last_saved_update:
+                if metrics is not None:
+                    self.log(metrics, of_reward)
                 self.checkpoint()
             raise
 

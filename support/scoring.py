@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,7 +128,7 @@ class CompletionFunction(Reward):
             "completions": [completion_of(p, r) for p, r in zip(prompts, responses)],
             "completion_ids": [list(getattr(response, "token_ids", ())) for response in responses],
             "trainer_state": SimpleNamespace(global_step=self.calls),
-            "log_metric": metrics.__setitem__,
+            "log_metric": functools.partial(_log_metric, metrics),
             "log_extra": lambda column, values: None,  # a column of TRL's table of completions
         }
         given = {name: value for name, value in given.items() if self.takes_all or name in self.named} | self.args
@@ -138,7 +140,7 @@ class CompletionFunction(Reward):
             )
         self.calls += 1
         values = self.function(**given)
-        values = asyncio.run(values) if inspect.isawaitable(values) else values
+        values = _awaited(values) if inspect.isawaitable(values) else values
         return (values, metrics) if metrics else values
 
     def _columns(self, prompts: Sequence[str]) -> dict[str, list[Any]]:
@@ -146,6 +148,43 @@ class CompletionFunction(Reward):
         rows = [getattr(prompt, "columns", {}) for prompt in prompts]
         names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
         return {name: [row.get(name) for row in rows] for name in names}
+
+
+class CompletionObject(CompletionFunction):
+    """An object that is called as TRL's reward functions are, and may have what a Reward has: setup(), unbounded."""
+
+    def __init__(self, made: Callable[..., Any], args: Mapping[str, Any]):
+        super().__init__(made, args)
+        self.unbounded = bool(getattr(made, "unbounded", False))
+
+    @property
+    def models(self) -> Sequence[Any]:
+        """Its networks, which a run places."""
+        return getattr(self.function, "models", ())
+
+    def setup(self, device, eou_marker):
+        super().setup(device, eou_marker)
+        if callable(setup := getattr(self.function, "setup", None)):
+            setup(device, eou_marker)
+
+
+def _log_metric(metrics: dict[str, float], name: str, value: float) -> None:
+    """Keep a metric that a function logs. One called reward_NAME is no part of the reward here."""
+    metrics[f"logged_{name}" if name.startswith("reward_") else name] = value
+
+
+def _awaited(values: Any) -> Any:
+    """Return what a coroutine returns, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaitable(values))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _awaitable(values)).result()
+
+
+async def _awaitable(values: Any) -> Any:
+    return await values
 
 
 def is_completion_function(target: Any) -> bool:

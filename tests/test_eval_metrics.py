@@ -37,6 +37,7 @@ from eval_metrics import (
     rouge_scores,
     run_evaluation,
     score_answers,
+    win_rates,
 )
 from rewards import words
 from support import meteor as meteor_module
@@ -226,6 +227,19 @@ def test_identical_evaluations_differ_by_exactly_nothing():
     one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(PREDICTIONS, REFERENCES)
     for difference in paired_difference(one, other, n=50).values():
         assert difference == {"value": 0.0, "ci95": [0.0, 0.0], "relative": 0.0}
+
+
+def test_scores_that_are_missing_do_not_count():
+    """A reward model or judge may score some replies alone. A resample may then hold none of them."""
+    one, other = (evaluation(PREDICTIONS[:4], REFERENCES[:4]) for _ in range(2))
+    one.scores["reward_model_rm"] = np.array([1.0, 2.0, 3.0, np.nan])
+    other.scores["reward_model_rm"] = np.array([0.0, np.nan, np.nan, np.nan])
+    difference = paired_difference(one, other, n=50)["reward_model_rm"]
+    assert difference["value"] == 2 and np.isfinite(difference["ci95"]).all()
+    rate = win_rates(one, other)["rm"]
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["value"]) == (1, 0, 0, 1)
+    other.scores["reward_model_rm"] = np.full(4, np.nan)
+    assert win_rates(one, other) == {} and paired_difference(one, other, n=5)["reward_model_rm"] is None
 
 
 def test_a_better_model_has_its_interval_above_zero():

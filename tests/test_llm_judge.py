@@ -28,10 +28,11 @@ from hypothesis import strategies as st
 
 import ppo_dialog
 from ppo_config import PPOConfig
-from rewards import LanguageModelReward
+from rewards import LanguageModelReward, make_reward
 from support import llm_judge
 from support.errors import UserError
 from support.llm_judge import Answers, JudgeConfig, LanguageModelJudge, parse_score, question
+from support.scoring import checked_scores
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-kept-to-the-header"
@@ -237,6 +238,8 @@ def test_a_file_that_is_no_judge_is_a_sentence(content, phrase, tmp_path):
         f"base_url: http://user:{KEY}@host/v1",
         f"base_url: https://host/v1?api-key={KEY}",
         f"extra_body: {{deeper: {{openai_api_key: {KEY}}}}}",
+        f"extra_body: {{api-key: {KEY}}}",
+        f"extra_body: {{list: [{{access_key: {KEY}}}]}}",
         f"api_key: '{KEY}",  # no YAML
         f"api_key: {KEY}: {KEY}",
     ],
@@ -436,6 +439,21 @@ def test_an_error_of_one_question_is_no_score(server, judge_file):
     assert "not that" in str(kept(judge.file))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"object": "error", "message": "This model's maximum context length is 512 tokens.", "code": 400},
+        {"error": {"message": "The decoder prompt (length 700) is too long", "type": "BadRequestError", "code": 400}},
+        {"error": {"message": "the request exceeds the available context size", "code": 400}},
+    ],
+    ids=["vLLM", "newer vLLM", "llama.cpp"],
+)
+def test_a_question_that_is_too_long_for_the_model_is_no_score(body, server, judge_file):
+    server.answer = lambda reply, n: (400, {}, body) if reply == "long" else "Score: 10"
+    judge = LanguageModelJudge(judge_file())
+    np.testing.assert_equal(ask(judge, "long", "good"), [np.nan, 1])
+
+
 # --- Answers on disk
 
 
@@ -583,6 +601,16 @@ def test_the_budget_ends_in_a_sentence_and_keeps_what_was_answered(server, judge
         ask(LanguageModelJudge(judge.file), "d")  # the file counts, not the process
     ask(LanguageModelJudge(judge_file(max_calls=5)), "c", "d", "e")
     assert len(server.seen) == 5
+
+
+def test_two_processes_share_one_budget(server, judge_file):
+    judges = [LanguageModelJudge(judge_file(max_calls=4, concurrency=1)) for _ in range(2)]
+    ask(judges[0], "a", "b")
+    # while the second one's first question is answered, the first one asks another
+    server.answer = lambda reply, n: ask(judges[0], "e") and "Score: 1" if reply == "c" else "Score: 1"
+    with pytest.raises(UserError, match="holds 4 answers; .* allows 4, and 1 more questions are due"):
+        ask(judges[1], "c", "d")
+    assert len(server.seen) == len(kept(judges[0].file)) == 4
 
 
 # --- Servers that fail
@@ -830,11 +858,23 @@ def test_a_run_goes_on_after_its_server_died_and_asks_nothing_twice(server, judg
 
 def test_an_answer_without_a_score_gets_the_mean_of_the_batch(server, judge_file):
     server.answer = lambda reply, n: {"a": "Score: 10", "b": "no idea", "c": "Score: 1"}[reply]
-    reward = LanguageModelReward(str(judge_file()))
+    reward = LanguageModelReward(str(judge_file()), "judge")
     scores = reward(["Hi ."] * 3, ["a", "b", "c"], [""] * 3, [0] * 3)
     assert scores.total.tolist() == [1, 0.5, 0] and scores.metrics["judge_without_score"].tolist() == [0, 1, 0]
     assert np.isnan(scores.metrics["judge"][1])
     assert reward(["Hi ."], ["b"], [""], [0]).total.tolist() == [0.5]
+
+
+def test_two_judges_of_one_name_have_metrics_of_their_own(server, judge_file, tmp_path):
+    server.answer = lambda reply, n: "Score: 10"
+    file = judge_file()
+    other = tmp_path / "other" / "reward_judge.yaml"
+    other.parent.mkdir()
+    other.write_text(file.read_text())
+    reward = make_reward({str(file): 1.0, str(other): 0.0}, {}, "cpu", "")
+    scores = checked_scores(reward(["Hi ."], ["a"], [""], [0]), ["a"])
+    assert set(scores.parts) == {"judge"}
+    assert set(scores.metrics) == {"judge", "judge_2", "judge_without_score", "judge_2_without_score"}
 
 
 def test_a_judge_that_cannot_be_used_is_refused_before_anything_is_loaded(tmp_path):

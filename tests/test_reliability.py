@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 
+import ppo_dialog
 from ppo_dialog import PPOConfig, load_causal_lm
 from support import checkpoint, signals
 from support.builtin import builtin_model
@@ -587,6 +588,39 @@ def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path, monkeypatch)
     assert process.returncode == 0, errors[-2000:]
     assert "WARNING: a tracker failed" in printed and "missing from a tracker" in printed
     assert lines(folder)[-1]["env_steps"] >= 8000 and (folder / "policy" / "model.safetensors").exists()
+
+
+def test_a_reward_that_fails_in_a_sample_dialogue_loses_no_update(tmp_path, monkeypatch):
+    """A judge may end while no replies are collected: its server died, or its budget is spent."""
+    settings = dict(run_dir=str(tmp_path), total_time_steps=400, env_num=8, eval_limit=-1, validation_limit=0)
+    settings |= dict(sample_interval=1, save_interval=100, intent_coef=0)
+    whole = ppo_dialog.train(PPOConfig(**settings, experiment_name="whole"))
+    show, shown = ppo_dialog.show_dialogue, []
+
+    def dies(*args):
+        shown.append(args)
+        if len(shown) == 2:
+            raise UserError("the judge gave no answer.")
+        show(*args)
+
+    monkeypatch.setattr(ppo_dialog, "show_dialogue", dies)
+    with pytest.raises(UserError, match="gave no answer"):
+        ppo_dialog.train(PPOConfig(**settings, experiment_name="stopped"))
+    assert len(lines(tmp_path / "stopped")) == 2
+    ppo_dialog.train(PPOConfig(**settings, experiment_name="stopped", resume=True))
+    assert timeless(lines(tmp_path / "stopped")) == timeless(lines(whole))
+
+
+@pytest.mark.parametrize("option", ["reward_args", "template_args"])
+@pytest.mark.parametrize("name", ["access_key", "openai_key", "api-key", "Authorization", "passwd"])
+def test_a_secret_within_settings_is_not_stored(name, option, tmp_path):
+    config = PPOConfig(reward="a:b", **{option: {"client": [{name: "sesame", "author": "Ann", "keyboard": 1}]}})
+    save_yaml(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "sesame" not in text and "author: Ann" in text and "keyboard: 1" in text
+    again, _ = parse_config(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "")
+    with pytest.raises(UserError, match=rf"{option}.client.0.{name} looks like a secret .* give --{option[:-5]}-args"):
+        again.check()
 
 
 def test_secrets_are_neither_stored_nor_forgotten_in_silence(tmp_path):

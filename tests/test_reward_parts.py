@@ -1,5 +1,6 @@
 """The reward as a list of parts: weights, scales, functions of TRL's form, rewards for tokens, reward models."""
 
+import asyncio
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from envs import DialogueVectorEnv
 from ppo_config import PPOConfig
-from ppo_dialog import RolloutSettings, collect, token_rewards, train
+from ppo_dialog import RolloutSettings, collect, join_named, token_rewards, train
 from rewards import WeightedSum, distribute_arguments, label_parts, make_reward
 from support.builtin import builtin_model
 from support.data import load_dialogues
@@ -140,6 +141,7 @@ def test_parts_are_weighted_and_named():
     total, statistics = reward(*EPISODES)
     assert total.tolist() == [1, -2, 1]
     assert {name: values.tolist() for name, values in statistics.items()} == {
+        "own": [1, 0, 2],
         "seen": [1, 2, 3],
         "rule": [1, 2, 3],  # as the part gave it
         "idle": [5, 6, 7],
@@ -160,6 +162,26 @@ def test_an_unbounded_part_counts_in_deviations_from_its_mean():
     assert statistics["reward_rm"].std() == pytest.approx(0.5)
     with pytest.raises(UserError, match="'rm' gives all 3 replies of the model the score 4"):
         WeightedSum({"rm": (1.0, Part([4.0] * 3, unbounded=True))}).measure_scales(*EPISODES)
+
+
+def test_replies_that_a_part_leaves_out_do_not_count_in_its_scale():
+    part = Part([100.0, None, 102.0], unbounded=True)
+    assert WeightedSum({"rm": (1.0, part)}).measure_scales(*EPISODES) == {"rm": (101, 1)}
+    with pytest.raises(UserError, match="'rm' scores 1 of 3 replies"):
+        WeightedSum({"rm": (1.0, Part([None, None, 2.0], unbounded=True))}).measure_scales(*EPISODES)
+
+
+def test_an_unbounded_part_with_metrics_of_its_own_keeps_its_score_as_one():
+    """The final comparison reads it under the part's name."""
+    reward = WeightedSum({"own": (1.0, Part(([1.0, 2, 3], {"seen": [4, 5, 6]}), True))})
+    reward.scales = reward.measure_scales(*EPISODES)
+    assert set(checked_scores(reward(*EPISODES), EPISODES[1]).metrics) == {"own", "seen"}
+
+
+def test_metrics_that_only_some_rounds_have_are_nan_in_the_others():
+    joined = join_named([{"a": torch.tensor([1.0, 2.0])}, {"b": torch.tensor([3.0])}], [2, 1], math.nan)
+    assert torch.equal(joined["a"].isnan(), torch.tensor([False, False, True]))
+    assert joined["b"].isnan().tolist() == [True, True, False] and joined["b"][2] == 3
 
 
 def test_a_fault_names_its_part():
@@ -187,6 +209,16 @@ class Repeats:
         return [-float(len(ids) - len(set(ids))) for ids in completion_ids]
 
 repeats = Repeats()
+
+class Model:
+    unbounded = True
+
+    def setup(self, device, eou_marker):
+        self.models = ["a network"]
+
+    def __call__(self, prompts, completions, log_metric, **kwargs):
+        log_metric(name="reward_std", value=2.0)
+        return [10.0 + len(c) for c in completions]
 
 def strict(completions, difficulty):
     return [1.0 for _ in completions]
@@ -218,6 +250,26 @@ def test_an_async_function_gets_token_ids_and_logs(own_file):
         repeats, [prompt_of()] * 2, [Reply.of("", (1, 1, 1)), Reply.of("", (1,))], [""] * 2, [0] * 2
     )
     assert total.tolist() == [-2, 0]
+
+
+def test_a_class_in_that_form_has_what_a_reward_has(own_file):
+    reward = make_reward({f"{own_file(TRL)}:Model": 1}, {}, "cpu", "")
+    assert reward.unbounded_parts == {"Model"} and reward.models == ["a network"]
+    _, statistics = score_episodes(reward, ["a", "b"], ["x", "yy"], [""] * 2, [0] * 2)
+    assert {n: v.tolist() for n, v in statistics.items()} == {
+        "Model": [11, 12],
+        "logged_reward_std": [2, 2],
+        "reward_Model": [11, 12],
+    }
+
+
+def test_an_async_function_runs_where_an_event_loop_runs_already(own_file):
+    reward = make_reward({f"{own_file(TRL)}:late": 1}, {}, "cpu", "")
+
+    async def notebook():
+        return score_episodes(reward, ["a"], [Reply.of("a", (5, 0))], [""], [0]).total.tolist()
+
+    assert asyncio.run(notebook()) == [2]
 
 
 def test_a_column_that_the_data_lacks_is_named(own_file):
