@@ -12,6 +12,7 @@ import pytest
 
 from eval_metrics import EvalConfig, run_evaluation
 from reward_model import RewardModelConfig, make_pairs, train_reward_model
+from support.data import load_dialogues
 from support.errors import UserError
 from support.preferences import Pair, load_preferences
 from support.reward_model import RewardModel, calibration, describe_report, measure_reward_model, wilson
@@ -75,12 +76,69 @@ def test_rows_without_a_choice_are_counted(tmp_path):
     ]
 
 
+def test_rows_of_the_chat_page_with_replies_without_words(tmp_path):
+    silent = [row("a ?", "", "No ."), row("b ?", "\u200b", "No ."), row("c ?", "Yes .", "")]
+    talk = messages_of(["d ?", "", "d ?!"])  # the silent reply of the turn before is part of the prompt
+    silent += [row("d ?", "Yes .", "No .") | {"prompt": talk}]
+    equal = [row("e ?", "", " "), row("f ?", "", "", tie=True), row("g ?", "", "No .", tie=True)]
+    found = load_preferences(write(tmp_path / "rows.jsonl", silent + equal))
+    pairs = {pair.prompt: (pair.chosen, pair.rejected) for pair in (*found.train, *found.held_out)}
+    assert pairs == {
+        "user: a ?": ("", "No ."),
+        "user: b ?": ("\u200b", "No ."),
+        "user: c ?": ("Yes .", ""),
+        "user: d ?\nassistant: \nuser: d ?!": ("Yes .", "No ."),
+    }
+    assert found.left_out == {"ties, left out": 2, "pairs with equal sides, left out": 1, EMPTY: 2}
+    with pytest.raises(UserError, match=r"line 1: message 1 of 1 \(assistant\) is empty"):
+        load_dialogues(str(tmp_path / "rows.jsonl"), "train")  # a dialogue has no such reply
+
+
+EMPTY = "pairs with an empty side, kept"
+
+
+def test_rows_without_a_choice_are_left_out_whatever_their_texts_are(tmp_path):
+    q, bad = messages_of(["What ?"]), "caf\ufffd"
+    good = [{"chosen": f"Question {i} ? Yes .", "rejected": f"Question {i} ? No ."} for i in range(4)]
+    rows = [
+        {"chosen": "Say : yes .", "rejected": None},  # the first row
+        *good,
+        {"chosen": "Say : yes .", "rejected": "Say : yes .\n"},
+        {"chosen": bad, "rejected": bad},
+        {"chosen": bad, "rejected": "", "tie": True},
+        {"chosen": "Say : yes .", "rejected": f"Say : {bad}"},
+        {"chosen": [*q, *side("Yes .")], "rejected": [*q, *side(bad)]},
+        {"chosen": [*q, *side("")], "rejected": [*q, *side("Six .")]},
+        {"chosen": "\n\nHuman: Why ?\n\nAssistant: So .", "rejected": "\n\nHuman: Why ?\n\nAssistant:"},
+    ]
+    found = load_preferences(write(tmp_path / "rows.jsonl", rows))
+    kept = {(pair.chosen, pair.rejected) for pair in (*found.train, *found.held_out)}
+    assert kept == {("Yes .", "No ."), ("", "Six ."), ("So .", "")}
+    reasons = ["rows without a readable rejected reply, left out", "pairs with equal sides, left out", "ties, left out"]
+    assert found.left_out == dict(zip(reasons, (3, 2, 1))) | {EMPTY: 2}
+
+
+def test_a_file_of_ties_alone_is_not_taken_for_dialogues(tmp_path):
+    with pytest.raises(UserError, match="has 0 pairs to learn from, 0 held out; ties, left out: 3; expected pairs"):
+        load_preferences(write(tmp_path / "rows.jsonl", [row("a ?", "Yes .", "No .", tie=True)] * 3))
+
+
+def test_a_split_without_rows_is_said(tmp_path):
+    write(tmp_path / "train.jsonl", [row(f"{i} ?", "Yes .", "No .") for i in range(4)])
+    write(tmp_path / "validation.jsonl", [])
+    with pytest.raises(UserError, match="the validation split of .* has no rows"):
+        load_preferences(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "rows, fault",
     [
         ([{"dialog": ["Hi .", "Hello ."]}], "are of 'dialog'; expected preferences.*--from-dialogues MODEL"),
         ([row("a ?", "Yes .", "No .")] * 3, "at least two different prompts"),
-        ([row("a ?", "", "No .")] * 3, "empty"),
+        ([row("a ?", "caf\ufffd", "No .")] * 3, "not valid UTF-8"),
+        ([row("", "Yes .", "No .")] * 3, r"message 1 of 1 \(user\) is empty"),
+        ([{"prompt": "a ?", "chosen": None, "rejected": "No ."}], "the column 'chosen' is empty"),
+        ([], r"rows.jsonl' has no rows; expected preferences.*chat.py --web --preferences FILE"),
         ([{"chosen": "Yes .", "rejected": "No ."}], "no common beginning that could be the prompt"),
         (
             [{"chosen": [*messages_of(["a ?"]), *side("b")], "rejected": [*messages_of(["c ?"]), *side("d")]}],
