@@ -114,10 +114,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from support.builtin import resolve_model
 from support.distributed import join_processes
-from support.files import write_json
+from support.files import write_bytes, write_json
 from support.generation import ReplySettings, generate_replies
 from support.judge import load_classifier
 from support.libraries import quiet_libraries
@@ -260,7 +261,7 @@ def write_pairs(
     if file.is_file():
         return
     main, part = PartialState().is_main_process, file.with_name(file.name + ".part")
-    done = whole_lines(part) if part.is_file() else 0
+    done = whole_lines(part)
     PartialState().wait_for_everyone()
     with show_bar(f"writing {file.stem} replies", can_draw(progress, main)) as move:
         while done < len(samples):
@@ -280,13 +281,14 @@ def write_pairs(
 
 
 def whole_lines(part: Path) -> int:
-    """Return the number of whole chunks' lines in a file that a stopped run left, and remove what follows them."""
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
-    kept = len(lines) // CHUNK * CHUNK
-    if PartialState().is_main_process:
-        part.write_text("".join(lines[:kept]), encoding="utf-8")
-    return kept
+    """Return how many lines, in whole chunks, a stopped run left in a file. The main process removes the rest."""
+    kept = 0
+    if PartialState().is_main_process and part.is_file():
+        # bytes: a line may end within a letter, and a reply may hold U+2028, which splitlines() takes for an end
+        lines = part.read_bytes().split(b"\n")[:-1]
+        kept = len(lines) // CHUNK * CHUNK
+        write_bytes(part, b"".join(line + b"\n" for line in lines[:kept]))
+    return broadcast_object_list([kept])[0]  # all processes go on from the same row
 
 
 def main() -> None:

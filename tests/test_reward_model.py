@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from eval_metrics import EvalConfig, run_evaluation
-from reward_model import RewardModelConfig, make_pairs, train_reward_model
+from reward_model import RewardModelConfig, make_pairs, train_reward_model, whole_lines
 from support.data import load_dialogues
 from support.errors import UserError
 from support.preferences import Pair, load_preferences
@@ -302,11 +303,34 @@ def test_sampling_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         make_pairs(config, tmp_path / "b")
     part = tmp_path / "b-pairs/train.jsonl.part"
-    part.write_text(part.read_text() + '{"prompt": [')  # a line that a killed process did not finish
+    part.write_bytes(part.read_bytes() + '{"prompt": ["é'.encode()[:-1])  # a killed process did not finish the letter
     again = make_pairs(config, tmp_path / "b")
     assert len(calls) == 3 + 1 + math.ceil(100 / 16)
     for split in ("train", "validation"):
         assert (again / f"{split}.jsonl").read_bytes() == (whole / f"{split}.jsonl").read_bytes()
+
+
+def test_whole_chunks_of_lines_are_kept_to_the_byte(tmp_path, monkeypatch):
+    import reward_model
+
+    monkeypatch.setattr(reward_model, "CHUNK", 2)
+    texts = ["a\u2028b", "c\u2029\u0085d", "é \r\n", "f", "g"]
+    lines = [json.dumps(row("Q ?", text, text), ensure_ascii=False).encode() + b"\n" for text in texts]
+    part = tmp_path / "train.jsonl.part"
+    assert whole_lines(part) == 0 and not part.exists()
+    part.write_bytes(b"".join(lines) + '{"prompt": "é'.encode()[:-1])
+    assert whole_lines(part) == 4 and part.read_bytes() == b"".join(lines[:4])
+    assert whole_lines(part) == 4 and [file.name for file in tmp_path.iterdir()] == [part.name]
+
+
+def test_other_processes_take_the_number_of_lines_from_the_main_one(tmp_path, monkeypatch):
+    import reward_model
+
+    part = tmp_path / "train.jsonl.part"
+    part.write_bytes(b"{}\n" * 700)
+    monkeypatch.setattr(reward_model, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(reward_model, "broadcast_object_list", lambda values: [512])
+    assert whole_lines(part) == 512 and part.read_bytes() == b"{}\n" * 700
 
 
 @pytest.mark.parametrize(
