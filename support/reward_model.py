@@ -37,6 +37,7 @@ class RewardModel:
         self.model, self.tokenizer = model, tokenizer
         template = own_template(tokenizer)
         self.codec = DialogueCodec(tokenizer, from_template(template)) if template else None
+        self.end = "" if self.codec or parts_texts(tokenizer) else "\n"  # of the first text of a pair
         self.most = min(MAX_TOKENS, positions_of(model.config) or MAX_TOKENS)
 
     @property
@@ -49,7 +50,7 @@ class RewardModel:
     def encode(self, conversations: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[dict[str, Any]]:
         """Tokens of N conversations, each with its reply: dicts with input_ids and what else the tokenizer gives."""
         if self.codec is None:
-            before = ["\n".join(m["content"].strip() for m in messages) for messages in conversations]
+            before = ["\n".join(m["content"].strip() for m in messages) + self.end for messages in conversations]
             encoded = self.tokenizer(
                 before,
                 [reply.strip() for reply in replies],
@@ -90,6 +91,13 @@ class RewardModel:
                 "finite number. Its weights may be damaged."
             )
         return scores
+
+
+def parts_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes something between the two texts of a pair. GPT-2's does not."""
+    pair = tokenizer("a", "b").input_ids
+    joined = [id for text in ("a", "b") for id in tokenizer(text, add_special_tokens=False).input_ids]
+    return not any(pair[i : i + len(joined)] == joined for i in range(len(pair)))
 
 
 def check_reward_model(name: str) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from eval_metrics import EvalConfig, run_evaluation
 from reward_model import RewardModelConfig, make_pairs, train_reward_model, whole_lines
@@ -215,6 +216,31 @@ def test_wilsons_interval():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)  # the published example
     low, high = wilson(0, 30)
     assert low == pytest.approx(0, abs=1e-9) and 0 < high < 0.12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model reads
+
+
+@pytest.mark.parametrize("beginning", [False, True])
+def test_a_pair_has_a_boundary_where_the_tokenizer_writes_none(beginning, tiny_plain_tokenizer):
+    tokenizer = tiny_plain_tokenizer  # as GPT-2's: no special tokens
+    if beginning:  # as some tokenizers of decoders: one at the beginning alone
+        ends = [("<EOS>", tokenizer.eos_token_id)]
+        processor = TemplateProcessing(single="<EOS> $A", pair="<EOS> $A $B:1", special_tokens=ends)
+        tokenizer.backend_tokenizer.post_processor = processor
+    scorer = RewardModel("rm", model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tokenizer)
+    talks = [messages_of(["hi", "hello", text]) for text in ("is it open?", "is it ope")]
+    one, other = (row["input_ids"] for row in scorer.encode(talks, ["yes", "n?yes"]))
+    assert one != other
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (one, other)]
+    assert texts == ["hi\nhello\nis it open?\nyes", "hi\nhello\nis it ope\nn?yes"]
+
+
+def test_a_pair_with_a_token_between_its_texts_stays_as_it_is(tiny_tokenizer):
+    scorer = RewardModel("rm", model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tiny_tokenizer)
+    [found] = scorer.encode([messages_of(["is it open?"])], ["yes"])
+    assert tiny_tokenizer.decode(found["input_ids"]) == "is it open?<EOU>yes<EOU>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
