@@ -127,7 +127,7 @@ from support.machine import use_all_cores
 from support.models import disable_dropout, load_causal_lm, load_codec, longest_text
 from support.preferences import Pair, load_preferences, row_of
 from support.pretrained import check_vocabulary, count_parameters
-from support.reward_model import RewardModel, check_reward_model, describe_report, measure_reward_model
+from support.reward_model import RewardModel, describe_report, measure_reward_model
 from support.samples import Samples, load_samples
 from support.supervised import Task, fit, write_model
 
@@ -139,7 +139,7 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     output = Path(config.output_dir)
     config.check()
     if config.compare:
-        check_reward_model(resolve_model(config.compare, "judge"))
+        RewardModel(resolve_model(config.compare, "judge"))  # what is wrong with it is said before the training
     data_path = str(make_pairs(config, output)) if config.from_dialogues else config.data_path
     pairs = load_preferences(data_path, config.skip_bad_rows, config.half)
     say = PartialState().print

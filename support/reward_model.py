@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 from support.errors import UserError
 from support.judge import load_classifier
@@ -33,6 +37,7 @@ class RewardModel:
         if model is None:
             check_reward_model(name)
             model, tokenizer = load_classifier(name, "reward model")
+            check_labels(name, model.config)
             model.requires_grad_(False).to(device)
         self.model, self.tokenizer = model, tokenizer
         template = own_template(tokenizer)
@@ -101,14 +106,37 @@ def parts_texts(tokenizer: Any) -> bool:
 
 
 def check_reward_model(name: str) -> None:
-    """UserError unless a model is a sequence classifier with one label; reads only its configuration."""
-    config = load_pretrained(AutoConfig, name, "reward model")
+    """UserError unless a model is a sequence classifier with one label; reads only its configuration.
+
+    That of an adapter does not say how many labels it has, so `RewardModel` counts them.
+    """
+    config = load_pretrained(AutoConfig, name, "reward model")  # of an adapter, that of its base
+    if (task := adapter_task(name)) is not None:
+        if task not in ("SEQ_CLS", ""):
+            raise UserError(
+                f"reward model '{name}' is an adapter for {task} by its adapter_config.json; expected one for SEQ_CLS "
+                "with one label. Train a reward model with reward_model.py."
+            )
+        return
     kinds = [kind for kind in config.architectures or [] if not kind.endswith("ForSequenceClassification")]
     if kinds or not config.architectures:
         raise UserError(
             f"reward model '{name}' is {kinds[0] if kinds else 'of no known kind'} by its config.json; expected a "
             "classifier (...ForSequenceClassification) with one label. Train one with reward_model.py."
         )
+    check_labels(name, config)
+
+
+def adapter_task(name: str) -> str | None:
+    """What an adapter is for, by folder or hub name: SEQ_CLS, CAUSAL_LM, ... or "". None for a model of its own."""
+    file = None
+    with contextlib.suppress(OSError):  # the hub cannot be reached
+        file = find_adapter_config_file(name)
+    return file and (json.loads(Path(file).read_text(encoding="utf-8")).get("task_type") or "")
+
+
+def check_labels(name: str, config: PreTrainedConfig) -> None:
+    """UserError unless a classifier has one label."""
     if config.num_labels != 1:
         shown = ", ".join(str(config.id2label[k]) for k in sorted(config.id2label)[:4])
         raise UserError(
