@@ -75,6 +75,8 @@ class RewardFitConfig(FitConfig):
     """Peak learning rate of AdamW [5e-5; 5e-4 for small models such as the built-in one]."""
     epochs: Above0 | None = None
     """Passes over the training data [2; more for few pairs, so that there are 100 optimizer steps]."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps over which the learning rate rises [50, at most a fifth of all]."""
 
 
 @dataclass
@@ -104,7 +106,9 @@ class RewardModelConfig(RewardModelOptions, PairOptions, RewardFitConfig, TextOp
         steps = max(1, math.ceil(pairs / self.batch_size / self.gradient_accumulation_steps))  # of an epoch
         lr = self.lr or (5e-4 if parameters < 10_000_000 else 5e-5)
         epochs = self.epochs or max(2.0, LEAST_STEPS / steps)
-        return replace(self, lr=lr, epochs=epochs, warmup_steps=min(self.warmup_steps, int(epochs * steps) // 5))
+        default = min(FitConfig.warmup_steps, int(epochs * steps) // 5)
+        warmup = default if self.warmup_steps is None else self.warmup_steps
+        return replace(self, lr=lr, epochs=epochs, warmup_steps=warmup)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -127,7 +131,7 @@ from support.machine import use_all_cores
 from support.models import disable_dropout, load_causal_lm, load_codec, longest_text
 from support.preferences import Pair, load_preferences, row_of
 from support.pretrained import check_vocabulary, count_parameters
-from support.reward_model import RewardModel, describe_report, measure_reward_model
+from support.reward_model import RewardModel, describe_report, measure_reward_model, rightness
 from support.samples import Samples, load_samples
 from support.supervised import Task, fit, write_model
 
@@ -153,14 +157,14 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     model.to(PartialState().device)
     scorer = RewardModel(config.output_dir, model=model, tokenizer=tokenizer)
     config = config.fitted(count_parameters(model), len(pairs.train))
-    say(f"settings: lr {config.lr:g}, {config.epochs:g} epochs, {scorer.how}")
+    say(f"settings: lr {config.lr:g}, {config.epochs:g} epochs, {config.warmup_steps} warmup steps, {scorer.how}")
 
     items = list(zip(encode(scorer, pairs.train, "chosen"), encode(scorer, pairs.train, "rejected")))
     some = pairs.held_out[: config.eval_samples or None]
 
     def validate(model: torch.nn.Module) -> dict[str, float]:
-        margins = torch.from_numpy(margins_of(scorer, some))
-        return {"loss": -F.logsigmoid(margins).mean().item(), "accuracy": (margins > 0).double().mean().item()}
+        margins = margins_of(scorer, some)
+        return {"loss": float(np.logaddexp(0, -margins).mean()), "accuracy": float(rightness(margins).mean())}
 
     task = Task(
         label="reward model",

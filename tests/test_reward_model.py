@@ -189,8 +189,25 @@ def test_the_report_by_hand():
         ("1 to 5 words longer", 2, 1.0),
         ("6 or more words longer", 1, 0.5),
     ]
-    assert report["other_model"] == {"agreement": pytest.approx(2 / 5), "accuracy": pytest.approx(4 / 5)}
+    assert report["other_model"] == {"agreement": pytest.approx(2.5 / 5), "accuracy": pytest.approx(4 / 5)}
     assert "WARNING: on these pairs the model is not shown to be better" in describe_report(report)
+
+
+def test_equal_scores_count_half_in_every_figure():
+    pairs = pairs_of_lengths([(1, 1)] * 4)
+    report = measure_reward_model(np.zeros(4), pairs, pairs, other=np.array([0.0, 0.0, 1.0, -1.0]))
+    assert report["accuracy"] == report["other_model"]["accuracy"] == 0.5
+    assert report["other_model"]["agreement"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+    assert report["calibration"]["error"] == 0 and report["calibration"]["bins"][0]["accuracy"] == 0.5
+    same = measure_reward_model(np.array([0.0, 2.0, -1.0, 0.0]), pairs, pairs, other=np.array([0.0, 1.0, -3.0, 0.0]))
+    assert same["other_model"] == {"agreement": 1.0, "accuracy": same["accuracy"]}
+
+
+def test_one_pair_gives_no_interval():
+    report = measure_reward_model(np.array([1.0]), pairs_of_lengths([(3, 1)]), pairs_of_lengths([(2, 1)]))
+    assert report["length_alone"]["gain_ci95"] is None
+    said = describe_report(report)
+    assert "better by +0.000 (one pair gives no interval)" in said and "nan" not in said and "WARNING" in said
 
 
 def test_a_model_that_counts_words_gets_a_warning_and_a_better_one_does_not():
@@ -270,8 +287,16 @@ def test_a_reward_model_learns_what_was_chosen(polite):
     record = json.loads((output / "reward_model.json").read_text())
     assert record["report"]["pairs"] == 32 and record["report"]["accuracy"] > 0.9
     assert record["config"]["lr"] == 5e-4 and record["config"]["epochs"] == pytest.approx(100 / 8)
+    assert record["config"]["warmup_steps"] == 20
     scores = RewardModel(str(output)).scores([messages_of(["A seat , please ."])] * 2, ["Thank you .", "No ."])
     assert scores[0] > scores[1]
+
+
+@pytest.mark.parametrize("given, expected", [(None, 20), (100, 100), (0, 0)])
+def test_warmup_steps_that_are_given_are_kept(given, expected):
+    config = RewardModelConfig(data_path="x", warmup_steps=given)
+    assert config.fitted(1_000_000, 160).warmup_steps == expected  # a fifth of 100 steps
+    assert RewardModelConfig(data_path="x").fitted(1_000_000, 100_000).warmup_steps == 50
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(polite, tmp_path, monkeypatch):
