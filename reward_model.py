@@ -101,9 +101,9 @@ class RewardModelConfig(RewardModelOptions, PairOptions, RewardFitConfig, TextOp
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def fitted(self, parameters: int, pairs: int) -> RewardModelConfig:
+    def fitted(self, parameters: int, pairs: int, processes: int = 1) -> RewardModelConfig:
         """Return the settings with those that were left out chosen for the model and the number of pairs."""
-        steps = max(1, math.ceil(pairs / self.batch_size / self.gradient_accumulation_steps))  # of an epoch
+        steps = max(1, math.ceil(pairs / processes / self.batch_size / self.gradient_accumulation_steps))  # of an epoch
         lr = self.lr or (5e-4 if parameters < 10_000_000 else 5e-5)
         epochs = self.epochs or max(2.0, LEAST_STEPS / steps)
         default = min(FitConfig.warmup_steps, int(epochs * steps) // 5)
@@ -156,7 +156,7 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     model.config.problem_type = None  # that of a model with classes does not fit one score
     model.to(PartialState().device)
     scorer = RewardModel(config.output_dir, model=model, tokenizer=tokenizer)
-    config = config.fitted(count_parameters(model), len(pairs.train))
+    config = config.fitted(count_parameters(model), len(pairs.train), PartialState().num_processes)
     say(f"settings: lr {config.lr:g}, {config.epochs:g} epochs, {config.warmup_steps} warmup steps, {scorer.how}")
 
     items = list(zip(encode(scorer, pairs.train, "chosen"), encode(scorer, pairs.train, "rejected")))

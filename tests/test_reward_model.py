@@ -297,6 +297,8 @@ def test_warmup_steps_that_are_given_are_kept(given, expected):
     config = RewardModelConfig(data_path="x", warmup_steps=given)
     assert config.fitted(1_000_000, 160).warmup_steps == expected  # a fifth of 100 steps
     assert RewardModelConfig(data_path="x").fitted(1_000_000, 100_000).warmup_steps == 50
+    assert config.fitted(1_000_000, 160, processes=2).epochs == 20  # 5 steps in an epoch
+    assert config.fitted(1_000_000, 160, processes=2).warmup_steps == expected
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(polite, tmp_path, monkeypatch):
