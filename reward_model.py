@@ -75,6 +75,8 @@ class RewardFitConfig(FitConfig):
     """Peak learning rate of AdamW [5e-5; 5e-4 for small models such as the built-in one]."""
     epochs: Above0 | None = None
     """Passes over the training data [2; more for few pairs, so that there are 100 optimizer steps]."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps over which the learning rate rises [50, at most a fifth of all]."""
 
 
 @dataclass
@@ -99,12 +101,14 @@ class RewardModelConfig(RewardModelOptions, PairOptions, RewardFitConfig, TextOp
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def fitted(self, parameters: int, pairs: int) -> RewardModelConfig:
+    def fitted(self, parameters: int, pairs: int, processes: int = 1) -> RewardModelConfig:
         """Return the settings with those that were left out chosen for the model and the number of pairs."""
-        steps = max(1, math.ceil(pairs / self.batch_size / self.gradient_accumulation_steps))  # of an epoch
+        steps = max(1, math.ceil(pairs / processes / self.batch_size / self.gradient_accumulation_steps))  # of an epoch
         lr = self.lr or (5e-4 if parameters < 10_000_000 else 5e-5)
         epochs = self.epochs or max(2.0, LEAST_STEPS / steps)
-        return replace(self, lr=lr, epochs=epochs, warmup_steps=min(self.warmup_steps, int(epochs * steps) // 5))
+        default = min(FitConfig.warmup_steps, int(epochs * steps) // 5)
+        warmup = default if self.warmup_steps is None else self.warmup_steps
+        return replace(self, lr=lr, epochs=epochs, warmup_steps=warmup)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -114,10 +118,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from support.builtin import resolve_model
 from support.distributed import join_processes
-from support.files import write_json
+from support.files import write_bytes, write_json
 from support.generation import ReplySettings, generate_replies
 from support.judge import load_classifier
 from support.libraries import quiet_libraries
@@ -126,7 +131,7 @@ from support.machine import use_all_cores
 from support.models import disable_dropout, load_causal_lm, load_codec, longest_text
 from support.preferences import Pair, load_preferences, row_of
 from support.pretrained import check_vocabulary, count_parameters
-from support.reward_model import RewardModel, check_reward_model, describe_report, measure_reward_model
+from support.reward_model import RewardModel, describe_report, measure_reward_model, rightness
 from support.samples import Samples, load_samples
 from support.supervised import Task, fit, write_model
 
@@ -138,7 +143,7 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     output = Path(config.output_dir)
     config.check()
     if config.compare:
-        check_reward_model(resolve_model(config.compare, "judge"))
+        RewardModel(resolve_model(config.compare, "judge"))  # what is wrong with it is said before the training
     data_path = str(make_pairs(config, output)) if config.from_dialogues else config.data_path
     pairs = load_preferences(data_path, config.skip_bad_rows, config.half)
     say = PartialState().print
@@ -151,15 +156,15 @@ def train_reward_model(config: RewardModelConfig) -> Path:
     model.config.problem_type = None  # that of a model with classes does not fit one score
     model.to(PartialState().device)
     scorer = RewardModel(config.output_dir, model=model, tokenizer=tokenizer)
-    config = config.fitted(count_parameters(model), len(pairs.train))
-    say(f"settings: lr {config.lr:g}, {config.epochs:g} epochs, {scorer.how}")
+    config = config.fitted(count_parameters(model), len(pairs.train), PartialState().num_processes)
+    say(f"settings: lr {config.lr:g}, {config.epochs:g} epochs, {config.warmup_steps} warmup steps, {scorer.how}")
 
     items = list(zip(encode(scorer, pairs.train, "chosen"), encode(scorer, pairs.train, "rejected")))
     some = pairs.held_out[: config.eval_samples or None]
 
     def validate(model: torch.nn.Module) -> dict[str, float]:
-        margins = torch.from_numpy(margins_of(scorer, some))
-        return {"loss": -F.logsigmoid(margins).mean().item(), "accuracy": (margins > 0).double().mean().item()}
+        margins = margins_of(scorer, some)
+        return {"loss": float(np.logaddexp(0, -margins).mean()), "accuracy": float(rightness(margins).mean())}
 
     task = Task(
         label="reward model",
@@ -260,7 +265,7 @@ def write_pairs(
     if file.is_file():
         return
     main, part = PartialState().is_main_process, file.with_name(file.name + ".part")
-    done = whole_lines(part) if part.is_file() else 0
+    done = whole_lines(part)
     PartialState().wait_for_everyone()
     with show_bar(f"writing {file.stem} replies", can_draw(progress, main)) as move:
         while done < len(samples):
@@ -280,13 +285,14 @@ def write_pairs(
 
 
 def whole_lines(part: Path) -> int:
-    """Return the number of whole chunks' lines in a file that a stopped run left, and remove what follows them."""
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
-    kept = len(lines) // CHUNK * CHUNK
-    if PartialState().is_main_process:
-        part.write_text("".join(lines[:kept]), encoding="utf-8")
-    return kept
+    """Return how many lines, in whole chunks, a stopped run left in a file. The main process removes the rest."""
+    kept = 0
+    if PartialState().is_main_process and part.is_file():
+        # bytes: a line may end within a letter, and a reply may hold U+2028, which splitlines() takes for an end
+        lines = part.read_bytes().split(b"\n")[:-1]
+        kept = len(lines) // CHUNK * CHUNK
+        write_bytes(part, b"".join(line + b"\n" for line in lines[:kept]))
+    return broadcast_object_list([kept])[0]  # all processes go on from the same row
 
 
 def main() -> None:

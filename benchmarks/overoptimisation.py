@@ -17,12 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from pydantic import PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from support.config import command_line  # noqa: E402
 from support.errors import UserError, run_script  # noqa: E402
-from support.paths import check_run  # noqa: E402
+from support.files import is_number  # noqa: E402
+from support.live_display import read_rows  # noqa: E402
+from support.options import check_values  # noqa: E402
+from support.paths import check_file_to_write, check_run  # noqa: E402
 
 
 @dataclass
@@ -35,21 +40,37 @@ class CurveConfig:
     """Metric of the reward model that was rewarded."""
     unseen: str = "rm_b"
     """Metric of the reward model that was measured alone."""
-    bins: int = 8
+    bins: PositiveInt = 8
     """Rows of the table, each of as many updates as another."""
     output: str = ""
     """PNG of both curves."""
 
+    def check(self) -> None:
+        """UserError without a run, for values out of range, and for an output that cannot be written."""
+        check_values(self)
+        check_file_to_write("output", self.output)
+        if not self.runs:
+            raise UserError("no run was given; expected the folders of one or several runs, such as runs/preferred.")
+
 
 def points_of(run: Path, trained_on: str, unseen: str) -> np.ndarray:
-    """Return for each update (N, 4): root of the KL of a reply, both scores in deviations, and the update's number."""
+    """Return for each update (N, 4): root of the KL of a reply, both scores in deviations, and the update's number.
+
+    Updates whose figures are not all finite are left out. UserError for a run that did not measure both models.
+    """
     check_run(run)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(run / "metrics.jsonl", sys.maxsize)
     states = sorted(run.glob("checkpoints/*/progress.json"))
     scales = json.loads(states[-1].read_text(encoding="utf-8"))["reward_scales"] if states else {}
     for name in (trained_on, unseen):
-        if name not in scales or not rows or name not in rows[0]:
+        if name not in scales:
             raise UserError(f"'{run}' has no reward model '{name}'; it has {', '.join(scales) or 'none'}.")
+    needed = (trained_on, unseen, "kl_div", "mean_output_length")
+    rows = [row for row in rows if all(is_number(row.get(name)) for name in needed)]
+    if not rows:
+        raise UserError(
+            f"'{run}' has no update with finite {', '.join(needed)}; expected a run whose reward has both models."
+        )
     points = []
     for row in rows:
         scores = [(row[name] - scales[name][0]) / scales[name][1] for name in (trained_on, unseen)]
@@ -58,7 +79,8 @@ def points_of(run: Path, trained_on: str, unseen: str) -> np.ndarray:
 
 
 def main() -> None:
-    config = tyro.cli(CurveConfig, description=__doc__)
+    config = command_line(CurveConfig, __doc__)
+    config.check()
     runs = [points_of(run, config.trained_on, config.unseen) for run in config.runs]
     points = np.concatenate(runs)
     order = np.argsort(points[:, 0], kind="stable")
@@ -89,6 +111,7 @@ def draw(points: np.ndarray, config: CurveConfig) -> None:
     axes.set_ylabel("score, deviations from the supervised model")
     axes.legend(frameon=False)
     figure.tight_layout()
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.output)
     print(f"written to {config.output}")
 

@@ -19,6 +19,7 @@ import random
 import re
 import zipfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from support.builtin_corpus import ACTS as ACTS
 from support.builtin_corpus import generate_corpus
 from support.data_checks import check_content, check_json_lines, describe_form, line_hint, normalized_text
-from support.data_forms import DIALOG, Dialogue, Form, Rejected, as_list, form_of, read_row
+from support.data_forms import DIALOG, Dialogue, Form, NoChoice, Rejected, as_list, check_choice, form_of, read_row
 from support.desk import generate_desk
 from support.errors import UserError, did_you_mean, first_line
 from support.spool import Spool
@@ -51,16 +52,18 @@ def no_report(rows: int) -> None:
 class Rows:
     """The rows of a source: good ones, outside memory where they are many, and what was wrong with others.
 
-    With `compare` it numbers the different texts, to keep copies of a dialogue in one split.
+    With `compare` it numbers the different texts, to keep copies of a dialogue in one split. With `choices` rows of
+    preferences are choices between two replies, see `read_row`.
     """
 
-    def __init__(self, compare: bool = False):
-        self.compare = compare
+    def __init__(self, compare: bool = False, choices: bool = False):
+        self.compare, self.choices = compare, choices
         self.good = Spool()  # place and fields of a Dialogue
         self.numbers = array("q")  # of each row: that of the dialogue in `good`, or -1 - that of the bad row
         self.texts = array("q")  # of each row: a number that all copies of a dialogue share
         self.skipped: list[str] = []  # sentences about bad rows
         self.bad = self.rejected = 0
+        self.without_choice: Counter[str] = Counter()  # rows by reason
         self.form: Form | None = None
         self.has_acts = False
         self._known: dict[bytes, int] = {}
@@ -160,9 +163,15 @@ def has_splits(data_path: str) -> bool:
     return data_path in EMBEDDED or not (path.is_file() or (path / "state.json").is_file())
 
 
-def load_whole(data_path: str, skip_bad_rows: bool = False) -> Dialogues:
-    """Load all dialogues of a file, or of a stored dataset, that has no splits. UserError as load_dialogues."""
-    return Dialogues(_read_whole(Rows(), data_path, skip_bad_rows, (), no_report))
+def load_choices(data_path: str, split: str = "", skip_bad_rows: bool = False) -> Dialogues:
+    """Load preferences: those of a split, or all of a file or stored dataset without splits. There may be none.
+
+    `rows.without_choice` counts ties and other rows that were left out. UserError as load_dialogues, for other rows.
+    """
+    rows = Rows(choices=True)
+    if not split:
+        return Dialogues(_read_whole(rows, data_path, skip_bad_rows, (), no_report))
+    return Dialogues(_read(rows, _rows(data_path, split), skip_bad_rows, (), no_report))
 
 
 def _read_whole(rows: Rows, data_path: str, *how: Any) -> Rows:
@@ -233,6 +242,8 @@ def _read(read: Rows, rows: Iterator[Row], skip_bad_rows: bool, markers: Sequenc
             first = first or (f"{place}: {error}", row)
         except Rejected:
             read.rejected += 1
+        except NoChoice as why:
+            read.without_choice[str(why)] += 1
         if count % BATCH == 0:
             report(count)
     if read.bad and (not len(read.good) or not skip_bad_rows):
@@ -244,10 +255,12 @@ def _checked(row: dict[str, Any], read: Rows, markers: Sequence[str]) -> Dialogu
     """The row as a Dialogue; ValueError says what is wrong with it. The first row with a form decides that of all."""
     if "_error" in row:
         raise ValueError(row["_error"])
+    if read.choices:
+        check_choice(row)
     form = read.form or form_of(row)
     if form is None:
         raise ValueError(f"has no column 'dialog' (columns: {', '.join(map(str, row)) or 'none'})")
-    dialogue = read_row(row, form, markers)
+    dialogue = read_row(row, form, markers, read.choices)
     read.form = form
     return dialogue
 

@@ -82,8 +82,18 @@ INVISIBLE = re.compile(
 Turn = tuple[str, str]  # role and text
 
 
+# Why a row of preferences has no choice between two replies
+TIE = "ties, left out"
+EQUAL = "pairs with equal sides, left out"
+UNREADABLE = "rows without a readable rejected reply, left out"
+
+
 class Rejected(Exception):
     """A row whose completion was rejected by its label: no reply to learn."""
+
+
+class NoChoice(Exception):
+    """A row of preferences that says nothing of which reply is better: TIE, EQUAL or UNREADABLE."""
 
 
 def form_of(row: Mapping[str, Any]) -> Form | None:
@@ -104,17 +114,33 @@ def _other_reply(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = ()) -> Dialogue:
+def check_choice(row: Mapping[str, Any]) -> None:
+    """NoChoice for a row of preferences whose columns alone say so, whatever its texts are."""
+    if not {"chosen", "rejected"} <= row.keys():
+        return
+    chosen, rejected = (side.strip() if isinstance(side, str) else side for side in (row["chosen"], row["rejected"]))
+    if str(row.get("tie")).strip().lower() == "true":
+        raise NoChoice(TIE)
+    if rejected is None:
+        raise NoChoice(UNREADABLE)
+    if chosen == rejected:
+        raise NoChoice(EQUAL)
+    if chosen is None:  # else the row would be a prompt alone
+        raise ValueError("the column 'chosen' is empty")
+
+
+def read_row(row: Mapping[str, Any], form: Form, markers: Sequence[str] = (), choice: bool = False) -> Dialogue:
     """The row as a Dialogue. ValueError says what is wrong with it. Rejected for a reply that was rejected.
 
-    `markers` are texts that end a turn, so that no turn may contain them.
+    `markers` are texts that end a turn, so that no turn may contain them. `choice`: both replies of preferences are
+    wanted, and not a dialogue alone. Then the assistant's turns may be empty, and NoChoice is raised for some rows.
     """
     for column in form.columns:
         if row.get(column) is None and column in row:
             raise ValueError(f"the column '{column}' is empty")
         if column not in row:
             raise ValueError(f"has no column '{column}' (columns: {', '.join(map(str, row)) or 'none'})")
-    dialogue = READERS[form](row)
+    dialogue = (CHOICE_READERS if choice else READERS)[form](row)
     for i, utterance in enumerate(dialogue.utterances, start=1):
         for marker in markers:
             if marker in utterance:
@@ -162,11 +188,11 @@ def _messages(row: Mapping[str, Any], column: str = "messages") -> Dialogue:
     return _dialogue(system, turns, 0, _labels(row, len(turns)))
 
 
-def _completion(row: Mapping[str, Any], column: str = "completion") -> Dialogue:
+def _completion(row: Mapping[str, Any], column: str = "completion", may_be_empty: bool = False) -> Dialogue:
     if column == "completion" and str(row.get("label")).strip().lower() in ("false", "0"):
         raise Rejected
-    system, prompt = _side(row["prompt"], "prompt", "user")
-    own_system, reply = _side(row[column], column, "assistant")
+    system, prompt = _side(row["prompt"], "prompt", "user", may_be_empty)
+    own_system, reply = _side(row[column], column, "assistant", may_be_empty)
     if reply[: len(prompt)] == prompt and len(reply) > len(prompt):  # some datasets repeat the prompt
         reply = reply[len(prompt) :]
     if reply[0][0] != "assistant":
@@ -179,25 +205,25 @@ def _completion(row: Mapping[str, Any], column: str = "completion") -> Dialogue:
 
 def _rejected(row: Mapping[str, Any], prompt: Sequence[Turn]) -> str | None:
     """The rejected reply to a prompt, which may be empty; None if it cannot be read, or is no reply of an assistant."""
-    value = row.get("rejected")
-    messages = value if isinstance(value, list) else [value]
-    if len(messages) == 1 and isinstance(messages[0], Mapping) and messages[0].get("role") == "assistant":
-        messages = [messages[0].get("content")]
-    if len(messages) == 1 and isinstance(messages[0], str) and not messages[0].strip():
-        return ""
     try:
-        _, reply = _side(value, "rejected", "assistant")
+        _, reply = _side(row.get("rejected"), "rejected", "assistant", may_be_empty=True)
     except ValueError:
         return None
     reply = reply[len(prompt) :] if reply[: len(prompt)] == list(prompt) else reply
     return reply[0][1] if reply and reply[0][0] == "assistant" else None
 
 
-def _implicit(row: Mapping[str, Any]) -> Dialogue:
-    sides = [_transcript(row[column], column) for column in ("chosen", "rejected")]
-    if sides[0] is None or sides[1] is None:
-        return _shared_beginning(row)
-    (system, chosen), (_, rejected) = sides
+def _implicit(row: Mapping[str, Any], choice: bool = False) -> Dialogue:
+    side = _transcript(row["chosen"], "chosen", may_be_empty=choice)
+    try:
+        other_side = _transcript(row["rejected"], "rejected", may_be_empty=choice)
+    except ValueError:
+        if choice:
+            raise NoChoice(UNREADABLE) from None
+        raise
+    if side is None or other_side is None:
+        return _shared_beginning(row, choice)
+    (system, chosen), (_, rejected) = side, other_side
     if not chosen:
         raise ValueError("'chosen' has no turn of a user or an assistant")
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
@@ -210,7 +236,7 @@ def _implicit(row: Mapping[str, Any]) -> Dialogue:
     return replace(_dialogue(system, chosen, first), rejected=other)
 
 
-def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
+def _shared_beginning(row: Mapping[str, Any], choice: bool) -> Dialogue:
     """Two texts with the same beginning, cut back to the last blank, as TRL does."""
     chosen, rejected = row["chosen"], row["rejected"]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -220,12 +246,16 @@ def _shared_beginning(row: Mapping[str, Any]) -> Dialogue:
     same = os.path.commonprefix([chosen, rejected])
     cut = max((i + 1 for i, letter in enumerate(same) if letter.isspace()), default=0)
     prompt, reply = chosen[:cut].strip(), chosen[cut:].strip()
-    if not prompt or not reply:
+    other: str | None = rejected[cut:].strip()
+    if not prompt or not (reply or choice):
         raise ValueError("'chosen' and 'rejected' have no common beginning that could be the prompt")
     check_text(prompt, "the prompt")
-    check_text(reply, "'chosen'")
-    dialogue = _dialogue(None, [("user", prompt), ("assistant", reply)], 1)
-    return replace(dialogue, rejected=rejected[cut:].strip())
+    check_text(reply, "'chosen'", may_be_empty=choice)
+    try:
+        check_text(other, "'rejected'", may_be_empty=True)
+    except ValueError:
+        other = None
+    return replace(_dialogue(None, [("user", prompt), ("assistant", reply)], 1), rejected=other)
 
 
 def _prompt(row: Mapping[str, Any]) -> Dialogue:
@@ -246,6 +276,10 @@ READERS: dict[Form, Callable[[Mapping[str, Any]], Dialogue]] = {
     COMPLETION: _completion,
     PROMPT: _prompt,
 }
+CHOICE_READERS = READERS | {
+    PREFERENCES: functools.partial(_completion, column="chosen", may_be_empty=True),
+    IMPLICIT: functools.partial(_implicit, choice=True),
+}
 
 
 def _dialogue(
@@ -260,8 +294,11 @@ def _dialogue(
 # Messages and text
 
 
-def read_messages(value: Any, column: str) -> tuple[str | None, list[Turn]]:
-    """The system message (None without one) and the turns of a list of messages. ValueError for another value."""
+def read_messages(value: Any, column: str, may_be_empty: bool = False) -> tuple[str | None, list[Turn]]:
+    """The system message (None without one) and the turns of a list of messages. ValueError for another value.
+
+    `may_be_empty`: the assistant's turns may be.
+    """
     messages = as_list(value, column)
     n, system, turns = len(messages), None, []
     for i, message in enumerate(messages, start=1):
@@ -283,7 +320,7 @@ def read_messages(value: Any, column: str) -> tuple[str | None, list[Turn]]:
             if system:
                 check_text(text, where)
             continue
-        check_text(text, where)
+        check_text(text, where, may_be_empty and role == "assistant")
         turns.append((role, text))
     return system, turns
 
@@ -313,9 +350,9 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str, may_be_empty: bool = False) -> None:
     """ValueError for text that is empty or invisible, or holds what no tokenizer should read."""
-    if INVISIBLE.fullmatch(text):
+    if not may_be_empty and INVISIBLE.fullmatch(text):
         raise ValueError(f"{where} is empty")
     if not text.isascii() and UNDECODABLE.search(text):
         raise ValueError(f"{where} is not valid UTF-8")
@@ -323,14 +360,14 @@ def check_text(text: str, where: str) -> None:
         raise ValueError(f"{where} holds a NUL character")
 
 
-def _side(value: Any, column: str, role: str) -> tuple[str | None, list[Turn]]:
-    """The system message and the turns of a prompt or a reply: a text is one turn."""
+def _side(value: Any, column: str, role: str, may_be_empty: bool = False) -> tuple[str | None, list[Turn]]:
+    """The system message and the turns of a prompt or a reply: a text is one turn. The assistant's `may_be_empty`."""
     if isinstance(value, str) and not _is_message_list(value):
-        check_text(value, f"'{column}'")
+        check_text(value, f"'{column}'", may_be_empty and role == "assistant")
         return None, [(role, value.strip())]
     if not isinstance(value, (str, list, tuple)):
         raise ValueError(f"'{column}' should be a text or a list of messages, found {value!r:.60}")
-    system, turns = read_messages(value, column)
+    system, turns = read_messages(value, column, may_be_empty)
     if not turns:
         raise ValueError(f"'{column}' has no turn of a user or an assistant")
     return system, turns
@@ -350,16 +387,16 @@ def _is_message_list(text: str) -> bool:
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
-def _transcript(value: Any, column: str) -> tuple[str | None, list[Turn]] | None:
+def _transcript(value: Any, column: str, may_be_empty: bool) -> tuple[str | None, list[Turn]] | None:
     """The turns of a list of messages, or of a transcript of "Human:" and "Assistant:"; None for other text."""
     if not isinstance(value, str) or _is_message_list(value):
-        return read_messages(value, column)
+        return read_messages(value, column, may_be_empty)
     before, *parts = SPEAKER.split(value)
     if not parts or before.strip():
         return None
     turns = [("user" if who == "Human" else "assistant", text.strip()) for who, text in zip(parts[::2], parts[1::2])]
     for i, (role, text) in enumerate(turns, start=1):
-        check_text(text, f"turn {i} of {len(turns)} ({role}) of '{column}'")
+        check_text(text, f"turn {i} of {len(turns)} ({role}) of '{column}'", may_be_empty and role == "assistant")
     return None, turns
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.data import Dialogue, Dialogues, has_splits, load_splits, load_whole
-from support.data_forms import IMPLICIT, PREFERENCES
+from support.data import Dialogue, Dialogues, has_splits, load_choices
+from support.data_forms import EQUAL, IMPLICIT, PREFERENCES, UNREADABLE
 from support.errors import UserError
 from support.text import Message
 
@@ -51,17 +51,17 @@ def load_preferences(data_path: str, skip_bad_rows: bool = False, half: str = "a
     `half` is "first", "second" or "all" of the sources to learn from. UserError for data without preferences.
     """
     found, held_out = Preferences([], []), []
-    if has_splits(data_path):
-        pairs = pairs_of(load_splits(data_path, ["train"], skip_bad_rows)["train"], data_path, found.left_out)
+    split = "train" if has_splits(data_path) else ""
+    place = f"the train split of '{data_path}'" if split else f"'{data_path}'"
+    pairs = pairs_of(load_choices(data_path, split, skip_bad_rows), place, found.left_out)
+    if split:
         held_out = _validation_pairs(data_path, skip_bad_rows, found.left_out)
-    else:
-        pairs = pairs_of(load_whole(data_path, skip_bad_rows), data_path, found.left_out)
     if not held_out:
         share = 5 if len(pairs) < FEW else 10
         held_out = _cut(pairs, share)
     prompts = {pair.prompt for pair in held_out}
     apart = [pair for pair in pairs if pair.prompt not in prompts]
-    if has_splits(data_path) and len(apart) < len(pairs):
+    if split and len(apart) < len(pairs):
         found.left_out["pairs with a held-out prompt, left out"] = len(pairs) - len(apart)
     found.held_out = held_out
     found.train = [pair for pair in apart if half == "all" or _number(pair.source) % 2 == (half == "second")]
@@ -83,23 +83,30 @@ def _cut(pairs: list[Pair], share: int) -> list[Pair]:
 def _validation_pairs(data_path: str, skip_bad_rows: bool, left_out: Counter[str]) -> list[Pair]:
     """The pairs of the validation split; none for data without one."""
     try:
-        dialogues = load_splits(data_path, ["validation"], skip_bad_rows)["validation"]
+        dialogues = load_choices(data_path, "validation", skip_bad_rows)
     except UserError as error:
         if "has no validation split" in str(error):
             return []
         raise
-    return pairs_of(dialogues, data_path, left_out)
+    return pairs_of(dialogues, f"the validation split of '{data_path}'", left_out)
 
 
-def pairs_of(dialogues: Dialogues, data_path: str, left_out: Counter[str]) -> list[Pair]:
-    """The pairs of rows of preferences; `left_out` counts the others. UserError for rows of another form."""
-    if dialogues.form not in (PREFERENCES, IMPLICIT):
+def pairs_of(dialogues: Dialogues, place: str, left_out: Counter[str]) -> list[Pair]:
+    """The pairs of the rows of `place`; `left_out` counts other rows. UserError for no rows, or for another form."""
+    rows = dialogues.rows
+    if not (rows.numbers or rows.without_choice or rows.rejected):
         raise UserError(
-            f"the rows of '{data_path}' are of '{dialogues.form.name}'; expected preferences: 'prompt', 'chosen' and "
+            f"{place} has no rows; expected preferences: 'prompt', 'chosen' and 'rejected'. "
+            "chat.py --web --preferences FILE writes a row for each choice."
+        )
+    if rows.form not in (PREFERENCES, IMPLICIT) and dialogues:
+        raise UserError(
+            f"the rows of {place} are of '{dialogues.form.name}'; expected preferences: 'prompt', 'chosen' and "
             "'rejected'. With dialogues give --from-dialogues MODEL, whose replies are then the rejected ones."
         )
     if dialogues.n_skipped:
         left_out["malformed rows, left out"] += dialogues.n_skipped
+    left_out.update(rows.without_choice)
     pairs = []
     for dialogue in dialogues:
         if why := _why_no_pair(dialogue):
@@ -114,12 +121,9 @@ def pairs_of(dialogues: Dialogues, data_path: str, left_out: Counter[str]) -> li
 def _why_no_pair(dialogue: Dialogue) -> str:
     """Why a row of preferences gives no pair; "" if it gives one."""
     if dialogue.rejected is None:
-        return "rows without a readable rejected reply, left out"
-    tie = dialogue.columns.get("tie")
-    if tie is True or str(tie).strip().lower() == "true":
-        return "ties, left out"
+        return UNREADABLE
     if dialogue.rejected.strip() == dialogue.utterances[dialogue.first_reply].strip():
-        return "pairs with equal sides, left out"
+        return EQUAL
     return ""
 
 

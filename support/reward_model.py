@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 from support.errors import UserError
 from support.judge import load_classifier
@@ -33,10 +37,12 @@ class RewardModel:
         if model is None:
             check_reward_model(name)
             model, tokenizer = load_classifier(name, "reward model")
+            check_labels(name, model.config)
             model.requires_grad_(False).to(device)
         self.model, self.tokenizer = model, tokenizer
         template = own_template(tokenizer)
         self.codec = DialogueCodec(tokenizer, from_template(template)) if template else None
+        self.end = "" if self.codec or parts_texts(tokenizer) else "\n"  # of the first text of a pair
         self.most = min(MAX_TOKENS, positions_of(model.config) or MAX_TOKENS)
 
     @property
@@ -49,7 +55,7 @@ class RewardModel:
     def encode(self, conversations: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[dict[str, Any]]:
         """Tokens of N conversations, each with its reply: dicts with input_ids and what else the tokenizer gives."""
         if self.codec is None:
-            before = ["\n".join(m["content"].strip() for m in messages) for messages in conversations]
+            before = ["\n".join(m["content"].strip() for m in messages) + self.end for messages in conversations]
             encoded = self.tokenizer(
                 before,
                 [reply.strip() for reply in replies],
@@ -92,15 +98,45 @@ class RewardModel:
         return scores
 
 
+def parts_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes something between the two texts of a pair. GPT-2's does not."""
+    pair = tokenizer("a", "b").input_ids
+    joined = [id for text in ("a", "b") for id in tokenizer(text, add_special_tokens=False).input_ids]
+    return not any(pair[i : i + len(joined)] == joined for i in range(len(pair)))
+
+
 def check_reward_model(name: str) -> None:
-    """UserError unless a model is a sequence classifier with one label; reads only its configuration."""
-    config = load_pretrained(AutoConfig, name, "reward model")
+    """UserError unless a model is a sequence classifier with one label; reads only its configuration.
+
+    That of an adapter does not say how many labels it has, so `RewardModel` counts them.
+    """
+    config = load_pretrained(AutoConfig, name, "reward model")  # of an adapter, that of its base
+    if (task := adapter_task(name)) is not None:
+        if task not in ("SEQ_CLS", ""):
+            raise UserError(
+                f"reward model '{name}' is an adapter for {task} by its adapter_config.json; expected one for SEQ_CLS "
+                "with one label. Train a reward model with reward_model.py."
+            )
+        return
     kinds = [kind for kind in config.architectures or [] if not kind.endswith("ForSequenceClassification")]
     if kinds or not config.architectures:
         raise UserError(
             f"reward model '{name}' is {kinds[0] if kinds else 'of no known kind'} by its config.json; expected a "
             "classifier (...ForSequenceClassification) with one label. Train one with reward_model.py."
         )
+    check_labels(name, config)
+
+
+def adapter_task(name: str) -> str | None:
+    """What an adapter is for, by folder or hub name: SEQ_CLS, CAUSAL_LM, ... or "". None for a model of its own."""
+    file = None
+    with contextlib.suppress(OSError):  # the hub cannot be reached
+        file = find_adapter_config_file(name)
+    return file and (json.loads(Path(file).read_text(encoding="utf-8")).get("task_type") or "")
+
+
+def check_labels(name: str, config: PreTrainedConfig) -> None:
+    """UserError unless a classifier has one label."""
     if config.num_labels != 1:
         shown = ", ".join(str(config.id2label[k]) for k in sorted(config.id2label)[:4])
         raise UserError(
@@ -124,12 +160,12 @@ def measure_reward_model(
     `margins` (N,) are its scores of the chosen replies less those of the rejected ones, `other` those of another model.
     `train` are pairs that tell whether longer or shorter replies are chosen more often.
     """
-    right, n = (margins > 0) + 0.5 * (margins == 0), len(pairs)
+    right, n = rightness(margins), len(pairs)
     longer = np.array([word_difference(pair) for pair in pairs])
     sign = 1 if np.sum(np.sign([word_difference(pair) for pair in train])) >= 0 else -1
     by_length = 0.5 + 0.5 * sign * np.sign(longer)
     gain = right - by_length
-    error = float(gain.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    error = float(gain.std(ddof=1) / n**0.5) if n > 1 else None
     report: dict[str, Any] = {
         "pairs": n,
         "accuracy": float(right.mean()),
@@ -139,7 +175,7 @@ def measure_reward_model(
             "prefers": "longer" if sign > 0 else "shorter",
             "accuracy": float(by_length.mean()),
             "gain": float(gain.mean()),
-            "gain_ci95": [float(gain.mean() - 1.96 * error), float(gain.mean() + 1.96 * error)],
+            "gain_ci95": None if error is None else [float(gain.mean() + z * error) for z in (-1.96, 1.96)],
         },
         "by_length_difference": [
             {"words": f"{_words(low, high)}", "pairs": int(here.sum()), "accuracy": float(right[here].mean())}
@@ -150,10 +186,15 @@ def measure_reward_model(
     }
     if other is not None:
         report["other_model"] = {
-            "agreement": float(((margins > 0) == (other > 0)).mean()),
-            "accuracy": float((other > 0).mean()),
+            "agreement": float((1 - np.abs(np.sign(margins) - np.sign(other)) / 2).mean()),  # a half if one is a tie
+            "accuracy": float(rightness(other).mean()),
         }
     return report
+
+
+def rightness(margins: np.ndarray) -> np.ndarray:
+    """Return (N,): 1 where the chosen reply has the higher score, a half for equal scores, and else 0."""
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def word_difference(pair: Pair) -> int:
@@ -174,7 +215,7 @@ def calibration(margins: np.ndarray) -> dict[str, Any]:
 
     `error` is the expected calibration error over the bins (Guo et al., 2017).
     """
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), rightness(margins)
     bins = []
     for low, high in itertools.pairwise(CONFIDENCE_BINS):
         here = (confidence >= low) & ((confidence < high) | (high == 1.0))
@@ -196,21 +237,22 @@ def describe_report(report: dict[str, Any]) -> str:
     """Return the report of `measure_reward_model` as lines; a model that is no better than length gets a warning."""
     low, high = report["ci95"]
     length, found = report["length_alone"], report["calibration"]
-    gain_low, gain_high = length["gain_ci95"]
+    interval = length["gain_ci95"]
+    between = f"[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "(one pair gives no interval)"
     of_lengths = [f"{b['words']} {b['accuracy']:.3f} ({b['pairs']:,})" for b in report["by_length_difference"]]
     of_bins = [f"sure to {b['confidence']:.2f}, right {b['accuracy']:.2f} ({b['pairs']:,})" for b in found["bins"]]
     lines = [
         f"held-out pairs: {report['pairs']:,}, with other prompts than those learned from",
         f"prefers the chosen reply: {report['accuracy']:.3f} [{low:.3f}, {high:.3f}], loss {report['loss']:.3f}",
         f"always preferring the {length['prefers']} reply: {length['accuracy']:.3f}; the model is better by "
-        f"{length['gain']:+.3f} [{gain_low:+.3f}, {gain_high:+.3f}]",
+        f"{length['gain']:+.3f} {between}",
         f"by length of the chosen reply: {'; '.join(of_lengths)}",
         f"calibration error {found['error']:.3f}: {'; '.join(of_bins)}",
     ]
     if other := report.get("other_model"):
         agreement, accuracy = other["agreement"], other["accuracy"]
         lines.append(f"prefers the same reply as the other model: {agreement:.3f} (it is right on {accuracy:.3f})")
-    if not gain_low > 0:
+    if not interval or interval[0] <= 0:
         lines.append(
             "WARNING: on these pairs the model is not shown to be better than always preferring the "
             f"{length['prefers']} reply. Collect more choices, or pairs of similar length."

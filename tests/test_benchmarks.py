@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,11 @@ def test_engines_are_compared_with_one_process():
     assert "| 1.00 (1.00 to 1.00) |" in rows[0]
 
 
-def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(tmp_path):
+OVEROPTIMISATION = [sys.executable, str(ROOT / "benchmarks/overoptimisation.py")]
+
+
+@pytest.fixture
+def run_of_two_reward_models(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "update-000004").mkdir(parents=True)
     scales = {"reward_scales": {"rm_a": [10.0, 2.0], "rm_b": [0.0, 0.5]}}
@@ -158,8 +163,15 @@ def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(
         dict(update=i, kl_div=kl, mean_output_length=10, rm_a=a, rm_b=b) for i, (kl, a, b) in enumerate(rows, start=1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, str(ROOT / "benchmarks/overoptimisation.py"), str(folder), "--bins", "4"]
-    done = forked.run([*command, "--output", str(tmp_path / "curve.png")], capture_output=True, text=True)
+    return folder
+
+
+def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(run_of_two_reward_models, tmp_path):
+    folder, picture = run_of_two_reward_models, tmp_path / "new" / "curve.png"
+    with (folder / "metrics.jsonl").open("a") as file:  # a score that was not finite, and a line of a killed run
+        file.write(json.dumps(dict(update=5, kl_div=9.0, mean_output_length=9, rm_a=None, rm_b=1.0)) + '\n{"upd')
+    command = [*OVEROPTIMISATION, str(folder), "--bins", "4"]
+    done = forked.run([*command, "--output", str(picture)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split("|")[1:4] for line in done.stdout.splitlines()[2:6]] == [
         [" 0.00 ", " +0.00 ", " +0.00 "],
@@ -167,9 +179,31 @@ def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(
         [" 2.00 ", " +2.00 ", " +1.00 "],
         [" 3.00 ", " +3.00 ", " +0.50 "],
     ]
-    assert (tmp_path / "curve.png").stat().st_size > 5000
-    wrong = forked.run([*command, "--unseen", "rm_c"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "has no reward model 'rm_c'; it has rm_a, rm_b" in wrong.stderr
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, fault",
+    [
+        (["RUN", "--unseen", "rm_c"], "has no reward model 'rm_c'; it has rm_a, rm_b"),
+        ([], "no run was given"),
+        (["RUN", "--bins", "0"], "bins is 0; expected a number greater than 0"),
+        (["RUN", "--output", "RUN"], "cannot be written"),
+        (["RUN", "--output", "RUN/metrics.jsonl/curve.png"], "cannot be written"),
+        (["RUN", "EMPTY"], "has no update with finite rm_a, rm_b"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value[:20],
+)
+def test_what_no_curve_can_be_made_of_is_said(arguments, fault, run_of_two_reward_models, tmp_path, monkeypatch):
+    import overoptimisation
+
+    empty = tmp_path / "empty"
+    shutil.copytree(run_of_two_reward_models, empty)
+    (empty / "metrics.jsonl").write_text("")
+    words = [w.replace("RUN", str(run_of_two_reward_models)).replace("EMPTY", str(empty)) for w in arguments]
+    monkeypatch.setattr(sys, "argv", [*OVEROPTIMISATION[1:], *words])
+    with pytest.raises(UserError, match=fault):
+        overoptimisation.main()
 
 
 def test_estimators_are_compared_over_the_runs_that_are_complete(tmp_path, capsys):

@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from eval_metrics import EvalConfig, run_evaluation
-from reward_model import RewardModelConfig, make_pairs, train_reward_model
+from reward_model import RewardModelConfig, make_pairs, train_reward_model, whole_lines
+from support.data import load_dialogues
 from support.errors import UserError
 from support.preferences import Pair, load_preferences
 from support.reward_model import RewardModel, calibration, describe_report, measure_reward_model, wilson
@@ -75,12 +78,69 @@ def test_rows_without_a_choice_are_counted(tmp_path):
     ]
 
 
+def test_rows_of_the_chat_page_with_replies_without_words(tmp_path):
+    silent = [row("a ?", "", "No ."), row("b ?", "\u200b", "No ."), row("c ?", "Yes .", "")]
+    talk = messages_of(["d ?", "", "d ?!"])  # the silent reply of the turn before is part of the prompt
+    silent += [row("d ?", "Yes .", "No .") | {"prompt": talk}]
+    equal = [row("e ?", "", " "), row("f ?", "", "", tie=True), row("g ?", "", "No .", tie=True)]
+    found = load_preferences(write(tmp_path / "rows.jsonl", silent + equal))
+    pairs = {pair.prompt: (pair.chosen, pair.rejected) for pair in (*found.train, *found.held_out)}
+    assert pairs == {
+        "user: a ?": ("", "No ."),
+        "user: b ?": ("\u200b", "No ."),
+        "user: c ?": ("Yes .", ""),
+        "user: d ?\nassistant: \nuser: d ?!": ("Yes .", "No ."),
+    }
+    assert found.left_out == {"ties, left out": 2, "pairs with equal sides, left out": 1, EMPTY: 2}
+    with pytest.raises(UserError, match=r"line 1: message 1 of 1 \(assistant\) is empty"):
+        load_dialogues(str(tmp_path / "rows.jsonl"), "train")  # a dialogue has no such reply
+
+
+EMPTY = "pairs with an empty side, kept"
+
+
+def test_rows_without_a_choice_are_left_out_whatever_their_texts_are(tmp_path):
+    q, bad = messages_of(["What ?"]), "caf\ufffd"
+    good = [{"chosen": f"Question {i} ? Yes .", "rejected": f"Question {i} ? No ."} for i in range(4)]
+    rows = [
+        {"chosen": "Say : yes .", "rejected": None},  # the first row
+        *good,
+        {"chosen": "Say : yes .", "rejected": "Say : yes .\n"},
+        {"chosen": bad, "rejected": bad},
+        {"chosen": bad, "rejected": "", "tie": True},
+        {"chosen": "Say : yes .", "rejected": f"Say : {bad}"},
+        {"chosen": [*q, *side("Yes .")], "rejected": [*q, *side(bad)]},
+        {"chosen": [*q, *side("")], "rejected": [*q, *side("Six .")]},
+        {"chosen": "\n\nHuman: Why ?\n\nAssistant: So .", "rejected": "\n\nHuman: Why ?\n\nAssistant:"},
+    ]
+    found = load_preferences(write(tmp_path / "rows.jsonl", rows))
+    kept = {(pair.chosen, pair.rejected) for pair in (*found.train, *found.held_out)}
+    assert kept == {("Yes .", "No ."), ("", "Six ."), ("So .", "")}
+    reasons = ["rows without a readable rejected reply, left out", "pairs with equal sides, left out", "ties, left out"]
+    assert found.left_out == dict(zip(reasons, (3, 2, 1))) | {EMPTY: 2}
+
+
+def test_a_file_of_ties_alone_is_not_taken_for_dialogues(tmp_path):
+    with pytest.raises(UserError, match="has 0 pairs to learn from, 0 held out; ties, left out: 3; expected pairs"):
+        load_preferences(write(tmp_path / "rows.jsonl", [row("a ?", "Yes .", "No .", tie=True)] * 3))
+
+
+def test_a_split_without_rows_is_said(tmp_path):
+    write(tmp_path / "train.jsonl", [row(f"{i} ?", "Yes .", "No .") for i in range(4)])
+    write(tmp_path / "validation.jsonl", [])
+    with pytest.raises(UserError, match="the validation split of .* has no rows"):
+        load_preferences(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "rows, fault",
     [
         ([{"dialog": ["Hi .", "Hello ."]}], "are of 'dialog'; expected preferences.*--from-dialogues MODEL"),
         ([row("a ?", "Yes .", "No .")] * 3, "at least two different prompts"),
-        ([row("a ?", "", "No .")] * 3, "empty"),
+        ([row("a ?", "caf\ufffd", "No .")] * 3, "not valid UTF-8"),
+        ([row("", "Yes .", "No .")] * 3, r"message 1 of 1 \(user\) is empty"),
+        ([{"prompt": "a ?", "chosen": None, "rejected": "No ."}], "the column 'chosen' is empty"),
+        ([], r"rows.jsonl' has no rows; expected preferences.*chat.py --web --preferences FILE"),
         ([{"chosen": "Yes .", "rejected": "No ."}], "no common beginning that could be the prompt"),
         (
             [{"chosen": [*messages_of(["a ?"]), *side("b")], "rejected": [*messages_of(["c ?"]), *side("d")]}],
@@ -129,8 +189,25 @@ def test_the_report_by_hand():
         ("1 to 5 words longer", 2, 1.0),
         ("6 or more words longer", 1, 0.5),
     ]
-    assert report["other_model"] == {"agreement": pytest.approx(2 / 5), "accuracy": pytest.approx(4 / 5)}
+    assert report["other_model"] == {"agreement": pytest.approx(2.5 / 5), "accuracy": pytest.approx(4 / 5)}
     assert "WARNING: on these pairs the model is not shown to be better" in describe_report(report)
+
+
+def test_equal_scores_count_half_in_every_figure():
+    pairs = pairs_of_lengths([(1, 1)] * 4)
+    report = measure_reward_model(np.zeros(4), pairs, pairs, other=np.array([0.0, 0.0, 1.0, -1.0]))
+    assert report["accuracy"] == report["other_model"]["accuracy"] == 0.5
+    assert report["other_model"]["agreement"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+    assert report["calibration"]["error"] == 0 and report["calibration"]["bins"][0]["accuracy"] == 0.5
+    same = measure_reward_model(np.array([0.0, 2.0, -1.0, 0.0]), pairs, pairs, other=np.array([0.0, 1.0, -3.0, 0.0]))
+    assert same["other_model"] == {"agreement": 1.0, "accuracy": same["accuracy"]}
+
+
+def test_one_pair_gives_no_interval():
+    report = measure_reward_model(np.array([1.0]), pairs_of_lengths([(3, 1)]), pairs_of_lengths([(2, 1)]))
+    assert report["length_alone"]["gain_ci95"] is None
+    said = describe_report(report)
+    assert "better by +0.000 (one pair gives no interval)" in said and "nan" not in said and "WARNING" in said
 
 
 def test_a_model_that_counts_words_gets_a_warning_and_a_better_one_does_not():
@@ -156,6 +233,31 @@ def test_wilsons_interval():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)  # the published example
     low, high = wilson(0, 30)
     assert low == pytest.approx(0, abs=1e-9) and 0 < high < 0.12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model reads
+
+
+@pytest.mark.parametrize("beginning", [False, True])
+def test_a_pair_has_a_boundary_where_the_tokenizer_writes_none(beginning, tiny_plain_tokenizer):
+    tokenizer = tiny_plain_tokenizer  # as GPT-2's: no special tokens
+    if beginning:  # as some tokenizers of decoders: one at the beginning alone
+        ends = [("<EOS>", tokenizer.eos_token_id)]
+        processor = TemplateProcessing(single="<EOS> $A", pair="<EOS> $A $B:1", special_tokens=ends)
+        tokenizer.backend_tokenizer.post_processor = processor
+    scorer = RewardModel("rm", model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tokenizer)
+    talks = [messages_of(["hi", "hello", text]) for text in ("is it open?", "is it ope")]
+    one, other = (row["input_ids"] for row in scorer.encode(talks, ["yes", "n?yes"]))
+    assert one != other
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (one, other)]
+    assert texts == ["hi\nhello\nis it open?\nyes", "hi\nhello\nis it ope\nn?yes"]
+
+
+def test_a_pair_with_a_token_between_its_texts_stays_as_it_is(tiny_tokenizer):
+    scorer = RewardModel("rm", model=SimpleNamespace(config=SimpleNamespace()), tokenizer=tiny_tokenizer)
+    [found] = scorer.encode([messages_of(["is it open?"])], ["yes"])
+    assert tiny_tokenizer.decode(found["input_ids"]) == "is it open?<EOU>yes<EOU>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,8 +287,18 @@ def test_a_reward_model_learns_what_was_chosen(polite):
     record = json.loads((output / "reward_model.json").read_text())
     assert record["report"]["pairs"] == 32 and record["report"]["accuracy"] > 0.9
     assert record["config"]["lr"] == 5e-4 and record["config"]["epochs"] == pytest.approx(100 / 8)
+    assert record["config"]["warmup_steps"] == 20
     scores = RewardModel(str(output)).scores([messages_of(["A seat , please ."])] * 2, ["Thank you .", "No ."])
     assert scores[0] > scores[1]
+
+
+@pytest.mark.parametrize("given, expected", [(None, 20), (100, 100), (0, 0)])
+def test_warmup_steps_that_are_given_are_kept(given, expected):
+    config = RewardModelConfig(data_path="x", warmup_steps=given)
+    assert config.fitted(1_000_000, 160).warmup_steps == expected  # a fifth of 100 steps
+    assert RewardModelConfig(data_path="x").fitted(1_000_000, 100_000).warmup_steps == 50
+    assert config.fitted(1_000_000, 160, processes=2).epochs == 20  # 5 steps in an epoch
+    assert config.fitted(1_000_000, 160, processes=2).warmup_steps == expected
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(polite, tmp_path, monkeypatch):
@@ -244,11 +356,34 @@ def test_sampling_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         make_pairs(config, tmp_path / "b")
     part = tmp_path / "b-pairs/train.jsonl.part"
-    part.write_text(part.read_text() + '{"prompt": [')  # a line that a killed process did not finish
+    part.write_bytes(part.read_bytes() + '{"prompt": ["é'.encode()[:-1])  # a killed process did not finish the letter
     again = make_pairs(config, tmp_path / "b")
     assert len(calls) == 3 + 1 + math.ceil(100 / 16)
     for split in ("train", "validation"):
         assert (again / f"{split}.jsonl").read_bytes() == (whole / f"{split}.jsonl").read_bytes()
+
+
+def test_whole_chunks_of_lines_are_kept_to_the_byte(tmp_path, monkeypatch):
+    import reward_model
+
+    monkeypatch.setattr(reward_model, "CHUNK", 2)
+    texts = ["a\u2028b", "c\u2029\u0085d", "é \r\n", "f", "g"]
+    lines = [json.dumps(row("Q ?", text, text), ensure_ascii=False).encode() + b"\n" for text in texts]
+    part = tmp_path / "train.jsonl.part"
+    assert whole_lines(part) == 0 and not part.exists()
+    part.write_bytes(b"".join(lines) + '{"prompt": "é'.encode()[:-1])
+    assert whole_lines(part) == 4 and part.read_bytes() == b"".join(lines[:4])
+    assert whole_lines(part) == 4 and [file.name for file in tmp_path.iterdir()] == [part.name]
+
+
+def test_other_processes_take_the_number_of_lines_from_the_main_one(tmp_path, monkeypatch):
+    import reward_model
+
+    part = tmp_path / "train.jsonl.part"
+    part.write_bytes(b"{}\n" * 700)
+    monkeypatch.setattr(reward_model, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(reward_model, "broadcast_object_list", lambda values: [512])
+    assert whole_lines(part) == 512 and part.read_bytes() == b"{}\n" * 700
 
 
 @pytest.mark.parametrize(

@@ -445,6 +445,37 @@ def test_models_that_are_no_reward_models(encoder, tmp_path):
         damaged.scores([TALK], ["Six ."])
 
 
+@pytest.mark.parametrize(
+    "task, labels, fault",
+    [
+        ("SEQ_CLS", 1, None),
+        (None, 1, None),
+        ("SEQ_CLS", 3, r"has 3 labels \(LABEL_0, LABEL_1, LABEL_2\); expected one"),
+        ("CAUSAL_LM", 1, "is an adapter for CAUSAL_LM by its adapter_config.json; expected one for SEQ_CLS with one"),
+    ],
+)
+def test_an_adapter_is_a_reward_model_if_it_is_a_classifier_with_one_label(task, labels, fault, tiny_lm, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    base = kind.from_pretrained(tiny_lm, **{} if task == "CAUSAL_LM" else {"num_labels": labels})
+    lora = dict(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type=task)
+    model = peft.get_peft_model(base, peft.LoraConfig(**lora, modules_to_save=None if task else ["score"])).eval()
+    folder = str(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    if fault:
+        with pytest.raises(UserError, match=fault):
+            RewardModel(folder)
+        return
+    check_reward_model(folder)
+    reward = RewardModel(folder)
+    [row] = reward.encode([TALK], ["Six ."])
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, 0].item()
+    assert reward.scores([TALK], ["Six ."])[0] == pytest.approx(expected, abs=1e-5) and expected != 0
+
+
 @pytest.mark.parametrize("template", [False, True], ids=["pair", "chat template"])
 def test_a_causal_model_reads_the_conversation_in_its_own_way(template, tmp_path):
     from chat_templates import chat_model
