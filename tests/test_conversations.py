@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import textwrap
+import threading
 import time
 
 import gymnasium as gym
@@ -15,18 +16,41 @@ from test_engines import run_by
 from test_programs import flags, lines, run, timeless, trained
 
 from envs import ConversationVectorEnv
-from eval_metrics import EvalConfig, run_evaluation
+from eval_metrics import (
+    EvalConfig,
+    run_evaluation,
+)
 from ppo_config import PPOConfig
-from ppo_dialog import ActorCritic, Critic, RolloutSettings, RunningMoments, collect, gae, token_rewards
+from ppo_dialog import (
+    ActorCritic,
+    Critic,
+    RolloutSettings,
+    RunningMoments,
+    collect,
+    gae,
+    token_rewards,
+)
 from rewards import make_reward
 from support.builtin import builtin_model
-from support.conversations import ConversationTask, prompt_of, turn_uniforms
+from support.conversations import (
+    ConversationTask,
+    prompt_of,
+    turn_uniforms,
+)
 from support.errors import UserError
 from support.generation import token_log_probs
 from support.models import load_causal_lm, load_codec, load_trunk
 from support.options import Sampling
-from support.partners import ModelPartners, PartnerMaker, ScriptedPartners, Tasks, opening_of
+from support.partners import (
+    ModelPartners,
+    PartnerMaker,
+    ScriptedPartners,
+    Tasks,
+    opening_of,
+)
+from support.signals import StopSignals
 from support.text import DialogueCodec, DialogueFormat
+from support.timeouts import call_own
 
 CHATML = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '<EOU>' }}{% endfor %}"
@@ -288,6 +312,29 @@ def test_a_partner_that_hangs_and_one_that_never_stops(codec):
     endless = make_env(codec, 1, task=ConversationTask(ScriptedPartners(partner(reply=lambda self, m: "And?"), 1), 5))
     talks = finished(endless, 3)
     assert [(talk.end, len(talk.replies)) for talk in talks.values()] == [("truncated", 5)] * 3
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_an_exit_is_said_and_a_signal_still_ends_the_process(seconds):
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"it raised SystemExit: 3 \(test_conversations.py, line \d+\)."):
+        call_own("it", "its_timeout", seconds, lambda: sys.exit(3))
+    assert time.perf_counter() - started < 10
+    for error in (KeyboardInterrupt, GeneratorExit):
+
+        def interrupted(error=error):
+            raise error
+
+        with pytest.raises(error):
+            call_own("it", "its_timeout", seconds, interrupted)
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_a_signal_that_ends_the_process_is_no_fault_of_the_code_that_runs(seconds):
+    with StopSignals() as signals, pytest.raises(SystemExit):
+        signals.asked, signals.first = 130, signal.SIGINT  # the first Ctrl-C was before
+        threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+        call_own("it", "its_timeout", seconds, time.sleep, 20)
 
 
 def test_a_class_that_cannot_be_made_is_refused(tmp_path):
