@@ -158,11 +158,21 @@ class Conversation:
     def begin(self) -> None:
         """Tell the person what to want, in a conversation with a policy that was trained with a partner."""
         if self.role is not None:
-            self.note(new_role(self.role))
+            try:
+                self.note(new_role(self.role))
+            except UserError as error:  # the chat goes on without a goal
+                self.note(f"({error})")
 
     def follow(self) -> None:
         """Tell how the conversation has ended, and begin the next one."""
-        if self.role is not None and (verdict := how_it_ended(self.role, messages_of(self.agents[0].history))):
+        if self.role is None:
+            return
+        try:
+            verdict = how_it_ended(self.role, messages_of(self.agents[0].history))
+        except UserError as error:  # the chat goes on
+            self.note(f"({error})")
+            return
+        if verdict:
             self.note(f"({verdict})")
             self.obey("/reset")
 
