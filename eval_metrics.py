@@ -35,14 +35,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from support.config import check_command_line, command_line
 from support.errors import UserError, first_line, run_script
 from support.options import EVAL_SAMPLING, PartnerOptions, SampleOptions, Sampling, TextOptions, check_values
-from support.paths import (
-    check_data,
-    check_file_to_write,
-    check_models,
-    check_partner_path,
-    check_template,
-    is_class,
-)
+from support.paths import check_data, check_file_to_write, check_models, check_template
 
 
 @dataclass
@@ -121,13 +114,9 @@ class EvalConfig(EvalOptions, PartnerOptions, TextOptions, SampleOptions):
 
     def check_partner(self) -> None:
         """UserError for settings that conversations with a partner have no use for."""
+        super().check_partner()
         if not self.partner:
-            if self.partner_args:
-                raise UserError("partner_args is for conversations; give --partner as well, or leave it out.")
             return
-        check_partner_path(self.partner)
-        if self.partner_args and not is_class(self.partner):
-            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
         if self.partner == "self":
             raise UserError("partner is 'self', which only a run has; name the model, such as --partner builtin.")
         for name in ("replies", "intent_model", "second_intent_model"):

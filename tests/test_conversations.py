@@ -241,6 +241,10 @@ def test_a_reward_reads_the_whole_conversation(codec):
         assert [m["role"] for m in whole] == ["user", "assistant"] * len(talk.replies)
 
 
+def whole(prompts, responses, references, acts):
+    return [float(len(p.columns["conversation"])) for p in prompts]
+
+
 def test_what_does_not_fit_a_partner_is_refused():
     def refused(**settings):
         with pytest.raises(UserError) as error:
@@ -260,8 +264,43 @@ def test_what_does_not_fit_a_partner_is_refused():
     assert "no file" in refused(partner="nowhere.py:Customer")
     assert "gather" in refused(**own, gather=False)
     assert "expected" in refused(**own, max_turns=0)
+    assert "intent_model is 'models/judge', and intent compares" in refused(**own, intent_model="models/judge")
+    two = dict(partner="self", reward={f"{__file__}:whole": 1.0})
+    assert "ref_model is 'models/x', another model; leave ref_model out" in refused(**two, ref_model="models/x")
+    for same in ("", "builtin"):
+        PPOConfig(**two, ref_model=same).check_partner()
+    assert "nothing is rewarded" in refused(**own, reward={"a.py:b": 0.0}, turn_reward={"a.py:b": 0.0})
+    rewarded = dict(reward={f"{__file__}:whole": 1.0}, turn_reward={f"{__file__}:whole": 0.0})
+    PPOConfig(**own, **rewarded).check()
     assert PPOConfig(**own).reward == {"partner": 1.0} and PPOConfig(**own).intent_model == ""
     assert PPOConfig(**own, turn_reward={"x.py:y": 1}).reward == {}
+
+
+@pytest.mark.parametrize("make", [PPOConfig, EvalConfig])
+def test_options_of_partners_that_would_be_ignored_are_refused(make):
+    model = {} if make is PPOConfig else {"model_path": "builtin"}
+
+    def refused(**settings):
+        with pytest.raises(UserError) as error:
+            make(**model, **settings).check_partner()
+        return str(error.value)
+
+    for name, value in (
+        ("max_turns", 3),
+        ("partner_timeout", 5.0),
+        ("partner_device", "cpu"),
+        ("partner_args", {"a": 2}),
+    ):
+        assert f"{name} is {value!r}, and is for conversations; give --partner" in refused(**{name: value})
+    own, reward = f"{__file__}:Counting", {"reward": {"a.py:b": 1.0}} if make is PPOConfig else {}
+    for name in ("desk", own, "self"):
+        sentence = f"partner_device is 'cpu', and is for a model that is the partner; '{name}' is none"
+        assert sentence in refused(partner=name, partner_device="cpu")
+    assert "limits the calls of a class; partner 'builtin' is a model" in refused(
+        partner="builtin", partner_timeout=1.0, **reward
+    )
+    make(**model, partner="builtin", partner_device="cpu", max_turns=3, **reward).check_partner()
+    make(**model, partner=own, partner_timeout=1.0, max_turns=3).check_partner()
 
 
 # Partners that misbehave
