@@ -230,8 +230,22 @@ class ConversationVectorEnv(VectorEnv):
         for slot, number, of_partner, opening in zip(
             slots, numbers, of_partners, self.task.partners.begin(slots, of_partners, self.seed)
         ):
-            messages = self._recorded(of_partner) if opening is None else opening
+            if opening is None:
+                messages = self._recorded(of_partner)
+            else:
+                messages = opening
+                self._check_words(*(message["content"] for message in opening))
             self.conversations[slot] = Conversation(number, list(messages), len(messages))
+
+    def _check_words(self, *words: str) -> None:
+        """UserError for words of a partner that would end a turn of the prompt, and forge another."""
+        stop = self.codec.stop.strip()
+        for text in words:
+            if stop and stop in text:
+                raise UserError(
+                    f"the partner said {stop!r}, the text that ends a turn for this model ({text!r:.60}); leave it out "
+                    "of what the partner says."
+                )
 
     def _recorded(self, number: int) -> tuple[Message, ...]:
         """The recorded beginning for a conversation."""
@@ -248,16 +262,11 @@ class ConversationVectorEnv(VectorEnv):
         numbers = [talk.number // self.samples_per_prompt for talk in talks]
         turns = [len(talk.replies) for talk in talks]
         said = self.task.partners.reply(slots, [talk.messages for talk in talks], numbers=numbers, turns=turns)
-        stop = self.codec.stop
         for talk, words in zip(talks, said):
             if words is None:
                 talk.end = "terminated"
                 continue
-            if stop and stop.strip() in words:
-                raise UserError(
-                    f"the partner said {stop.strip()!r}, the text that ends a turn for this model ({words!r:.60}); "
-                    "leave it out of what the partner says."
-                )
+            self._check_words(words)
             talk.messages = [*talk.messages, {"role": "user", "content": words}]
             if len(talk.replies) >= self.task.max_turns:
                 talk.end = "truncated"

@@ -93,7 +93,7 @@ from support.models import (
     training_noise,
 )
 from support.packing import get_conventions, logits_at, pack, packed_lengths, pad_right, split_by_tokens
-from support.partners import PartnerMaker, Tasks
+from support.partners import PartnerMaker, Tasks, unread_data
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, lengths_without_data, load_samples, longest_lengths
@@ -944,9 +944,9 @@ class Parts:
         run.stage("looking for the models")
         name = resolve_model(config.model_path)
         check_model_names(config, name)
-        partner = PartnerMaker(config.partner, config.partner_args, config.seed) if config.partner else None
+        partner = PartnerMaker.of(config) if config.partner else None
         if partner is not None:
-            partner.check_score(config.reward)
+            check_partner(partner, config, run)
         self.accelerator = accelerator
         codec, positions = open_codec(config, name, run)
         run.stage("loading the models")
@@ -1028,6 +1028,15 @@ class Parts:
         if self.accelerator.num_processes == 1:
             return x
         return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum").cpu()
+
+
+def check_partner(partner: PartnerMaker, config: PPOConfig, run: Run) -> None:
+    """UserError if the score of a partner is rewarded, and it gives none. Say which settings have no effect."""
+    partner.check_score(config.reward)
+    if note := unread_data(config, partner):
+        run.say(note)
+    if partner.has_score and not config.reward:
+        run.say("note: --turn-reward is given without --reward, so the partner's score is not rewarded")
 
 
 def check_model_names(config: PPOConfig, name: str) -> None:

@@ -1,11 +1,14 @@
 """Conversations of several turns: the environment, partners, rewards, the rollout, and runs that are stopped."""
 
 import json
+import random
 import signal
 import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +29,7 @@ from ppo_dialog import (
     Critic,
     RolloutSettings,
     RunningMoments,
+    check_partner,
     collect,
     gae,
     token_rewards,
@@ -37,6 +41,7 @@ from support.conversations import (
     prompt_of,
     turn_uniforms,
 )
+from support.desk import Customer
 from support.errors import UserError
 from support.generation import token_log_probs
 from support.models import load_causal_lm, load_codec, load_trunk
@@ -47,6 +52,7 @@ from support.partners import (
     ScriptedPartners,
     Tasks,
     opening_of,
+    unread_data,
 )
 from support.signals import StopSignals
 from support.text import DialogueCodec, DialogueFormat
@@ -199,6 +205,36 @@ def test_recorded_beginnings_and_messages_as_openings(codec):
     )
 
 
+def test_the_conversations_of_splits_differ_and_those_of_training_and_of_the_desk_stay():
+    def openings(name, split, args=None):
+        config = PPOConfig(partner=name, partner_args=args or {})
+        task = Tasks(config, PartnerMaker.of(config), None, {}, (None, None))(split, 1)
+        return [said[0]["content"] for said in task.partners.begin([0] * 20, range(20), seed=7)]
+
+    of = {split: openings(f"{__file__}:Counting", split) for split in ("train", "validation", "test")}
+    assert of["train"] == [Counting().reset(random.Random(f"7/{number}")) for number in range(20)]
+    assert of["test"] == [Counting().reset(random.Random(f"7/test/{number}")) for number in range(20)]
+    assert len({tuple(said) for said in of.values()}) == 3
+    for split in of:  # the desk has the parameter `split`, and goals of each
+        assert openings("desk", split) == [Customer(split).reset(random.Random(f"7/{n}")) for n in range(20)]
+    assert openings("desk", "test", {"split": "train"}) != openings("desk", "train")
+
+
+def test_a_partner_that_begins_now_and_then_is_refused(codec, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "class Sometimes:\n"
+        "    def reset(self, rng): return 'Hello.' if rng.random() < 0.5 else None\n"
+        "    def reply(self, messages): return None\n"
+    )
+    heard = [random.Random(f"{seed}/0").random() < 0.5 for seed in range(20)]
+    maker = PartnerMaker(f"{tmp_path}/own.py:Sometimes", {}, heard.index(True))
+    assert maker.begins and not PartnerMaker(maker.name, {}, heard.index(False)).begins
+    env = make_env(codec, 16, task=ConversationTask(maker.partners("train", 16)))
+    numbers = (n for n in range(16) if random.Random(f"{maker.seed}/{n}").random() >= 0.5)
+    with pytest.raises(UserError, match=f"returned None for conversation {next(numbers)} and a text for the first one"):
+        env.reset(seed=maker.seed)
+
+
 # Rewards
 
 
@@ -243,6 +279,10 @@ def test_a_reward_reads_the_whole_conversation(codec):
 
 def whole(prompts, responses, references, acts):
     return [float(len(p.columns["conversation"])) for p in prompts]
+
+
+def silent(said=None):
+    return SimpleNamespace(stage=lambda *_: None, say=(lambda _: None) if said is None else said.append)
 
 
 def test_what_does_not_fit_a_partner_is_refused():
@@ -303,6 +343,33 @@ def test_options_of_partners_that_would_be_ignored_are_refused(make):
     make(**model, partner=own, partner_timeout=1.0, max_turns=3).check_partner()
 
 
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_loaded():
+    for name in ("nonsense", "cuda:77"):
+        config = PPOConfig(partner="builtin", partner_device=name, reward={"a.py:b": 1.0})
+        with pytest.raises(UserError, match=f"partner_device is '{name}', which cannot be used"):
+            PartnerMaker.of(config)
+    assert PartnerMaker.of(replace(config, partner_device="cpu")).name == "builtin"
+
+
+def test_data_that_is_not_read_is_said():
+    own = f"{__file__}:Counting"
+    given = PPOConfig(partner=own, data_path="desk", speaker="second", turns="last", skip_bad_rows=True)
+    said = unread_data(given, PartnerMaker.of(given))
+    assert said.endswith("have no effect: data_path, speaker, turns, skip_bad_rows")
+    for config in (PPOConfig(partner=own), EvalConfig(model_path="builtin", partner=own)):
+        assert unread_data(config, PartnerMaker.of(config)) == ""
+    read = PPOConfig(partner="builtin", data_path="desk", reward={"a.py:b": 1.0})
+    assert unread_data(read, PartnerMaker.of(read)) == ""
+    for config, phrases in (
+        (given, ["settings have no effect: data_path"]),
+        (PPOConfig(partner=own, turn_reward={"a.py:b": 1.0}), ["so the partner's score is not rewarded"]),
+        (PPOConfig(partner=own), []),
+    ):
+        heard = []
+        check_partner(PartnerMaker.of(config), config, silent(heard))
+        assert len(heard) == len(phrases) and all(phrase in text for phrase, text in zip(phrases, heard))
+
+
 # Partners that misbehave
 
 
@@ -329,6 +396,16 @@ BAD = {
     "reset raises": (dict(reset=lambda self, rng: {}["x"]), "the partner's reset() raised KeyError"),
     "score": (dict(score=lambda m: "good"), "score() returned 'good'; expected a finite number"),
     "score is NaN": (dict(score=lambda m: float("nan")), "score() returned nan; expected a finite number"),
+    "scores": (dict(score=lambda m: np.zeros(2)), "score() returned array([0., 0.]); expected a finite number"),
+    "tensor": (dict(score=lambda m: torch.zeros(2)), "score() returned tensor([0., 0.]); expected a finite number"),
+    "huge": (dict(score=lambda m: 10**400), "expected a finite number"),
+    "no score": (dict(score=lambda m: None), "score() returned None; expected a finite number"),
+    "end token at the beginning": (dict(reset=lambda self, rng: "Hi. <EOU> Me too."), "'<EOU>', the text that ends"),
+    "end token in messages": (
+        dict(reset=lambda self, rng: [{"role": "assistant", "content": "a<EOU>b"}, {"role": "user", "content": "c"}]),
+        "'<EOU>', the text that ends a turn for this model ('a<EOU>b')",
+    ),
+    "exits": (dict(reply=lambda self, m: sys.exit(3)), "the partner's reply() raised SystemExit: 3 (test_conv"),
 }
 
 
@@ -348,6 +425,12 @@ def test_a_partner_that_hangs_and_one_that_never_stops(codec):
     env.reset(seed=0)
     with pytest.raises(UserError, match=r"reply\(\) did not return within 0.2 s \(partner_timeout\)"):
         env.step(["Hello?"])
+    slow = type("Slow", (Counting,), {"reset": lambda self, rng: time.sleep(60)})
+    maker = PartnerMaker("own.py:Slow", {}, 0, timeout=0.2)
+    vars(maker)["_class"] = slow, None
+    with pytest.raises(UserError, match=r"reset\(\) did not return within 0.2 s \(partner_timeout\)"):
+        maker.begins  # noqa: B018  asks it to begin a conversation
+    assert PartnerMaker.of(PPOConfig(partner="desk", partner_timeout=5)).partners("test", 2).timeout == 5
     endless = make_env(codec, 1, task=ConversationTask(ScriptedPartners(partner(reply=lambda self, m: "And?"), 1), 5))
     talks = finished(endless, 3)
     assert [(talk.end, len(talk.replies)) for talk in talks.values()] == [("truncated", 5)] * 3
@@ -374,6 +457,14 @@ def test_a_signal_that_ends_the_process_is_no_fault_of_the_code_that_runs(second
         signals.asked, signals.first = 130, signal.SIGINT  # the first Ctrl-C was before
         threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
         call_own("it", "its_timeout", seconds, time.sleep, 20)
+
+
+def test_what_a_verdict_does_to_the_messages_it_reads_changes_nothing(codec):
+    forgetful = partner()
+    forgetful.verdict = lambda self, messages: messages.clear() or "Done."
+    ends = make_reward({"partner": 1.0}, {}, "cpu", "")
+    talks = finished(make_env(codec, 1, task=ConversationTask(ScriptedPartners(forgetful, 1), reward=ends)), 2)
+    assert all(talk.note == "Done." and talk.total == len(talk.messages) >= 2 for talk in talks.values())
 
 
 def test_a_class_that_cannot_be_made_is_refused(tmp_path):
