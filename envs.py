@@ -27,7 +27,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from support.conversations import Conversation, ConversationTask, prompt_of
+from support.conversations import Conversation, ConversationTask, prompt_of, score_replies
 from support.errors import UserError
 from support.samples import Sample, Samples, pick
 from support.scoring import Scores, checked_scores
@@ -275,7 +275,7 @@ class ConversationVectorEnv(VectorEnv):
         """Score the last reply of each conversation; return the rewards."""
         if self.task.turn_reward is None or not talks:
             return np.zeros(len(talks))
-        scores = _score(self.task.turn_reward, [t.prompts[-1] for t in talks], [t.replies[-1] for t in talks])
+        scores = score_replies(self.task.turn_reward, [t.prompts[-1] for t in talks], [t.replies[-1] for t in talks])
         for i, talk in enumerate(talks):
             talk.turn_scores.append(scores.row(i))
         return scores.total
@@ -288,11 +288,10 @@ class ConversationVectorEnv(VectorEnv):
             talk.note = note
         if self.task.reward is None:
             return np.zeros(len(talks))
-        has_score, conversations = self.task.partners.has_score, [t.messages for t in talks]
-        scored = self.task.partners.score(slots, conversations) if has_score else [None] * len(talks)
-        columns = [dict(conversation=c, partner_score=score) for c, score in zip(conversations, scored)]
-        prompts = [Prompt.of(t.prompts[-1], t.prompts[-1].messages, more) for t, more in zip(talks, columns)]
-        scores = _score(self.task.reward, prompts, [t.replies[-1] for t in talks])
+        if self.task.partners.has_score:
+            for talk, score in zip(talks, self.task.partners.score(slots, [t.messages for t in talks])):
+                talk.partner_score = score
+        scores = score_replies(self.task.reward, [t.end_prompt for t in talks], [t.replies[-1] for t in talks])
         for i, talk in enumerate(talks):
             talk.scores = scores.row(i)
         return scores.total
@@ -308,11 +307,6 @@ class ConversationVectorEnv(VectorEnv):
         ids, mask = self.codec.encode_prompts(ids, pad_to_max=True)
         self._observations = {"input_ids": ids, "attention_mask": mask}
         return self._observations, _masked({"prompt": self._prompts}, self.active)
-
-
-def _score(reward: Callable[..., Any], prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Scores:
-    """Call a reward on replies that no human reply can be compared with."""
-    return checked_scores(reward(prompts, replies, [""] * len(replies), [0] * len(replies)), replies)
 
 
 def _set_spaces(env: VectorEnv, codec: DialogueCodec) -> None:

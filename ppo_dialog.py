@@ -63,6 +63,7 @@ from support.conversations import (
     join_turns,
     sample_turn,
     scores_of,
+    try_rewards,
     turns_of,
 )
 from support.data import SPLITS
@@ -99,6 +100,7 @@ from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, lengths_without_data, load_samples, longest_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
+from support.timeouts import call_own
 from support.turn_cache import keep_turns
 from support.words import describe, word_tokenizer_for
 
@@ -1216,15 +1218,10 @@ def try_reward(parts: Parts, run: Run) -> tuple[IntentJudge | None, dict[str, fl
 def try_rewards_of_conversations(parts: Parts, run: Run) -> None:
     """Try the rewards on the opening of a conversation, so that their faults appear before the first rollout."""
     run.stage("trying the reward on two replies")
-    task = parts.tasks("train", 1)
-    env = ConversationVectorEnv(task, parts.codec, 1)
+    env = ConversationVectorEnv(parts.tasks("train", 1), parts.codec, 1)
     _, infos = env.reset(seed=parts.config.seed)
-    talk, prompt = env.conversations[0], infos["prompt"][0]
-    prompt.columns = {"conversation": talk.messages, "partner_score": 0.0 if task.partners.has_score else None}
-    sample = Sample(tuple(talk.messages), prompt, "Yes.")
     with on_device(*parts.rewards.models, once=parts.config.gather):
-        for score in filter(None, (parts.score, parts.turn_score)):
-            check_reward(score, sample, parts.config.samples_per_prompt)
+        try_rewards(env.task, env.conversations[0], infos["prompt"][0], parts.config.samples_per_prompt)
 
 
 def make_dialogue_env(parts: Parts) -> DialogueVectorEnv:
@@ -1313,18 +1310,20 @@ def measure_scales(parts: Parts, config: PPOConfig, state: TrainState, run: Run)
     """Measure mean and deviation of rewards without a scale of their own, over replies of the model as it is now."""
     if parts.tasks is None:
         spread, replies, _ = replies_to_spread(parts, config)
+        replies = [parts.codec.as_reply(reply) for reply in replies]
         columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
         asked = [(parts.reward, columns)]
     else:
         talks = play_some(parts, config, "train", START_CONVERSATIONS, config.sampling)
-        last = [(talk.prompts[-1], talk.replies[-1]) for talk in talks]
+        last = [(talk.end_prompt, talk.replies[-1]) for talk in talks]
         each = [pair for talk in talks for pair in zip(talk.prompts, talk.replies)]
         asked = [
             (reward, (*map(list, zip(*pairs)), [""] * len(pairs), [0] * len(pairs)))
             for reward, pairs in ((parts.reward, last), (parts.turn_reward, each))
         ]
     for reward, columns in asked:
-        for name, (mean, deviation) in reward.measure_scales(*columns).items():
+        scales = call_own("the reward", "reward_timeout", 0, reward.measure_scales, *columns)
+        for name, (mean, deviation) in scales.items():
             state.reward_scales[name] = mean, deviation  # which is parts.reward.scales too
             run.say(
                 f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(columns[0])} replies of the "

@@ -20,10 +20,11 @@ from support.generation import DecodeStep, Responses, sample_responses
 from support.options import Sampling
 from support.packing import pad_right
 from support.samples import Sample
-from support.scoring import Scores
+from support.scoring import Scores, checked_scores, keep_random_states
 from support.text import DialogueCodec, Message, Prompt, Reply, TemplateRefusal
 
 POLICY, PARTNER = 0, 1  # whose random numbers
+OF_CONVERSATIONS = ("turns", "cut", "mean_output_length")  # metrics that a conversation has in any case
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Conversation:
     note: str = ""  # what the partner says of it, for a reader
     turn_scores: list[Scores] = field(default_factory=list)  # of one reply each
     scores: Scores = field(default_factory=lambda: Scores(np.zeros(1)))  # at the end
+    partner_score: float | None = None  # at the end, of a partner that scores
+
+    @property
+    def end_prompt(self) -> Prompt:
+        """The prompt of the last reply, with what the reward of a whole conversation is told."""
+        last = self.prompts[-1]
+        columns = {"conversation": [dict(m) for m in self.messages], "partner_score": self.partner_score}
+        return Prompt.of(last, last.messages, columns)
 
     @property
     def total(self) -> float:
@@ -201,6 +210,39 @@ def turn_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed
         generator = torch.Generator().manual_seed(random.Random(f"{seed}/{number}/{turn}/{whose}").getrandbits(62))
         rows.append(torch.rand(width, generator=generator))
     return torch.stack(rows)
+
+
+def score_replies(reward: Callable[..., Any], prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Scores:
+    """Call a reward on replies that no human reply can be compared with.
+
+    UserError for what `checked_scores` refuses, and for a metric with the name of one that conversations have.
+    """
+    scores = checked_scores(reward(prompts, replies, [""] * len(replies), [0] * len(replies)), replies)
+    for name in scores.metrics.keys() & OF_CONVERSATIONS:
+        raise UserError(f"the reward calls a statistic '{name}', which conversations have themselves; rename it.")
+    return scores
+
+
+def try_rewards(task: ConversationTask, opening: Conversation, prompt: Prompt, group: int) -> None:
+    """Try the rewards of a task before the first rollout, so that their faults appear then.
+
+    They score two replies, or `group` if that is more, which end a conversation that `opening` has begun. `prompt` is
+    the policy's. Random numbers that the rewards draw do not change those of the run.
+    """
+    replies = [Reply(("Yes.", "")[i % 2]) for i in range(max(2, group))]
+    prompt, partner_score = Prompt.of(prompt, opening.messages), 0.0 if task.partners.has_score else None
+    talks = []
+    for reply in replies:
+        messages = [*opening.messages, {"role": "assistant", "content": str(reply)}]
+        talks.append(Conversation(0, messages, opening.opening, [prompt], [reply], partner_score=partner_score))
+    tried = (task.reward, [talk.end_prompt for talk in talks]), (task.turn_reward, [prompt] * len(replies))
+    try:
+        with keep_random_states():
+            for reward, prompts in tried:
+                if reward is not None:
+                    score_replies(reward, prompts, replies)
+    except UserError as error:
+        raise UserError(f"{error} (It was tried before training, on two replies.)") from error
 
 
 def scores_of(talks: list[Conversation]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from test_programs import flags, lines, run, timeless, trained
 from envs import ConversationVectorEnv
 from eval_metrics import (
     EvalConfig,
+    play,
     run_evaluation,
 )
 from ppo_config import PPOConfig
@@ -29,10 +30,14 @@ from ppo_dialog import (
     Critic,
     RolloutSettings,
     RunningMoments,
+    TrainState,
     check_partner,
+    checked_reward,
     collect,
     gae,
+    measure_scales,
     token_rewards,
+    try_rewards_of_conversations,
 )
 from rewards import make_reward
 from support.builtin import builtin_model
@@ -43,7 +48,7 @@ from support.conversations import (
 )
 from support.desk import Customer
 from support.errors import UserError
-from support.generation import token_log_probs
+from support.generation import ReplySettings, token_log_probs
 from support.models import load_causal_lm, load_codec, load_trunk
 from support.options import Sampling
 from support.partners import (
@@ -54,8 +59,9 @@ from support.partners import (
     opening_of,
     unread_data,
 )
+from support.scoring import Reward
 from support.signals import StopSignals
-from support.text import DialogueCodec, DialogueFormat
+from support.text import DialogueCodec, DialogueFormat, Reply
 from support.timeouts import call_own
 
 CHATML = (
@@ -277,12 +283,83 @@ def test_a_reward_reads_the_whole_conversation(codec):
         assert [m["role"] for m in whole] == ["user", "assistant"] * len(talk.replies)
 
 
+def words_of_the_policy(prompts, responses, references, acts):
+    """Fails where the conversation has no reply of the policy."""
+    said = [[m["content"] for m in p.columns["conversation"] if m["role"] == "assistant"] for p in prompts]
+    assert [texts[-1] for texts in said] == responses
+    return [float(len(texts[-1])) for texts in said]
+
+
 def whole(prompts, responses, references, acts):
     return [float(len(p.columns["conversation"])) for p in prompts]
 
 
+class Length(Reward):
+    """A reward without a scale, of whole conversations that the partner scores."""
+
+    unbounded = True
+
+    def __call__(self, prompts, responses, references, acts):
+        assert all(isinstance(response, Reply) and response.token_ids for response in responses)
+        return [len(p.columns["conversation"]) + 100 * p.columns["partner_score"] for p in prompts]
+
+
+class Fails(Length):
+    def __call__(self, prompts, responses, references, acts):
+        return 1 / 0 if len(responses) > 1 else [0.0]
+
+
+def parts_of(codec, policy, reward, turn_reward=()):
+    """Make what the functions before training read of Parts."""
+    names = [{f"{__file__}:{name}" if name != "partner" else name: 1.0 for name in of} for of in (reward, turn_reward)]
+    config = PPOConfig(partner=f"{__file__}:Counting", reward=names[0], turn_reward=names[1], max_turns=2)
+    rewards = make_reward(config.turn_reward | config.reward, {}, "cpu", "<EOU>")
+    parts = SimpleNamespace(config=config, codec=codec, rewards=rewards, policy=policy)
+    parts.reward, parts.turn_reward = map(rewards.part_of, (config.reward, config.turn_reward))
+    parts.score, parts.turn_score = (checked_reward(r, config, codec) for r in (parts.reward, parts.turn_reward))
+    parts.tasks = Tasks(config, PartnerMaker.of(config), codec, {}, (parts.score, parts.turn_score))
+    parts.reply_settings = lambda seed, sampling: ReplySettings(codec, sampling, seed)
+    return parts
+
+
 def silent(said=None):
     return SimpleNamespace(stage=lambda *_: None, say=(lambda _: None) if said is None else said.append)
+
+
+def test_the_trial_before_training_gives_what_training_gives(codec, policy):
+    good = parts_of(codec, policy, ["words_of_the_policy", "partner", "whole"], ["length_of"])
+    try_rewards_of_conversations(good, silent())
+    bad = parts_of(codec, policy, ["partner"], ["whole"])  # the reward of a turn is told no whole conversation
+    with pytest.raises(UserError, match=r"raised KeyError.*\(It was tried before training, on two replies.\)"):
+        try_rewards_of_conversations(bad, silent())
+    seen = []
+    task = replace(good.tasks("train", 1), reward=lambda *columns: seen.append(columns) or [0.0] * len(columns[1]))
+    good.tasks = lambda split, slots: task
+    good.config.samples_per_prompt = 3
+    state = random.getstate()
+    try_rewards_of_conversations(good, silent())
+    ((prompts, replies, references, acts),) = seen
+    assert replies == ["Yes.", "", "Yes."] and references == [""] * 3 and acts == [0] * 3
+    for prompt, reply in zip(prompts, replies):
+        assert prompt.columns["conversation"][-1] == {"role": "assistant", "content": reply}
+        assert list(prompt.messages) == prompt.columns["conversation"][:-1] and prompt.columns["partner_score"] == 0.0
+    assert random.getstate() == state
+
+
+def test_the_scale_of_a_reward_of_whole_conversations_is_measured(codec, policy, monkeypatch):
+    monkeypatch.setattr("ppo_dialog.START_CONVERSATIONS", 6)
+    codec, said = codec.with_format(max_new_tokens=3), []
+    parts = parts_of(codec, policy, ["Length"])
+    state = TrainState(parts.config)
+    measure_scales(parts, parts.config, state, silent(said))
+    talks = play(policy, lambda n: parts.tasks("train", n), 6, ReplySettings(codec, parts.config.sampling))
+    lengths = np.array([len(talk.messages) for talk in talks])  # which is the score of Counting too
+    mean, deviation = state.reward_scales["Length"]
+    assert (mean, deviation) == pytest.approx((101 * lengths.mean(), 101 * lengths.std()))
+    assert "over 6 replies of the model" in said[0]
+    monkeypatch.setattr("ppo_dialog.play_some", lambda *_: talks)
+    with pytest.raises(UserError, match="the reward raised ZeroDivisionError"):
+        measure_scales(parts_of(codec, policy, ["Fails"]), parts.config, state, silent())
 
 
 def test_what_does_not_fit_a_partner_is_refused():
