@@ -281,14 +281,28 @@ def earned_by_tokens(reply: Reply, scores: Scores | None, rest: bool) -> np.ndar
 
 
 def columns_of(talks: Sequence[Conversation], name: str) -> dict[str, list[float]]:
-    """Return the parts or the metrics of the rewards, by name: those of turns as sums (parts) or means (metrics)."""
+    """Return the parts or the metrics of the rewards, by name: those of turns as sums (parts) or means (metrics).
+
+    NaN does not count. A metric that the end of a conversation has too is NAME_of_turns for its turns.
+    """
     combine = np.sum if name == "parts" else np.mean
+    at_end = {key for talk in talks for key in getattr(talk.scores, name)}
     rows = []
     for talk in talks:
         row = {key: float(x[0]) for key, x in getattr(talk.scores, name).items()}
-        for key in dict.fromkeys(key for scores in talk.turn_scores for key in getattr(scores, name)):
-            of_turns = float(combine([getattr(scores, name)[key][0] for scores in talk.turn_scores]))
-            row[key] = row[key] + of_turns if name == "parts" and key in row else of_turns
+        turns = [getattr(scores, name) for scores in talk.turn_scores]
+        for key in dict.fromkeys(key for of_turn in turns for key in of_turn):
+            found = combine_numbers(combine, [of_turn[key][0] for of_turn in turns if key in of_turn])
+            if name == "parts":
+                row[key] = combine_numbers(np.sum, [row[key], found]) if key in row else found
+            else:
+                row[f"{key}_of_turns" if key in at_end else key] = found
         rows.append(row)
     names = dict.fromkeys(key for row in rows for key in row)
     return {key: [row.get(key, math.nan) for row in rows] for key in names}
+
+
+def combine_numbers(combine: Callable[[Sequence[float]], Any], values: Sequence[float]) -> float:
+    """Return what `combine` makes of the values that are not NaN; NaN if all are."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(combine(numbers)) if numbers else math.nan

@@ -39,11 +39,14 @@ from ppo_dialog import (
     token_rewards,
     try_rewards_of_conversations,
 )
-from rewards import make_reward
+from rewards import label_parts, make_reward
 from support.builtin import builtin_model
 from support.conversations import (
+    Conversation,
     ConversationTask,
+    columns_of,
     prompt_of,
+    score_replies,
     turn_uniforms,
 )
 from support.desk import Customer
@@ -59,9 +62,9 @@ from support.partners import (
     opening_of,
     unread_data,
 )
-from support.scoring import Reward
+from support.scoring import Reward, Scores
 from support.signals import StopSignals
-from support.text import DialogueCodec, DialogueFormat, Reply
+from support.text import DialogueCodec, DialogueFormat, Prompt, Reply
 from support.timeouts import call_own
 
 CHATML = (
@@ -360,6 +363,42 @@ def test_the_scale_of_a_reward_of_whole_conversations_is_measured(codec, policy,
     monkeypatch.setattr("ppo_dialog.play_some", lambda *_: talks)
     with pytest.raises(UserError, match="the reward raised ZeroDivisionError"):
         measure_scales(parts_of(codec, policy, ["Fails"]), parts.config, state, silent())
+
+
+def talk_with(metrics=(), turns=(), parts=()):
+    """A conversation whose rewards returned these metrics at its end, and for each turn."""
+
+    def scores(found, parts=()):
+        return Scores(np.ones(1), *({name: np.array([x]) for name, x in dict(of).items()} for of in (parts, found)))
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes no"}]
+    talk = Conversation(0, messages, 1, replies=[Reply.of("yes no", [1, 2])] * max(1, len(turns)))
+    talk.scores, talk.turn_scores = scores(metrics, parts), [scores(turn, turn if parts else ()) for turn in turns]
+    return talk
+
+
+def test_statistics_of_turns_and_of_the_end():
+    nan = float("nan")
+    talks = [talk_with({"m": 1.0}, [{"judge": 0.5}, {"judge": nan}, {"judge": 0.7}]), talk_with({}, [{"judge": nan}])]
+    found = columns_of(talks, "metrics")
+    assert found["judge"] == [pytest.approx(0.6), pytest.approx(nan, nan_ok=True)]
+    assert found["m"] == [1.0, pytest.approx(nan, nan_ok=True)]
+    both = [talk_with({"judge": 9.0}, [{"judge": 0.5}, {"judge": 0.7}]), talk_with({"judge": 8.0}, [{"judge": 0.2}])]
+    expected = {"judge": [9.0, 8.0], "judge_of_turns": [pytest.approx(0.6), pytest.approx(0.2)]}
+    assert columns_of(both, "metrics") == expected
+    sums = columns_of([talk_with({}, [{"a": 1.0}, {"a": nan}, {"b": 2.0}], parts={"a": 0.5})], "parts")
+    assert sums == {"a": [1.5], "b": [2.0]}
+
+
+def test_a_statistic_with_the_name_of_a_conversations_own_metric_is_refused(codec):
+    for name in ("turns", "cut", "mean_output_length"):
+        reward = make_reward({f"{__file__}:length_of": 1.0}, {}, "cpu", "")
+        reward.parts["length_of"] = 1.0, lambda p, r, *_, name=name: ([0.0] * len(r), {name: [42.0] * len(r)})
+        with pytest.raises(UserError, match=f"a statistic '{name}', which conversations have themselves; rename it"):
+            finished(make_env(codec, 1, reward=reward), 1)
+    assert list(label_parts(["own.py:turns", "own.py:cut"]).values()) == ["turns_part", "cut_part"]
+    scores = score_replies(lambda p, r, *_: ([0.0], {"mine": [42.0]}), [Prompt("")], [Reply("a")])
+    assert scores.metrics["mine"] == [42.0]
 
 
 def test_what_does_not_fit_a_partner_is_refused():
