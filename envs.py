@@ -27,7 +27,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from support.conversations import Conversation, ConversationTask, prompt_of, score_replies
+from support.conversations import Conversation, ConversationTask, prompt_of, score_replies, with_system_prompt
 from support.errors import UserError
 from support.samples import Sample, Samples, pick
 from support.scoring import Scores, checked_scores
@@ -231,7 +231,7 @@ class ConversationVectorEnv(VectorEnv):
             slots, numbers, of_partners, self.task.partners.begin(slots, of_partners, self.seed)
         ):
             if opening is None:
-                messages = self._recorded(of_partner)
+                messages = with_system_prompt(self._recorded(of_partner), self.codec)
             else:
                 messages = opening
                 self._check_words(*(message["content"] for message in opening))

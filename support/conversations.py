@@ -84,10 +84,26 @@ class Conversation:
         return "\n".join([*lines, f"({self.note})"] if self.note else lines)
 
 
-def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> tuple[list[Message], list[int]]:
-    """Return as much of a conversation as there is room for, and its prompt's tokens. UserError if its end is too long.
+def with_system_prompt(messages: Sequence[Message], codec: DialogueCodec) -> list[Message]:
+    """Return a recorded beginning with the model's system prompt, if it has one, in place of that of the data."""
+    if not codec.format.system_prompt:
+        return list(messages)
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    return [{"role": "system", "content": codec.format.system_prompt}, *turns]
 
-    `whose` names the model in a sentence.
+
+def has_room(beginning: Sequence[Message], codec: DialogueCodec) -> bool:
+    """Whether a prompt has room for the last words of a recorded beginning, with the model's own system prompt."""
+    try:
+        return fit_turns(with_system_prompt(beginning, codec), codec) is not None
+    except TemplateRefusal:
+        return True  # what it refuses is said when it is played
+
+
+def fit_turns(messages: Sequence[Message], codec: DialogueCodec) -> tuple[list[Message], list[int]] | None:
+    """Return as much of a conversation as there is room for, and its prompt's tokens; None if its end is too long.
+
+    Raises TemplateRefusal with what the template says against it.
     """
     turns = list(messages)
     if not codec.format.template:
@@ -97,12 +113,20 @@ def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> 
     system = codec.format.system_prompt or codec.format.common_system
     if system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
+    return codec.fit(turns, codec.format.max_prompt_tokens)
+
+
+def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> tuple[list[Message], list[int]]:
+    """Return as much of a conversation as there is room for, and its prompt's tokens. UserError if its end is too long.
+
+    `whose` names the model in a sentence.
+    """
     try:
-        found = codec.fit(turns, codec.format.max_prompt_tokens)
+        found = fit_turns(messages, codec)
     except TemplateRefusal as refusal:
         raise UserError(f"the chat template of {whose} refuses the conversation: {refusal}.") from refusal
     if found is None:
-        last = turns[-1]["content"]
+        last = messages[-1]["content"]
         raise UserError(
             f"a prompt of {whose} has room for {codec.format.max_prompt_tokens} tokens (max_prompt_tokens), and what "
             f"was said last is longer: {len(last):,} characters, {last!r:.60}."

@@ -21,6 +21,8 @@ from test_programs import flags, lines, run, timeless, trained
 from envs import ConversationVectorEnv
 from eval_metrics import (
     EvalConfig,
+    open_dialogues,
+    openings_for_all,
     play,
     run_evaluation,
 )
@@ -59,6 +61,7 @@ from support.partners import (
     PartnerMaker,
     ScriptedPartners,
     Tasks,
+    first_of_dialogues,
     opening_of,
     unread_data,
 )
@@ -849,7 +852,8 @@ ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zer
 
 def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsys):
     options = dict(partner=f"{__file__}:Counting", partner_args={"most": 4}, limit=12, bootstrap=20, max_turns=3)
-    same = EvalConfig(model_path="builtin", baseline_path="builtin", output=str(tmp_path / "out.json"), **options)
+    two = dict(model_path="builtin", baseline_path="builtin", skip_bad_rows=True)
+    same = EvalConfig(**two, output=str(tmp_path / "out.json"), **options)
     result = run_evaluation(same)
     assert result["policy"] == result["baseline"] and result["settings"]["samples"] == 12
     assert result["policy"]["turns"] == pytest.approx(result["policy"]["partner"] / 2, rel=0.3)
@@ -857,9 +861,68 @@ def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsy
     assert json.loads((tmp_path / "out.json").read_text())["policy"] == result["policy"]
     shown = capsys.readouterr().out
     assert "12 of 12 conversations" in shown and "METEOR" not in shown and "\npartner " in shown
+    assert "note: the partner begins conversations itself, so these settings have no effect: skip_bad_rows" in shown
     # a model as partner begins with recorded dialogues and has no score
     friend = run_evaluation(EvalConfig(model_path="builtin", partner="builtin", limit=5, bootstrap=5, max_turns=2))
     assert friend["policy"]["turns"] == 2 and "partner" not in friend["policy"]
+
+
+def test_each_model_of_an_evaluation_gets_its_own_system_prompt(chat_codec, tmp_path):
+    dialogue = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")]
+    rows = [[("system", "Of the data."), *dialogue] if i % 2 else dialogue for i in range(40)]
+    rows = [
+        {"messages": [{"role": role, "content": f"{text} {i}"} for role, text in row]} for i, row in enumerate(rows)
+    ]
+    rows[-2]["messages"][0]["content"] = "word " * 90  # fits alone, and not with the baseline's system prompt
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = EvalConfig(
+        model_path="builtin", baseline_path="builtin", partner="builtin", data_path=f"{tmp_path}/chats.jsonl"
+    )
+    config.split = "train"
+
+    def begun(policy, baseline):
+        codecs = {"policy": policy, "baseline": baseline}
+        openings = openings_for_all(config, codecs, open_dialogues(config, codecs))
+        found = []
+        for codec in codecs.values():
+            task = ConversationTask(ScriptedPartners(partner(reset=lambda self, rng: None), 8), openings=openings)
+            env = make_env(codec, 8, task=task)
+            env.reset(seed=0)
+            found.append([talk.messages for talk in env.conversations])
+        return openings, found
+
+    mine, other = (chat_codec.with_format(system_prompt=text) for text in ("I am the policy.", "Much " * 30 + "more."))
+    openings, (first, second) = begun(mine, other)
+    assert {talk[0]["content"] for talk in first} == {"I am the policy."}
+    assert {talk[0]["content"] for talk in second} == {other.format.system_prompt}
+    assert [talk[1:] for talk in first] == [talk[1:] for talk in second]
+    assert prompt_of(first[0], mine, "")[0][0]["content"] == "I am the policy."
+    assert not any("word word" in opening.messages[-1]["content"] for opening in openings)
+    # a model without one keeps the system message of the data
+    openings, (first, second) = begun(chat_codec, other)
+    systems = [m["content"] for talk in first for m in talk if m["role"] == "system"]
+    assert 0 < len(systems) < 8 and all(text.startswith("Of the data.") for text in systems)
+    assert first_of_dialogues(openings).keys == openings.keys
+
+
+def test_data_that_single_replies_refuse_is_refused_with_a_partner_too(tmp_path):
+    turns = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")]
+    rows = [{"messages": [{"role": r, "content": f"{text} {i}"} for r, text in turns]} for i in range(40)]
+
+    def refused(rows, **options):
+        (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found = []
+        for partner in ("", "builtin"):
+            given = dict(model_path="builtin", data_path=f"{tmp_path}/chats.jsonl", template="dialogue", **options)
+            with pytest.raises(UserError) as error:
+                run_evaluation(EvalConfig(**given, partner=partner))
+            found.append(str(error.value))
+        assert found[0] == found[1]
+        return found[0]
+
+    assert "speaker is 'second', but the rows" in refused(rows, speaker="second")
+    rows[3]["messages"][0]["content"] = "So <EOU> I said."
+    assert "<EOU>" in refused(rows)
 
 
 def test_what_does_not_fit_an_evaluation_with_a_partner_is_refused(tmp_path):
