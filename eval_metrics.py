@@ -228,6 +228,7 @@ class NGrams:
                 ids.append(numbers.setdefault(ngram, len(numbers)))
                 owners.append(owner)
         self.ids, self.owners = np.array(ids, dtype=int), np.array(owners, dtype=int)
+        self.word_tokenizer = word_tokenizer
 
     def distinct(self, weights: np.ndarray) -> float:
         """Return different n-grams / all n-grams (Li et al., 2016), with text i counted weights[i] times; 0 if none."""
@@ -509,7 +510,7 @@ def compare(
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
-    known["word_tokenizer"] = describe(word_tokenizer_for(policy.references))
+    known["word_tokenizer"] = describe(policy.ngrams["distinct1"].word_tokenizer)
     if any(policy.references):
         known["meteor_synonyms"] = meteor_uses_synonyms()
     for name in ("intent", "intent_second_judge"):
@@ -665,12 +666,13 @@ def play(
     """Let the model play conversations 0, 1, ... and return them in this order; 0 conversations means PLAYED.
 
     `make_task` makes the task for a number of conversations at a time. With `settings.share` each process plays a part.
+    The conversations, which depend on their numbers alone, are distributed evenly over as few rounds as possible.
     """
     state, conversations = PartialState(), conversations or PLAYED
     index, processes = (state.process_index, state.num_processes) if settings.share else (0, 1)
-    at_a_time = max(1, min(2 * settings.batch_size, -(-conversations // processes)))
+    rounds = -(-conversations // (processes * 2 * settings.batch_size))
+    at_a_time = -(-conversations // (processes * rounds))
     env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
-    rounds = -(-conversations // env.env_num)
     observations, _ = env.reset(seed=settings.seed, options={"rounds": rounds})
     talks, device, step = [], next(model.parameters()).device, keep_turns(causal_lm_step(model), settings.codec)
     while env.active.any():

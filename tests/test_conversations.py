@@ -21,10 +21,12 @@ from test_programs import flags, lines, run, timeless, trained
 from envs import ConversationVectorEnv
 from eval_metrics import (
     EvalConfig,
+    compare,
     open_dialogues,
     openings_for_all,
     play,
     run_evaluation,
+    score_conversations,
 )
 from ppo_config import PPOConfig
 from ppo_dialog import (
@@ -69,6 +71,7 @@ from support.scoring import Reward, Scores
 from support.signals import StopSignals
 from support.text import DialogueCodec, DialogueFormat, Prompt, Reply
 from support.timeouts import call_own
+from support.words import describe
 
 CHATML = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '<EOU>' }}{% endfor %}"
@@ -865,6 +868,31 @@ def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsy
     # a model as partner begins with recorded dialogues and has no score
     friend = run_evaluation(EvalConfig(model_path="builtin", partner="builtin", limit=5, bootstrap=5, max_turns=2))
     assert friend["policy"]["turns"] == 2 and "partner" not in friend["policy"]
+
+
+def test_no_more_conversations_are_played_than_asked_and_they_stay_the_same(codec, policy):
+    codec, sizes, done = codec.with_format(max_new_tokens=3), [], []
+
+    def make_task(slots):
+        sizes.append(slots)
+        return ConversationTask(ScriptedPartners(Counting, slots), 2)
+
+    def played(n, batch_size):
+        settings = ReplySettings(codec, seed=1, batch_size=batch_size)
+        talks = play(policy, make_task, n, settings, lambda *counts: done.append(counts))
+        return [(talk.number, talk.messages) for talk in talks]
+
+    assert played(9, 3) == played(9, 8) == played(12, 6)[:9]
+    assert sizes == [5, 9, 12]  # two rounds of five in place of six
+    assert (10, 10) in done and (9, 9) in done
+
+
+def test_the_settings_of_an_evaluation_name_the_words_that_were_counted():
+    talks = [talk_with() for _ in range(3)]
+    for talk in talks:
+        talk.replies = [Reply.of("你好世界", [1, 2])]
+    result = compare(score_conversations(talks, 1.0).evaluation)
+    assert result["settings"]["word_tokenizer"] == describe("unicode") and result["policy"]["distinct1"] == 1 / 3
 
 
 def test_each_model_of_an_evaluation_gets_its_own_system_prompt(chat_codec, tmp_path):
