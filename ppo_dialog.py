@@ -1460,11 +1460,9 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     means = dict(zip(columns, (reduce(sums) / reduce(counts)).tolist()))
     whole = sum(means[f"share_{name}"] for name in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
-    prompt_tokens, prompt_positions, turns = reduce(
-        rollout.prompt_mask.new_tensor(
-            [rollout.prompt_mask.sum(), rollout.prompt_mask.numel(), int(rollout.turns.sum())]
-        )
-    ).tolist()
+    mask = rollout.prompt_mask  # (M, P) of the texts, of which a conversation may have several
+    counts = [mask.sum(), mask.numel(), len(mask), int(rollout.turns.sum())]
+    prompt_tokens, prompt_positions, texts, turns = reduce(mask.new_tensor(counts)).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
     _, of_scores = masked_moments(rollout.scores, torch.ones_like(rollout.scores), reduce)
@@ -1472,7 +1470,7 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
         "score_std": of_scores**0.5,
         "kl_div": reduce(rollout.kl.sum()).item() / tokens,
         "alpha": alpha,
-        "mean_prompt_length": prompt_tokens / n,
+        "mean_prompt_length": prompt_tokens / texts,
         "mean_output_length": tokens / turns,
         # padding costs time only if the model cannot be packed (support/packing.py), but always takes cache memory
         "padding_share": 1 - prompt_tokens / prompt_positions,

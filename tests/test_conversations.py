@@ -39,7 +39,9 @@ from ppo_dialog import (
     checked_reward,
     collect,
     gae,
+    make_batch,
     measure_scales,
+    rollout_metrics,
     token_rewards,
     try_rewards_of_conversations,
 )
@@ -722,6 +724,18 @@ def test_conversations_of_a_rollout_depend_neither_on_the_batch_nor_on_processes
     assert play(2) == whole and play(1) == whole and len(set(whole)) > 4
     halves = [play(4, index, 2) for index in range(2)]
     assert halves[0][:2] == whole[:2] and halves[1][:2] == whole[2:4] and halves[0][2:] == whole[4:6]
+
+
+def test_a_mean_prompt_is_that_of_the_texts(codec, policy):
+    codec = codec.with_format(context_utterances=3, max_prompt_tokens=40, max_new_tokens=4)
+    rollout, _ = rollout_of(ActorCritic(policy).eval(), policy, codec, Sampling())
+    config = PPOConfig(partner="desk", env_num=8)
+    batch = make_batch(rollout, TrainState(config), config, lambda x: x)
+    prompts = rollout.prompt_mask.sum(-1).float()
+    assert len(prompts) > len(rollout.mask)  # a conversation has several texts, because its window moves on
+    alone = rollout_metrics(batch, 0.2, lambda x: x)["mean_prompt_length"]
+    assert alone == pytest.approx(prompts.mean().item()) and alone <= 40
+    assert rollout_metrics(batch, 0.2, lambda x: 2 * x)["mean_prompt_length"] == alone  # as two such processes
 
 
 def test_advantages_run_across_three_turns():
