@@ -38,7 +38,7 @@ from typing import Any
 from support.config import check_command_line, command_line
 from support.errors import UserError, did_you_mean, run_script
 from support.options import AgentConfig
-from support.paths import check_models, check_template, model_folder
+from support.paths import check_models, check_template, same_model
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ChatConfig(ConversationOptions, AgentConfig):
         if self.blind and not (self.versus and self.web):
             missing = "--versus MODEL" if self.web else "--web" if self.versus else "--versus MODEL and --web"
             raise UserError(f"--blind compares two models on a page; give {missing} too.")
-        if self.blind and os.path.realpath(model_folder(self.path)) == os.path.realpath(model_folder(self.versus)):
+        if self.blind and same_model(self.path, self.versus):
             raise UserError(f"a blind comparison needs two different models; --versus names '{self.path}' again.")
         for name in (self.path, self.versus):
             check_models(model=name, tokenizer=self.tokenizer_path, intent_model=self.intent_model)
@@ -158,11 +158,21 @@ class Conversation:
     def begin(self) -> None:
         """Tell the person what to want, in a conversation with a policy that was trained with a partner."""
         if self.role is not None:
-            self.note(new_role(self.role))
+            try:
+                self.note(new_role(self.role))
+            except UserError as error:  # the chat goes on without a goal
+                self.note(f"({error})")
 
     def follow(self) -> None:
         """Tell how the conversation has ended, and begin the next one."""
-        if self.role is not None and (verdict := how_it_ended(self.role, messages_of(self.agents[0].history))):
+        if self.role is None:
+            return
+        try:
+            verdict = how_it_ended(self.role, messages_of(self.agents[0].history))
+        except UserError as error:  # the chat goes on
+            self.note(f"({error})")
+            return
+        if verdict:
             self.note(f"({verdict})")
             self.obey("/reset")
 

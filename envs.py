@@ -27,7 +27,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from support.conversations import Conversation, ConversationTask, prompt_of
+from support.conversations import Conversation, ConversationTask, prompt_of, score_replies, with_system_prompt
 from support.errors import UserError
 from support.samples import Sample, Samples, pick
 from support.scoring import Scores, checked_scores
@@ -230,8 +230,22 @@ class ConversationVectorEnv(VectorEnv):
         for slot, number, of_partner, opening in zip(
             slots, numbers, of_partners, self.task.partners.begin(slots, of_partners, self.seed)
         ):
-            messages = self._recorded(of_partner) if opening is None else opening
+            if opening is None:
+                messages = with_system_prompt(self._recorded(of_partner), self.codec)
+            else:
+                messages = opening
+                self._check_words(*(message["content"] for message in opening))
             self.conversations[slot] = Conversation(number, list(messages), len(messages))
+
+    def _check_words(self, *words: str) -> None:
+        """UserError for words of a partner that would end a turn of the prompt, and forge another."""
+        stop = self.codec.stop.strip()
+        for text in words:
+            if stop and stop in text:
+                raise UserError(
+                    f"the partner said {stop!r}, the text that ends a turn for this model ({text!r:.60}); leave it out "
+                    "of what the partner says."
+                )
 
     def _recorded(self, number: int) -> tuple[Message, ...]:
         """The recorded beginning for a conversation."""
@@ -248,16 +262,11 @@ class ConversationVectorEnv(VectorEnv):
         numbers = [talk.number // self.samples_per_prompt for talk in talks]
         turns = [len(talk.replies) for talk in talks]
         said = self.task.partners.reply(slots, [talk.messages for talk in talks], numbers=numbers, turns=turns)
-        stop = self.codec.stop
         for talk, words in zip(talks, said):
             if words is None:
                 talk.end = "terminated"
                 continue
-            if stop and stop.strip() in words:
-                raise UserError(
-                    f"the partner said {stop.strip()!r}, the text that ends a turn for this model ({words!r:.60}); "
-                    "leave it out of what the partner says."
-                )
+            self._check_words(words)
             talk.messages = [*talk.messages, {"role": "user", "content": words}]
             if len(talk.replies) >= self.task.max_turns:
                 talk.end = "truncated"
@@ -266,7 +275,7 @@ class ConversationVectorEnv(VectorEnv):
         """Score the last reply of each conversation; return the rewards."""
         if self.task.turn_reward is None or not talks:
             return np.zeros(len(talks))
-        scores = _score(self.task.turn_reward, [t.prompts[-1] for t in talks], [t.replies[-1] for t in talks])
+        scores = score_replies(self.task.turn_reward, [t.prompts[-1] for t in talks], [t.replies[-1] for t in talks])
         for i, talk in enumerate(talks):
             talk.turn_scores.append(scores.row(i))
         return scores.total
@@ -279,11 +288,10 @@ class ConversationVectorEnv(VectorEnv):
             talk.note = note
         if self.task.reward is None:
             return np.zeros(len(talks))
-        has_score, conversations = self.task.partners.has_score, [t.messages for t in talks]
-        scored = self.task.partners.score(slots, conversations) if has_score else [None] * len(talks)
-        columns = [dict(conversation=c, partner_score=score) for c, score in zip(conversations, scored)]
-        prompts = [Prompt.of(t.prompts[-1], t.prompts[-1].messages, more) for t, more in zip(talks, columns)]
-        scores = _score(self.task.reward, prompts, [t.replies[-1] for t in talks])
+        if self.task.partners.has_score:
+            for talk, score in zip(talks, self.task.partners.score(slots, [t.messages for t in talks])):
+                talk.partner_score = score
+        scores = score_replies(self.task.reward, [t.end_prompt for t in talks], [t.replies[-1] for t in talks])
         for i, talk in enumerate(talks):
             talk.scores = scores.row(i)
         return scores.total
@@ -299,11 +307,6 @@ class ConversationVectorEnv(VectorEnv):
         ids, mask = self.codec.encode_prompts(ids, pad_to_max=True)
         self._observations = {"input_ids": ids, "attention_mask": mask}
         return self._observations, _masked({"prompt": self._prompts}, self.active)
-
-
-def _score(reward: Callable[..., Any], prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Scores:
-    """Call a reward on replies that no human reply can be compared with."""
-    return checked_scores(reward(prompts, replies, [""] * len(replies), [0] * len(replies)), replies)
 
 
 def _set_spaces(env: VectorEnv, codec: DialogueCodec) -> None:

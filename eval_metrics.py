@@ -35,14 +35,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from support.config import check_command_line, command_line, plain_values
 from support.errors import UserError, first_line, run_script
 from support.options import EVAL_SAMPLING, PartnerOptions, SampleOptions, Sampling, TextOptions, check_values
-from support.paths import (
-    check_data,
-    check_file_to_write,
-    check_models,
-    check_partner_path,
-    check_template,
-    is_class,
-)
+from support.paths import check_data, check_file_to_write, check_models, check_template
 
 
 @dataclass
@@ -121,13 +114,9 @@ class EvalConfig(EvalOptions, PartnerOptions, TextOptions, SampleOptions):
 
     def check_partner(self) -> None:
         """UserError for settings that conversations with a partner have no use for."""
+        super().check_partner()
         if not self.partner:
-            if self.partner_args:
-                raise UserError("partner_args is for conversations; give --partner as well, or leave it out.")
             return
-        check_partner_path(self.partner)
-        if self.partner_args and not is_class(self.partner):
-            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
         if self.partner == "self":
             raise UserError("partner is 'self', which only a run has; name the model, such as --partner builtin.")
         for name in ("replies", "intent_model", "second_intent_model"):
@@ -161,7 +150,7 @@ from transformers import AutoConfig
 from envs import ConversationVectorEnv
 from rewards import intent_hits, label_parts, make_reward
 from support.builtin import resolve_model
-from support.conversations import Conversation, ConversationTask, columns_of, sample_turn
+from support.conversations import Conversation, ConversationTask, columns_of, has_room, sample_turn
 from support.data import Dialogue, Dialogues, form_sentence, load_dialogues
 from support.files import nan_to_none, write_json
 from support.generation import ReplySettings, Report, causal_lm_step, generate_replies, reply_log_likelihoods
@@ -172,7 +161,7 @@ from support.machine import use_all_cores
 from support.meteor import meteor, meteor_uses_synonyms
 from support.metric_names import LABELS, OF_REWARD_MODEL, label_of
 from support.models import load_causal_lm, load_codec, longest_text
-from support.partners import PartnerMaker, Tasks
+from support.partners import PartnerMaker, Tasks, first_of_dialogues, unread_data
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
 from support.reward_model import RewardModel, check_reward_model, wilson
 from support.samples import (
@@ -239,6 +228,7 @@ class NGrams:
                 ids.append(numbers.setdefault(ngram, len(numbers)))
                 owners.append(owner)
         self.ids, self.owners = np.array(ids, dtype=int), np.array(owners, dtype=int)
+        self.word_tokenizer = word_tokenizer
 
     def distinct(self, weights: np.ndarray) -> float:
         """Return different n-grams / all n-grams (Li et al., 2016), with text i counted weights[i] times; 0 if none."""
@@ -520,7 +510,7 @@ def compare(
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
-    known["word_tokenizer"] = describe(word_tokenizer_for(policy.references))
+    known["word_tokenizer"] = describe(policy.ngrams["distinct1"].word_tokenizer)
     if any(policy.references):
         known["meteor_synonyms"] = meteor_uses_synonyms()
     for name in ("intent", "intent_second_judge"):
@@ -679,12 +669,13 @@ def play(
     """Let the model play conversations 0, 1, ... and return them in this order; 0 conversations means PLAYED.
 
     `make_task` makes the task for a number of conversations at a time. With `settings.share` each process plays a part.
+    The conversations, which depend on their numbers alone, are distributed evenly over as few rounds as possible.
     """
     state, conversations = PartialState(), conversations or PLAYED
     index, processes = (state.process_index, state.num_processes) if settings.share else (0, 1)
-    at_a_time = max(1, min(2 * settings.batch_size, -(-conversations // processes)))
+    rounds = -(-conversations // (processes * 2 * settings.batch_size))
+    at_a_time = -(-conversations // (processes * rounds))
     env = ConversationVectorEnv(make_task(at_a_time), settings.codec, at_a_time * processes, index, processes)
-    rounds = -(-conversations // env.env_num)
     observations, _ = env.reset(seed=settings.seed, options={"rounds": rounds})
     talks, device, step = [], next(model.parameters()).device, keep_turns(causal_lm_step(model), settings.codec)
     while env.active.any():
@@ -857,20 +848,13 @@ def evaluate_conversations(
 
     Reward models score the last reply of each. The second value has nothing to add to the settings.
     """
-    maker = PartnerMaker(config.partner, config.partner_args, config.seed)
-    dialogues = None
-    if not maker.begins:
-        dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows)
-        print(form_sentence(config.data_path, dialogues), flush=True)
+    maker = PartnerMaker.of(config)
+    if note := unread_data(config, maker):
+        print(note, flush=True)
+    dialogues = None if maker.begins else open_dialogues(config, codecs)
     for heading in codecs:
         codecs[heading] = with_common_lengths(config, codecs, heading, dialogues)
-    openings = {}
-    if dialogues is not None:
-        made = make_samples(dialogues, codecs["policy"], config.speaker, config.turns, config.skip_bad_rows)
-        print(f"{config.split}: {describe_samples(made)}", flush=True)
-        if not len(made):
-            raise UserError(why_no_samples(config.split, made))
-        openings = {config.split: made}
+    openings = {} if dialogues is None else {config.split: openings_for_all(config, codecs, dialogues)}
     reward = make_reward({"partner": 1.0}, {}, device, "") if maker.has_score else None
     models, reward_models, evaluations = load_models(config, codecs), load_reward_models(config, device), {}
     for heading, (model, codec) in models.items():
@@ -894,9 +878,7 @@ def evaluate_replies(
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     """Let each model answer the same recorded dialogues. Also return what was measured of the judges."""
     judge_names = find_judges(config)
-    markers = dict.fromkeys(codec.stop for codec in codecs.values() if codec.stop)
-    dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
-    print(form_sentence(config.data_path, dialogues), flush=True)
+    dialogues = open_dialogues(config, codecs)
     answers, asked = samples_of_all(config, codecs, dialogues)
     samples = asked["policy"]
     models, reward_models = load_models(config, codecs), load_reward_models(config, device)
@@ -914,6 +896,36 @@ def evaluate_replies(
     asked_judges = judges.get("judge"), judges.get("second judge"), reward_models
     evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
     return evaluations, {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
+
+
+def open_dialogues(config: EvalConfig, codecs: dict[str, DialogueCodec]) -> Dialogues:
+    """Load the recorded dialogues, of which no turn may contain what ends a turn of a model. Say what the data is."""
+    markers = dict.fromkeys(codec.stop for codec in codecs.values() if codec.stop)
+    dialogues = load_dialogues(config.data_path, config.split, config.skip_bad_rows, list(markers))
+    print(form_sentence(config.data_path, dialogues), flush=True)
+    return dialogues
+
+
+def openings_for_all(config: EvalConfig, codecs: dict[str, DialogueCodec], dialogues: Dialogues) -> Samples:
+    """Return the beginnings of recorded dialogues that all models have room for, without the models' system prompts.
+
+    UserError if there is none.
+    """
+    for heading, codec in codecs.items():
+        check_format(codec, dialogues, config, model_names(config)[heading])
+    plain = codecs["policy"].with_format(system_prompt="")
+    made = make_samples(dialogues, plain, config.speaker, config.turns, config.skip_bad_rows)
+    print(f"{config.split}: {describe_samples(made)}", flush=True)
+    if not len(made):
+        raise UserError(why_no_samples(config.split, made))
+    first = first_of_dialogues(made)
+    fitting = [i for i, opening in enumerate(first) if all(has_room(opening.messages, c) for c in codecs.values())]
+    if not fitting:
+        raise UserError(
+            f"no beginning of a {config.split} dialogue fits into the prompts of all models with their system prompts; "
+            "give a shorter one, or raise the length of prompts in dialogue_format.json in the folder of --model-path."
+        )
+    return first.of(fitting)
 
 
 def model_names(config: EvalConfig) -> dict[str, str]:

@@ -33,7 +33,7 @@ from support.options import (
     check_values,
     checked_value,
 )
-from support.paths import check_data, check_models, check_partner_path, check_reward_path, check_template, is_class
+from support.paths import check_data, check_models, check_reward_path, check_template, is_class, same_model
 
 DEFAULT_REWARD = {"intent": 0.5, "meteor": 0.5}  # that of OpenRL's tutorial
 SMALL_MODEL = 10_000_000  # parameters, below which a model learns at the rates of the built-in one
@@ -240,7 +240,7 @@ class PPOConfig(
             if name := name_of_hidden(getattr(self, option), option):
                 again = option.replace("_", "-")
                 raise UserError(f"{name} looks like a secret and was not stored; give --{again} again.")
-        if not any({**self.reward, **self.turn_reward}.values()):
+        if not any([*self.reward.values(), *self.turn_reward.values()]):
             raise UserError(f"reward is {self.reward or 'empty'}: nothing is rewarded; expected a part with a weight.")
         for name in ("consensus", "commonplace"):
             if name in self.reward and self.samples_per_prompt == 1:
@@ -265,10 +265,10 @@ class PPOConfig(
 
     def check_partner(self) -> None:
         """UserError for settings of conversations that do not fit together."""
-        given = {"turn_reward": self.turn_reward, "partner_args": self.partner_args}
+        super().check_partner()
         if not self.partner:
-            if name := next((name for name, value in given.items() if value), None):
-                raise UserError(f"{name} is for conversations; give --partner as well, or leave it out.")
+            if self.turn_reward:
+                raise UserError("turn_reward is for conversations; give --partner as well, or leave it out.")
             if "partner" in self.reward:
                 raise UserError("the reward 'partner' is what a partner gives a conversation; give --partner as well.")
             return
@@ -285,9 +285,16 @@ class PPOConfig(
             )
         if "partner" in self.turn_reward:
             raise UserError("a partner scores whole conversations; put 'partner' into --reward, not --turn-reward.")
-        check_partner_path(self.partner)
-        if self.partner_args and not is_class(self.partner):
-            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
+        if self.intent_model:
+            raise UserError(
+                f"intent_model is '{self.intent_model}', and intent compares a reply with a recorded one; leave it out "
+                "with --partner."
+            )
+        if self.partner == "self" and self.ref_model and not same_model(self.ref_model, self.model_path):
+            raise UserError(
+                f"partner is 'self', the policy before training, and ref_model is '{self.ref_model}', another model; "
+                f"leave ref_model out, or give --partner {self.ref_model} to play against that model."
+            )
         if not self.gather:
             raise UserError("conversations end at different times, so they need whole weights; leave --no-gather out.")
 

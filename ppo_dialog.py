@@ -63,6 +63,7 @@ from support.conversations import (
     join_turns,
     sample_turn,
     scores_of,
+    try_rewards,
     turns_of,
 )
 from support.data import SPLITS
@@ -93,12 +94,13 @@ from support.models import (
     training_noise,
 )
 from support.packing import get_conventions, logits_at, pack, packed_lengths, pad_right, split_by_tokens
-from support.partners import PartnerMaker, Tasks
+from support.partners import PartnerMaker, Tasks, unread_data
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
 from support.samples import Sample, Samples, lengths_without_data, load_samples, longest_lengths
 from support.scoring import LENGTH_PENALTY, Scores, check_reward, keep_random_states, score_episodes
 from support.text import FORMAT_FILE, DialogueCodec
+from support.timeouts import call_own
 from support.turn_cache import keep_turns
 from support.words import describe, word_tokenizer_for
 
@@ -953,9 +955,9 @@ class Parts:
         run.stage("looking for the models")
         name = resolve_model(config.model_path)
         check_model_names(config, name)
-        partner = PartnerMaker(config.partner, config.partner_args, config.seed) if config.partner else None
+        partner = PartnerMaker.of(config) if config.partner else None
         if partner is not None:
-            partner.check_score(config.reward)
+            check_partner(partner, config, run)
         self.accelerator = accelerator
         codec, positions = open_codec(config, name, run)
         run.stage("loading the models")
@@ -1037,6 +1039,15 @@ class Parts:
         if self.accelerator.num_processes == 1:
             return x
         return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum").cpu()
+
+
+def check_partner(partner: PartnerMaker, config: PPOConfig, run: Run) -> None:
+    """UserError if the score of a partner is rewarded, and it gives none. Say which settings have no effect."""
+    partner.check_score(config.reward)
+    if note := unread_data(config, partner):
+        run.say(note)
+    if partner.has_score and not config.reward:
+        run.say("note: --turn-reward is given without --reward, so the partner's score is not rewarded")
 
 
 def check_model_names(config: PPOConfig, name: str) -> None:
@@ -1216,15 +1227,10 @@ def try_reward(parts: Parts, run: Run) -> tuple[IntentJudge | None, dict[str, fl
 def try_rewards_of_conversations(parts: Parts, run: Run) -> None:
     """Try the rewards on the opening of a conversation, so that their faults appear before the first rollout."""
     run.stage("trying the reward on two replies")
-    task = parts.tasks("train", 1)
-    env = ConversationVectorEnv(task, parts.codec, 1)
+    env = ConversationVectorEnv(parts.tasks("train", 1), parts.codec, 1)
     _, infos = env.reset(seed=parts.config.seed)
-    talk, prompt = env.conversations[0], infos["prompt"][0]
-    prompt.columns = {"conversation": talk.messages, "partner_score": 0.0 if task.partners.has_score else None}
-    sample = Sample(tuple(talk.messages), prompt, "Yes.")
     with on_device(*parts.rewards.models, once=parts.config.gather):
-        for score in filter(None, (parts.score, parts.turn_score)):
-            check_reward(score, sample, parts.config.samples_per_prompt)
+        try_rewards(env.task, env.conversations[0], infos["prompt"][0], parts.config.samples_per_prompt)
 
 
 def make_dialogue_env(parts: Parts) -> DialogueVectorEnv:
@@ -1313,18 +1319,20 @@ def measure_scales(parts: Parts, config: PPOConfig, state: TrainState, run: Run)
     """Measure mean and deviation of rewards without a scale of their own, over replies of the model as it is now."""
     if parts.tasks is None:
         spread, replies, _ = replies_to_spread(parts, config)
+        replies = [parts.codec.as_reply(reply) for reply in replies]
         columns = [s.prompt for s in spread], replies, [s.reply.strip() for s in spread], [s.act for s in spread]
         asked = [(parts.reward, columns)]
     else:
         talks = play_some(parts, config, "train", START_CONVERSATIONS, config.sampling)
-        last = [(talk.prompts[-1], talk.replies[-1]) for talk in talks]
+        last = [(talk.end_prompt, talk.replies[-1]) for talk in talks]
         each = [pair for talk in talks for pair in zip(talk.prompts, talk.replies)]
         asked = [
             (reward, (*map(list, zip(*pairs)), [""] * len(pairs), [0] * len(pairs)))
             for reward, pairs in ((parts.reward, last), (parts.turn_reward, each))
         ]
     for reward, columns in asked:
-        for name, (mean, deviation) in reward.measure_scales(*columns).items():
+        scales = call_own("the reward", "reward_timeout", 0, reward.measure_scales, *columns)
+        for name, (mean, deviation) in scales.items():
             state.reward_scales[name] = mean, deviation  # which is parts.reward.scales too
             run.say(
                 f"reward {name}: mean {mean:.3g}, deviation {deviation:.3g} over {len(columns[0])} replies of the "
@@ -1461,11 +1469,9 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     means = dict(zip(columns, (reduce(sums) / reduce(counts)).tolist()))
     whole = sum(means[f"share_{name}"] for name in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
-    prompt_tokens, prompt_positions, turns = reduce(
-        rollout.prompt_mask.new_tensor(
-            [rollout.prompt_mask.sum(), rollout.prompt_mask.numel(), int(rollout.turns.sum())]
-        )
-    ).tolist()
+    mask = rollout.prompt_mask  # (M, P) of the texts, of which a conversation may have several
+    counts = [mask.sum(), mask.numel(), len(mask), int(rollout.turns.sum())]
+    prompt_tokens, prompt_positions, texts, turns = reduce(mask.new_tensor(counts)).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
     _, of_scores = masked_moments(rollout.scores, torch.ones_like(rollout.scores), reduce)
@@ -1473,7 +1479,7 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
         "score_std": of_scores**0.5,
         "kl_div": reduce(rollout.kl.sum()).item() / tokens,
         "alpha": alpha,
-        "mean_prompt_length": prompt_tokens / n,
+        "mean_prompt_length": prompt_tokens / texts,
         "mean_output_length": tokens / turns,
         # padding costs time only if the model cannot be packed (support/packing.py), but always takes cache memory
         "padding_share": 1 - prompt_tokens / prompt_positions,

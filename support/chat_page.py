@@ -231,7 +231,18 @@ class ChatPage:
         if self.role is None:
             return Tab()
         role = copy.deepcopy(self.role)
-        return Tab(goal=new_role(role), role=role)
+        try:
+            return Tab(goal=new_role(role), role=role)
+        except UserError as error:  # the chat goes on without a goal
+            return Tab(goal=str(error))
+
+    def verdict(self, tab: Tab) -> str:
+        """How the conversation of a tab has ended, or why that is not known; "" while it goes on."""
+        try:
+            verdict = how_it_ended(tab.role, messages_of(tab.history))
+        except UserError as error:  # the chat goes on
+            return html.escape(str(error))
+        return f"{html.escape(verdict)} *Reset* begins another conversation." if verdict else ""
 
     def shown(self, history: Sequence[str]) -> list[dict[str, str]]:
         return [m | {"content": m["content"] or "(no words)"} for m in messages_of(history)]
@@ -245,8 +256,8 @@ class ChatPage:
         is hidden again. A conversation with a goal that has ended gets its verdict.
         """
         new_text = {} if box is None else {"value": box}
-        if tab.role is not None and not said and (verdict := how_it_ended(tab.role, messages_of(tab.history))):
-            status = f"{status} {html.escape(verdict)} *Reset* begins another conversation.".strip()
+        if tab.role is not None and not said and (verdict := self.verdict(tab)):
+            status = f"{status} {verdict}".strip()
         return {
             self.tab: tab,
             self.goal: html.escape(tab.goal),

@@ -20,10 +20,11 @@ from support.generation import DecodeStep, Responses, sample_responses
 from support.options import Sampling
 from support.packing import pad_right
 from support.samples import Sample
-from support.scoring import Scores
+from support.scoring import Scores, checked_scores, keep_random_states
 from support.text import DialogueCodec, Message, Prompt, Reply, TemplateRefusal
 
 POLICY, PARTNER = 0, 1  # whose random numbers
+OF_CONVERSATIONS = ("turns", "cut", "mean_output_length")  # metrics that a conversation has in any case
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Conversation:
     note: str = ""  # what the partner says of it, for a reader
     turn_scores: list[Scores] = field(default_factory=list)  # of one reply each
     scores: Scores = field(default_factory=lambda: Scores(np.zeros(1)))  # at the end
+    partner_score: float | None = None  # at the end, of a partner that scores
+
+    @property
+    def end_prompt(self) -> Prompt:
+        """The prompt of the last reply, with what the reward of a whole conversation is told."""
+        last = self.prompts[-1]
+        columns = {"conversation": [dict(m) for m in self.messages], "partner_score": self.partner_score}
+        return Prompt.of(last, last.messages, columns)
 
     @property
     def total(self) -> float:
@@ -75,10 +84,26 @@ class Conversation:
         return "\n".join([*lines, f"({self.note})"] if self.note else lines)
 
 
-def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> tuple[list[Message], list[int]]:
-    """Return as much of a conversation as there is room for, and its prompt's tokens. UserError if its end is too long.
+def with_system_prompt(messages: Sequence[Message], codec: DialogueCodec) -> list[Message]:
+    """Return a recorded beginning with the model's system prompt, if it has one, in place of that of the data."""
+    if not codec.format.system_prompt:
+        return list(messages)
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    return [{"role": "system", "content": codec.format.system_prompt}, *turns]
 
-    `whose` names the model in a sentence.
+
+def has_room(beginning: Sequence[Message], codec: DialogueCodec) -> bool:
+    """Whether a prompt has room for the last words of a recorded beginning, with the model's own system prompt."""
+    try:
+        return fit_turns(with_system_prompt(beginning, codec), codec) is not None
+    except TemplateRefusal:
+        return True  # what it refuses is said when it is played
+
+
+def fit_turns(messages: Sequence[Message], codec: DialogueCodec) -> tuple[list[Message], list[int]] | None:
+    """Return as much of a conversation as there is room for, and its prompt's tokens; None if its end is too long.
+
+    Raises TemplateRefusal with what the template says against it.
     """
     turns = list(messages)
     if not codec.format.template:
@@ -88,12 +113,20 @@ def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> 
     system = codec.format.system_prompt or codec.format.common_system
     if system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
+    return codec.fit(turns, codec.format.max_prompt_tokens)
+
+
+def prompt_of(messages: Sequence[Message], codec: DialogueCodec, whose: str) -> tuple[list[Message], list[int]]:
+    """Return as much of a conversation as there is room for, and its prompt's tokens. UserError if its end is too long.
+
+    `whose` names the model in a sentence.
+    """
     try:
-        found = codec.fit(turns, codec.format.max_prompt_tokens)
+        found = fit_turns(messages, codec)
     except TemplateRefusal as refusal:
         raise UserError(f"the chat template of {whose} refuses the conversation: {refusal}.") from refusal
     if found is None:
-        last = turns[-1]["content"]
+        last = messages[-1]["content"]
         raise UserError(
             f"a prompt of {whose} has room for {codec.format.max_prompt_tokens} tokens (max_prompt_tokens), and what "
             f"was said last is longer: {len(last):,} characters, {last!r:.60}."
@@ -203,6 +236,39 @@ def turn_uniforms(width: int, numbers: Sequence[int], turns: Sequence[int], seed
     return torch.stack(rows)
 
 
+def score_replies(reward: Callable[..., Any], prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Scores:
+    """Call a reward on replies that no human reply can be compared with.
+
+    UserError for what `checked_scores` refuses, and for a metric with the name of one that conversations have.
+    """
+    scores = checked_scores(reward(prompts, replies, [""] * len(replies), [0] * len(replies)), replies)
+    for name in scores.metrics.keys() & OF_CONVERSATIONS:
+        raise UserError(f"the reward calls a statistic '{name}', which conversations have themselves; rename it.")
+    return scores
+
+
+def try_rewards(task: ConversationTask, opening: Conversation, prompt: Prompt, group: int) -> None:
+    """Try the rewards of a task before the first rollout, so that their faults appear then.
+
+    They score two replies, or `group` if that is more, which end a conversation that `opening` has begun. `prompt` is
+    the policy's. Random numbers that the rewards draw do not change those of the run.
+    """
+    replies = [Reply(("Yes.", "")[i % 2]) for i in range(max(2, group))]
+    prompt, partner_score = Prompt.of(prompt, opening.messages), 0.0 if task.partners.has_score else None
+    talks = []
+    for reply in replies:
+        messages = [*opening.messages, {"role": "assistant", "content": str(reply)}]
+        talks.append(Conversation(0, messages, opening.opening, [prompt], [reply], partner_score=partner_score))
+    tried = (task.reward, [talk.end_prompt for talk in talks]), (task.turn_reward, [prompt] * len(replies))
+    try:
+        with keep_random_states():
+            for reward, prompts in tried:
+                if reward is not None:
+                    score_replies(reward, prompts, replies)
+    except UserError as error:
+        raise UserError(f"{error} (It was tried before training, on two replies.)") from error
+
+
 def scores_of(talks: list[Conversation]) -> dict[str, np.ndarray]:
     """Return the scores of N conversations, (N,), their turns, and what was earned at each token (N, T).
 
@@ -239,14 +305,28 @@ def earned_by_tokens(reply: Reply, scores: Scores | None, rest: bool) -> np.ndar
 
 
 def columns_of(talks: Sequence[Conversation], name: str) -> dict[str, list[float]]:
-    """Return the parts or the metrics of the rewards, by name: those of turns as sums (parts) or means (metrics)."""
+    """Return the parts or the metrics of the rewards, by name: those of turns as sums (parts) or means (metrics).
+
+    NaN does not count. A metric that the end of a conversation has too is NAME_of_turns for its turns.
+    """
     combine = np.sum if name == "parts" else np.mean
+    at_end = {key for talk in talks for key in getattr(talk.scores, name)}
     rows = []
     for talk in talks:
         row = {key: float(x[0]) for key, x in getattr(talk.scores, name).items()}
-        for key in dict.fromkeys(key for scores in talk.turn_scores for key in getattr(scores, name)):
-            of_turns = float(combine([getattr(scores, name)[key][0] for scores in talk.turn_scores]))
-            row[key] = row[key] + of_turns if name == "parts" and key in row else of_turns
+        turns = [getattr(scores, name) for scores in talk.turn_scores]
+        for key in dict.fromkeys(key for of_turn in turns for key in of_turn):
+            found = combine_numbers(combine, [of_turn[key][0] for of_turn in turns if key in of_turn])
+            if name == "parts":
+                row[key] = combine_numbers(np.sum, [row[key], found]) if key in row else found
+            else:
+                row[f"{key}_of_turns" if key in at_end else key] = found
         rows.append(row)
     names = dict.fromkeys(key for row in rows for key in row)
     return {key: [row.get(key, math.nan) for row in rows] for key in names}
+
+
+def combine_numbers(combine: Callable[[Sequence[float]], Any], values: Sequence[float]) -> float:
+    """Return what `combine` makes of the values that are not NaN; NaN if all are."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(combine(numbers)) if numbers else math.nan

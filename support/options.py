@@ -6,6 +6,7 @@ Fields that are `Fixed` are keys of a file of settings, and no flags.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from support.errors import UserError
+from support.paths import check_partner_path, is_class
 
 ProgressMode = Literal["auto", "live", "plain"]
 Placement = Literal["replicated", "offloaded", "sharded"]
@@ -186,6 +188,30 @@ class PartnerOptions:
     """Seconds that a call of the partner may take before the run ends (0: no limit)."""
     max_turns: PositiveInt = 8
     """Replies of the policy after which a conversation is cut."""
+
+    def check_partner(self) -> None:
+        """UserError for settings that need a partner, or that the given one has no use for."""
+        if not self.partner:
+            for f in dataclasses.fields(PartnerOptions):
+                if (given := getattr(self, f.name)) not in (f.default, {}):
+                    raise UserError(
+                        f"{f.name} is {given!r}, and is for conversations; give --partner as well, or leave it out."
+                    )
+            return
+        check_partner_path(self.partner)
+        of_class = is_class(self.partner)
+        if self.partner_args and not of_class:
+            raise UserError(f"partner_args are for a class of your own; '{self.partner}' takes none.")
+        if self.partner_timeout and not of_class:
+            raise UserError(
+                f"partner_timeout is {self.partner_timeout:g}, and limits the calls of a class; partner "
+                f"'{self.partner}' is a model. Leave it out."
+            )
+        if self.partner_device and (of_class or self.partner == "self"):
+            raise UserError(
+                f"partner_device is '{self.partner_device}', and is for a model that is the partner; '{self.partner}' "
+                "is none. Leave it out, or name a folder or a hub name with --partner."
+            )
 
 
 @dataclass

@@ -22,14 +22,14 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from support.builtin import resolve_model
 from support.conversations import PARTNER, ConversationTask, prompt_of, turn_uniforms
-from support.errors import UserError, import_path
+from support.errors import UserError, first_line, import_path
 from support.generation import causal_lm_step, sample_responses
 from support.models import load_causal_lm, load_codec, longest_text
 from support.options import EVAL_SAMPLING, Sampling
@@ -39,6 +39,9 @@ from support.samples import Samples
 from support.text import DialogueCodec, Message
 from support.timeouts import call_own
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 METHODS = ("reset", "reply")
 
 
@@ -46,11 +49,14 @@ class ScriptedPartners:
     """Objects of a class of the user's, one for each conversation slot.
 
     UserError, with the method's name, for what they raise, for a call that takes longer than `timeout` seconds (0: no
-    limit), and for an answer that is no text.
+    limit), and for an answer that is no text. The conversations of another `split` than train have other random
+    numbers. With `begins`, each conversation begins with words of the partner.
     """
 
-    def __init__(self, make: Callable[[], Any], slots: int, timeout: float = 0.0):
-        self.timeout = timeout
+    def __init__(
+        self, make: Callable[[], Any], slots: int, timeout: float = 0.0, split: str = "train", begins: bool = False
+    ):
+        self.timeout, self.split, self.begins = timeout, split, begins
         self.partners = [self._call("__init__", make) for _ in range(slots)]
         for method in METHODS:
             if not callable(getattr(self.partners[0], method, None)):
@@ -66,9 +72,17 @@ class ScriptedPartners:
 
     def begin(self, slots: Sequence[int], numbers: Sequence[int], seed: int) -> list[list[Message] | None]:
         """Begin the conversation with each number; return their openings. None: one of the data is to be taken."""
-        rngs = [random.Random(f"{seed}/{number}") for number in numbers]
-        said = [self._call("reset", self.partners[slot].reset, rng) for slot, rng in zip(slots, rngs)]
-        return [opening_of(found) for found in said]
+        stream = str(seed) if self.split == "train" else f"{seed}/{self.split}"
+        openings = []
+        for slot, number in zip(slots, numbers):
+            said = self._call("reset", self.partners[slot].reset, random.Random(f"{stream}/{number}"))
+            if said is None and self.begins:
+                raise UserError(
+                    f"the partner's reset() returned None for conversation {number} and a text for the first one; "
+                    "return a text always, or None always."
+                )
+            openings.append(opening_of(said))
+        return openings
 
     def reply(self, slots: Sequence[int], conversations: Sequence[list[Message]], **_: Any) -> list[str | None]:
         """Return what each says next, None for one that ends the conversation."""
@@ -83,16 +97,17 @@ class ScriptedPartners:
         found = []
         for slot, messages in zip(slots, conversations):
             score = self._call("score", self.partners[slot].score, [dict(message) for message in messages])
-            if isinstance(score, (str, bytes)) or not hasattr(score, "__float__") or not math.isfinite(float(score)):
-                raise UserError(f"the partner's score() returned {score!r:.80}; expected a finite number.")
-            found.append(float(score))
+            found.append(checked_score(score))
         return found
 
     def notes(self, slots: Sequence[int], conversations: Sequence[list[Message]]) -> list[str]:
         """Return what a class with a method verdict(messages) says of each conversation, for a reader."""
         if not callable(getattr(self.partners[0], "verdict", None)):
             return [""] * len(slots)
-        return [str(self._call("verdict", self.partners[s].verdict, c)) for s, c in zip(slots, conversations)]
+        return [
+            str(self._call("verdict", self.partners[slot].verdict, [dict(message) for message in messages]))
+            for slot, messages in zip(slots, conversations)
+        ]
 
     def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return call_own(f"the partner's {method}()", "partner_timeout", self.timeout, function, *arguments)
@@ -170,6 +185,28 @@ def checked_words(said: Any, method: str) -> str:
     return said
 
 
+def checked_score(score: Any) -> float:
+    """Return the score that a partner gave. UserError for anything but a finite number."""
+    try:
+        number = math.nan if isinstance(score, (str, bytes)) else float(score)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"the partner's score() returned {score!r:.80}; expected a finite number.")
+    return number
+
+
+class PartnerConfig(Protocol):
+    """The settings that `PartnerMaker` and `Tasks` read."""
+
+    partner: str
+    partner_args: Mapping[str, Any]
+    partner_device: str
+    partner_timeout: float
+    max_turns: int
+    seed: int
+
+
 @dataclass(frozen=True)
 class PartnerMaker:
     """Makes partners by the name that the configuration gives."""
@@ -177,6 +214,14 @@ class PartnerMaker:
     name: str
     args: Mapping[str, Any]
     seed: int
+    timeout: float = 0.0  # seconds that a call may take (0: no limit)
+
+    @classmethod
+    def of(cls, config: PartnerConfig) -> PartnerMaker:
+        """Return the maker for these settings. UserError for a device that cannot be used."""
+        if config.partner_device:
+            check_device(config.partner_device)
+        return cls(config.partner, config.partner_args, config.seed, config.partner_timeout)
 
     @property
     def is_class(self) -> bool:
@@ -202,23 +247,40 @@ class PartnerMaker:
 
     @functools.cached_property
     def _first(self) -> ScriptedPartners:
-        return ScriptedPartners(self.of_split("train"), 1)
+        return ScriptedPartners(self.of_split("train"), 1, self.timeout)
 
-    def of_split(self, split: str) -> Callable[[], Any]:
-        """Return a function that makes an object of the class. UserError if it cannot be made.
-
-        A class whose constructor has the parameter `split` gets that of the data: train, validation or test.
-        """
+    @functools.cached_property
+    def _class(self) -> tuple[Callable[..., Any], inspect.Signature | None]:
+        """The class, and the parameters of its constructor, None for a built-in class."""
         if self.name == "desk":
             from support.desk import Customer as target
         else:
             target = import_path(self.name, "partner")
         if not callable(target):
             raise UserError(f"partner '{self.name}' is a {type(target).__name__}; expected a class.")
-        given = dict(self.args)
         try:
-            signature = inspect.signature(target)
-        except ValueError:  # a built-in class
+            return target, inspect.signature(target)
+        except ValueError:
+            return target, None
+
+    def partners(self, split: str, slots: int) -> ScriptedPartners:
+        """Make objects of the class for the conversations of a split, one for each slot.
+
+        Conversations of different splits differ. A class with the parameter `split` sees to that itself, unless
+        `args` has it; another one gets other random numbers.
+        """
+        signature = self._class[1]
+        told = signature is not None and "split" in signature.parameters and "split" not in self.args
+        stream = "train" if told else split
+        return ScriptedPartners(self.of_split(split), slots, self.timeout, stream, self.begins)
+
+    def of_split(self, split: str) -> Callable[[], Any]:
+        """Return a function that makes an object of the class. UserError if it cannot be made.
+
+        A class whose constructor has the parameter `split` gets that of the data: train, validation or test.
+        """
+        (target, signature), given = self._class, dict(self.args)
+        if signature is None:
             return functools.partial(target, **given)
         if "split" in signature.parameters:
             given.setdefault("split", split)
@@ -231,12 +293,25 @@ class PartnerMaker:
         return functools.partial(target, **given)
 
 
-class TaskConfig(Protocol):
-    """The settings that `Tasks` reads."""
+def check_device(name: str) -> None:
+    """UserError for a partner_device that is no device, or that this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise UserError(
+            f"partner_device is '{name}', which cannot be used ({first_line(error).rstrip('.')}); expected a device of "
+            "this machine, such as cuda:1, or leave it out for that of the policy."
+        ) from error
 
-    max_turns: int
-    partner_device: str
-    partner_timeout: float
+
+def unread_data(config: DataclassInstance, maker: PartnerMaker) -> str:
+    """Say which settings of the data have no effect, because the partner begins conversations; "" if there are none."""
+    defaults = {f.name: f.default for f in fields(config)}
+    of_data = "data_path", "speaker", "turns", "skip_bad_rows"
+    given = [name for name in of_data if getattr(config, name) != defaults[name]]
+    if not given or not maker.begins:
+        return ""
+    return f"note: the partner begins conversations itself, so these settings have no effect: {', '.join(given)}"
 
 
 class Tasks:
@@ -244,7 +319,7 @@ class Tasks:
 
     def __init__(
         self,
-        config: TaskConfig,
+        config: PartnerConfig,
         maker: PartnerMaker,
         codec: DialogueCodec,
         samples: Mapping[str, Samples],
@@ -275,7 +350,7 @@ class Tasks:
         if self.model is not None:
             partners: Any = ModelPartners(self.model, self.of_model)
         else:
-            partners = ScriptedPartners(self.maker.of_split(split), slots, self.config.partner_timeout)
+            partners = self.maker.partners(split, slots)
         return ConversationTask(partners, self.config.max_turns, *self.rewards, self.openings.get(split, ()))
 
 

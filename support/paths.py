@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from support.errors import UserError
@@ -45,6 +46,11 @@ def model_folder(name: str) -> str:
     """Return policy/ of the folder of a run of ppo_dialog.py; else return the folder or hub name unchanged."""
     policy = Path(name) / "policy"
     return str(policy) if not (Path(name) / "config.json").exists() and _is_model(policy) else name
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are those of the same model: folders, runs or hub names."""
+    return os.path.realpath(model_folder(one)) == os.path.realpath(model_folder(other))
 
 
 def check_models(**names: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from support.errors import UserError, describe_exception
@@ -13,6 +15,7 @@ def call_own(what: str, option: str, seconds: float, function: Callable[..., Any
     """Call a user's function. UserError for what it raises, with the place, and for a call that takes too long.
 
     `what` begins the sentence, such as "the reward", and `option` is the setting that limits the seconds (0: no limit).
+    Ctrl-C, and a signal that ends the process, still do so.
     """
     try:
         return call_within(seconds, function, *arguments)
@@ -20,8 +23,16 @@ def call_own(what: str, option: str, seconds: float, function: Callable[..., Any
         raise
     except TookTooLong:
         raise UserError(f"{what} did not return within {seconds:g} s ({option}).") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and from_signal(error):
+            raise
         raise UserError(f"{what} raised {describe_exception(error)}.") from error
+
+
+def from_signal(error: SystemExit) -> bool:
+    """Whether a handler of signals raised this, such as that of support/signals.py, while other code was running."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return place.parent == Path(__file__).parent and place != Path(__file__)
 
 
 class TookTooLong(Exception):
@@ -40,7 +51,7 @@ def call_within(seconds: float, function: Callable[..., Any], *arguments: Any) -
     def run() -> None:
         try:
             outcome.extend((function(*arguments), None))
-        except Exception as error:
+        except BaseException as error:  # sys.exit() too, which would end this thread alone
             outcome.extend((None, error))
 
     thread = threading.Thread(target=run, daemon=True)

@@ -44,6 +44,7 @@ from support.data import ACTS
 from support.errors import UserError
 from support.generation import reply_log_likelihoods
 from support.judge import IntentJudge
+from support.roles import how_it_ended, new_role, role_of
 from support.samples import Sample
 from support.text import DialogueCodec, DialogueFormat, from_template, messages_of
 
@@ -721,6 +722,67 @@ def test_a_retry_that_is_stopped_before_its_first_word_leaves_the_reply_as_it_wa
     assert agent.history == kept
     talk.answer("how are you")
     assert agent.history == kept
+
+
+class Shop:
+    """A partner whose place a person takes, with faults."""
+
+    def __init__(self, fault=""):
+        self.fault = fault
+
+    def reset(self, rng):
+        self.wish = 1 / (self.fault != "reset")
+
+    def reply(self, messages):
+        return None
+
+    def describe(self):
+        return 1 / 0 if self.fault == "describe" else "You want bread."
+
+    def follow(self, messages):
+        messages.clear()  # it may do with them what it likes
+        return sys.exit(1) if self.fault == "follow" else ""
+
+
+@pytest.mark.parametrize("fault", ["reset", "describe", "follow"])
+def test_a_partner_that_fails_does_not_end_the_chat(fault, talk, capsys):
+    talk.role = Shop(fault)
+    talk.begin()
+    talk.answer("hello")
+    talk.answer("how are you")
+    said = capsys.readouterr().out.replace("\n", " ")
+    raised = "SystemExit: 1" if fault == "follow" else "ZeroDivisionError"
+    assert f"(the partner's {fault}() raised {raised}" in said and len(talk.agents[0].history) == 4
+    assert ("You want bread." in said) == (fault == "follow")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- partner\n- desk",
+        "x: !!python/tuple [1]",
+        "partner: desk: no",
+        "partner: [desk]",
+        "partner: desk\npartner_args: [1]",
+        "partner: desk\npartner_args: {nothing: 1}",
+        "partner: my_file.py:Gone",
+        "partner: 2026-13-45",
+        b"partner: \xff",
+        "desk",
+        "",
+    ],
+)
+def test_a_file_of_settings_that_names_no_partner_is_ignored(text, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert role_of(str(tmp_path)) is None
+
+
+def test_a_run_names_the_partner_whose_place_a_person_takes(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"partner: {__file__}:Shop\npartner_args: {{fault: follow}}\n")
+    role = role_of(str(tmp_path))
+    assert role.fault == "follow" and new_role(role) == "You want bread."
+    messages = messages_of(["hello", "hi"])
+    assert how_it_ended(Shop(), messages) == "" and len(messages) == 2
 
 
 def test_an_unknown_command_and_bad_arguments_are_sentences(talk):

@@ -20,7 +20,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_chat import TEMPLATE, longest_file, make_model
+from test_chat import TEMPLATE, Shop, longest_file, make_model
 
 from chat import ChatConfig
 from support.agent import Agent
@@ -273,6 +273,21 @@ def test_a_person_in_the_partners_place_is_told_what_to_want_and_how_it_ended(br
         press(browser, "Reset")
         wait(browser, lambda: texts(browser, "#goal")[0].strip() not in ("", goal))
         assert texts(browser, USER) == []
+
+
+@pytest.mark.parametrize("fault", ["reset", "describe", "follow"])
+def test_a_partner_that_fails_does_not_end_the_chat_on_the_page(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.chat_page.role_of", lambda path: Shop(fault))
+    monkeypatch.setattr(ChatPage, "_heading", lambda self, names: "")
+    page = ChatPage([Speaker("left")], tmp_path / "p.jsonl")
+    tab, raised = page.new_tab(), "SystemExit: 1" if fault == "follow" else "ZeroDivisionError"
+    assert fault == "follow" or f"the partner's {fault}() raised {raised}" in tab.goal
+    for number in (1, 2):
+        *_, last = page.say("hello", tab, False, REQUEST)
+        tab, status = last[page.tab], last[page.status]
+        assert len(tab.history) == 2 * number
+        assert (f"follow() raised {raised}" in status) == (fault == "follow")
+    assert page.reset(REQUEST)[page.tab].history == []
 
 
 # --- a blind comparison ----------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Conversations of several turns: the environment, partners, rewards, the rollout, and runs that are stopped."""
 
 import json
+import random
 import signal
 import sys
 import textwrap
+import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -15,18 +19,61 @@ from test_engines import run_by
 from test_programs import flags, lines, run, timeless, trained
 
 from envs import ConversationVectorEnv
-from eval_metrics import EvalConfig, run_evaluation
+from eval_metrics import (
+    EvalConfig,
+    compare,
+    open_dialogues,
+    openings_for_all,
+    play,
+    run_evaluation,
+    score_conversations,
+)
 from ppo_config import PPOConfig
-from ppo_dialog import ActorCritic, Critic, RolloutSettings, RunningMoments, collect, gae, token_rewards
-from rewards import make_reward
+from ppo_dialog import (
+    ActorCritic,
+    Critic,
+    RolloutSettings,
+    RunningMoments,
+    TrainState,
+    check_partner,
+    checked_reward,
+    collect,
+    gae,
+    make_batch,
+    measure_scales,
+    rollout_metrics,
+    token_rewards,
+    try_rewards_of_conversations,
+)
+from rewards import label_parts, make_reward
 from support.builtin import builtin_model
-from support.conversations import ConversationTask, prompt_of, turn_uniforms
+from support.conversations import (
+    Conversation,
+    ConversationTask,
+    columns_of,
+    prompt_of,
+    score_replies,
+    turn_uniforms,
+)
+from support.desk import Customer
 from support.errors import UserError
-from support.generation import token_log_probs
+from support.generation import ReplySettings, token_log_probs
 from support.models import load_causal_lm, load_codec, load_trunk
 from support.options import Sampling
-from support.partners import ModelPartners, PartnerMaker, ScriptedPartners, Tasks, opening_of
-from support.text import DialogueCodec, DialogueFormat
+from support.partners import (
+    ModelPartners,
+    PartnerMaker,
+    ScriptedPartners,
+    Tasks,
+    first_of_dialogues,
+    opening_of,
+    unread_data,
+)
+from support.scoring import Reward, Scores
+from support.signals import StopSignals
+from support.text import DialogueCodec, DialogueFormat, Prompt, Reply
+from support.timeouts import call_own
+from support.words import describe
 
 CHATML = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '<EOU>' }}{% endfor %}"
@@ -175,6 +222,36 @@ def test_recorded_beginnings_and_messages_as_openings(codec):
     )
 
 
+def test_the_conversations_of_splits_differ_and_those_of_training_and_of_the_desk_stay():
+    def openings(name, split, args=None):
+        config = PPOConfig(partner=name, partner_args=args or {})
+        task = Tasks(config, PartnerMaker.of(config), None, {}, (None, None))(split, 1)
+        return [said[0]["content"] for said in task.partners.begin([0] * 20, range(20), seed=7)]
+
+    of = {split: openings(f"{__file__}:Counting", split) for split in ("train", "validation", "test")}
+    assert of["train"] == [Counting().reset(random.Random(f"7/{number}")) for number in range(20)]
+    assert of["test"] == [Counting().reset(random.Random(f"7/test/{number}")) for number in range(20)]
+    assert len({tuple(said) for said in of.values()}) == 3
+    for split in of:  # the desk has the parameter `split`, and goals of each
+        assert openings("desk", split) == [Customer(split).reset(random.Random(f"7/{n}")) for n in range(20)]
+    assert openings("desk", "test", {"split": "train"}) != openings("desk", "train")
+
+
+def test_a_partner_that_begins_now_and_then_is_refused(codec, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "class Sometimes:\n"
+        "    def reset(self, rng): return 'Hello.' if rng.random() < 0.5 else None\n"
+        "    def reply(self, messages): return None\n"
+    )
+    heard = [random.Random(f"{seed}/0").random() < 0.5 for seed in range(20)]
+    maker = PartnerMaker(f"{tmp_path}/own.py:Sometimes", {}, heard.index(True))
+    assert maker.begins and not PartnerMaker(maker.name, {}, heard.index(False)).begins
+    env = make_env(codec, 16, task=ConversationTask(maker.partners("train", 16)))
+    numbers = (n for n in range(16) if random.Random(f"{maker.seed}/{n}").random() >= 0.5)
+    with pytest.raises(UserError, match=f"returned None for conversation {next(numbers)} and a text for the first one"):
+        env.reset(seed=maker.seed)
+
+
 # Rewards
 
 
@@ -217,6 +294,121 @@ def test_a_reward_reads_the_whole_conversation(codec):
         assert [m["role"] for m in whole] == ["user", "assistant"] * len(talk.replies)
 
 
+def words_of_the_policy(prompts, responses, references, acts):
+    """Fails where the conversation has no reply of the policy."""
+    said = [[m["content"] for m in p.columns["conversation"] if m["role"] == "assistant"] for p in prompts]
+    assert [texts[-1] for texts in said] == responses
+    return [float(len(texts[-1])) for texts in said]
+
+
+def whole(prompts, responses, references, acts):
+    return [float(len(p.columns["conversation"])) for p in prompts]
+
+
+class Length(Reward):
+    """A reward without a scale, of whole conversations that the partner scores."""
+
+    unbounded = True
+
+    def __call__(self, prompts, responses, references, acts):
+        assert all(isinstance(response, Reply) and response.token_ids for response in responses)
+        return [len(p.columns["conversation"]) + 100 * p.columns["partner_score"] for p in prompts]
+
+
+class Fails(Length):
+    def __call__(self, prompts, responses, references, acts):
+        return 1 / 0 if len(responses) > 1 else [0.0]
+
+
+def parts_of(codec, policy, reward, turn_reward=()):
+    """Make what the functions before training read of Parts."""
+    names = [{f"{__file__}:{name}" if name != "partner" else name: 1.0 for name in of} for of in (reward, turn_reward)]
+    config = PPOConfig(partner=f"{__file__}:Counting", reward=names[0], turn_reward=names[1], max_turns=2)
+    rewards = make_reward(config.turn_reward | config.reward, {}, "cpu", "<EOU>")
+    parts = SimpleNamespace(config=config, codec=codec, rewards=rewards, policy=policy)
+    parts.reward, parts.turn_reward = map(rewards.part_of, (config.reward, config.turn_reward))
+    parts.score, parts.turn_score = (checked_reward(r, config, codec) for r in (parts.reward, parts.turn_reward))
+    parts.tasks = Tasks(config, PartnerMaker.of(config), codec, {}, (parts.score, parts.turn_score))
+    parts.reply_settings = lambda seed, sampling: ReplySettings(codec, sampling, seed)
+    return parts
+
+
+def silent(said=None):
+    return SimpleNamespace(stage=lambda *_: None, say=(lambda _: None) if said is None else said.append)
+
+
+def test_the_trial_before_training_gives_what_training_gives(codec, policy):
+    good = parts_of(codec, policy, ["words_of_the_policy", "partner", "whole"], ["length_of"])
+    try_rewards_of_conversations(good, silent())
+    bad = parts_of(codec, policy, ["partner"], ["whole"])  # the reward of a turn is told no whole conversation
+    with pytest.raises(UserError, match=r"raised KeyError.*\(It was tried before training, on two replies.\)"):
+        try_rewards_of_conversations(bad, silent())
+    seen = []
+    task = replace(good.tasks("train", 1), reward=lambda *columns: seen.append(columns) or [0.0] * len(columns[1]))
+    good.tasks = lambda split, slots: task
+    good.config.samples_per_prompt = 3
+    state = random.getstate()
+    try_rewards_of_conversations(good, silent())
+    ((prompts, replies, references, acts),) = seen
+    assert replies == ["Yes.", "", "Yes."] and references == [""] * 3 and acts == [0] * 3
+    for prompt, reply in zip(prompts, replies):
+        assert prompt.columns["conversation"][-1] == {"role": "assistant", "content": reply}
+        assert list(prompt.messages) == prompt.columns["conversation"][:-1] and prompt.columns["partner_score"] == 0.0
+    assert random.getstate() == state
+
+
+def test_the_scale_of_a_reward_of_whole_conversations_is_measured(codec, policy, monkeypatch):
+    monkeypatch.setattr("ppo_dialog.START_CONVERSATIONS", 6)
+    codec, said = codec.with_format(max_new_tokens=3), []
+    parts = parts_of(codec, policy, ["Length"])
+    state = TrainState(parts.config)
+    measure_scales(parts, parts.config, state, silent(said))
+    talks = play(policy, lambda n: parts.tasks("train", n), 6, ReplySettings(codec, parts.config.sampling))
+    lengths = np.array([len(talk.messages) for talk in talks])  # which is the score of Counting too
+    mean, deviation = state.reward_scales["Length"]
+    assert (mean, deviation) == pytest.approx((101 * lengths.mean(), 101 * lengths.std()))
+    assert "over 6 replies of the model" in said[0]
+    monkeypatch.setattr("ppo_dialog.play_some", lambda *_: talks)
+    with pytest.raises(UserError, match="the reward raised ZeroDivisionError"):
+        measure_scales(parts_of(codec, policy, ["Fails"]), parts.config, state, silent())
+
+
+def talk_with(metrics=(), turns=(), parts=()):
+    """A conversation whose rewards returned these metrics at its end, and for each turn."""
+
+    def scores(found, parts=()):
+        return Scores(np.ones(1), *({name: np.array([x]) for name, x in dict(of).items()} for of in (parts, found)))
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes no"}]
+    talk = Conversation(0, messages, 1, replies=[Reply.of("yes no", [1, 2])] * max(1, len(turns)))
+    talk.scores, talk.turn_scores = scores(metrics, parts), [scores(turn, turn if parts else ()) for turn in turns]
+    return talk
+
+
+def test_statistics_of_turns_and_of_the_end():
+    nan = float("nan")
+    talks = [talk_with({"m": 1.0}, [{"judge": 0.5}, {"judge": nan}, {"judge": 0.7}]), talk_with({}, [{"judge": nan}])]
+    found = columns_of(talks, "metrics")
+    assert found["judge"] == [pytest.approx(0.6), pytest.approx(nan, nan_ok=True)]
+    assert found["m"] == [1.0, pytest.approx(nan, nan_ok=True)]
+    both = [talk_with({"judge": 9.0}, [{"judge": 0.5}, {"judge": 0.7}]), talk_with({"judge": 8.0}, [{"judge": 0.2}])]
+    expected = {"judge": [9.0, 8.0], "judge_of_turns": [pytest.approx(0.6), pytest.approx(0.2)]}
+    assert columns_of(both, "metrics") == expected
+    sums = columns_of([talk_with({}, [{"a": 1.0}, {"a": nan}, {"b": 2.0}], parts={"a": 0.5})], "parts")
+    assert sums == {"a": [1.5], "b": [2.0]}
+
+
+def test_a_statistic_with_the_name_of_a_conversations_own_metric_is_refused(codec):
+    for name in ("turns", "cut", "mean_output_length"):
+        reward = make_reward({f"{__file__}:length_of": 1.0}, {}, "cpu", "")
+        reward.parts["length_of"] = 1.0, lambda p, r, *_, name=name: ([0.0] * len(r), {name: [42.0] * len(r)})
+        with pytest.raises(UserError, match=f"a statistic '{name}', which conversations have themselves; rename it"):
+            finished(make_env(codec, 1, reward=reward), 1)
+    assert list(label_parts(["own.py:turns", "own.py:cut"]).values()) == ["turns_part", "cut_part"]
+    scores = score_replies(lambda p, r, *_: ([0.0], {"mine": [42.0]}), [Prompt("")], [Reply("a")])
+    assert scores.metrics["mine"] == [42.0]
+
+
 def test_what_does_not_fit_a_partner_is_refused():
     def refused(**settings):
         with pytest.raises(UserError) as error:
@@ -236,8 +428,70 @@ def test_what_does_not_fit_a_partner_is_refused():
     assert "no file" in refused(partner="nowhere.py:Customer")
     assert "gather" in refused(**own, gather=False)
     assert "expected" in refused(**own, max_turns=0)
+    assert "intent_model is 'models/judge', and intent compares" in refused(**own, intent_model="models/judge")
+    two = dict(partner="self", reward={f"{__file__}:whole": 1.0})
+    assert "ref_model is 'models/x', another model; leave ref_model out" in refused(**two, ref_model="models/x")
+    for same in ("", "builtin"):
+        PPOConfig(**two, ref_model=same).check_partner()
+    assert "nothing is rewarded" in refused(**own, reward={"a.py:b": 0.0}, turn_reward={"a.py:b": 0.0})
+    rewarded = dict(reward={f"{__file__}:whole": 1.0}, turn_reward={f"{__file__}:whole": 0.0})
+    PPOConfig(**own, **rewarded).check()
     assert PPOConfig(**own).reward == {"partner": 1.0} and PPOConfig(**own).intent_model == ""
     assert PPOConfig(**own, turn_reward={"x.py:y": 1}).reward == {}
+
+
+@pytest.mark.parametrize("make", [PPOConfig, EvalConfig])
+def test_options_of_partners_that_would_be_ignored_are_refused(make):
+    model = {} if make is PPOConfig else {"model_path": "builtin"}
+
+    def refused(**settings):
+        with pytest.raises(UserError) as error:
+            make(**model, **settings).check_partner()
+        return str(error.value)
+
+    for name, value in (
+        ("max_turns", 3),
+        ("partner_timeout", 5.0),
+        ("partner_device", "cpu"),
+        ("partner_args", {"a": 2}),
+    ):
+        assert f"{name} is {value!r}, and is for conversations; give --partner" in refused(**{name: value})
+    own, reward = f"{__file__}:Counting", {"reward": {"a.py:b": 1.0}} if make is PPOConfig else {}
+    for name in ("desk", own, "self"):
+        sentence = f"partner_device is 'cpu', and is for a model that is the partner; '{name}' is none"
+        assert sentence in refused(partner=name, partner_device="cpu")
+    assert "limits the calls of a class; partner 'builtin' is a model" in refused(
+        partner="builtin", partner_timeout=1.0, **reward
+    )
+    make(**model, partner="builtin", partner_device="cpu", max_turns=3, **reward).check_partner()
+    make(**model, partner=own, partner_timeout=1.0, max_turns=3).check_partner()
+
+
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_loaded():
+    for name in ("nonsense", "cuda:77"):
+        config = PPOConfig(partner="builtin", partner_device=name, reward={"a.py:b": 1.0})
+        with pytest.raises(UserError, match=f"partner_device is '{name}', which cannot be used"):
+            PartnerMaker.of(config)
+    assert PartnerMaker.of(replace(config, partner_device="cpu")).name == "builtin"
+
+
+def test_data_that_is_not_read_is_said():
+    own = f"{__file__}:Counting"
+    given = PPOConfig(partner=own, data_path="desk", speaker="second", turns="last", skip_bad_rows=True)
+    said = unread_data(given, PartnerMaker.of(given))
+    assert said.endswith("have no effect: data_path, speaker, turns, skip_bad_rows")
+    for config in (PPOConfig(partner=own), EvalConfig(model_path="builtin", partner=own)):
+        assert unread_data(config, PartnerMaker.of(config)) == ""
+    read = PPOConfig(partner="builtin", data_path="desk", reward={"a.py:b": 1.0})
+    assert unread_data(read, PartnerMaker.of(read)) == ""
+    for config, phrases in (
+        (given, ["settings have no effect: data_path"]),
+        (PPOConfig(partner=own, turn_reward={"a.py:b": 1.0}), ["so the partner's score is not rewarded"]),
+        (PPOConfig(partner=own), []),
+    ):
+        heard = []
+        check_partner(PartnerMaker.of(config), config, silent(heard))
+        assert len(heard) == len(phrases) and all(phrase in text for phrase, text in zip(phrases, heard))
 
 
 # Partners that misbehave
@@ -266,6 +520,16 @@ BAD = {
     "reset raises": (dict(reset=lambda self, rng: {}["x"]), "the partner's reset() raised KeyError"),
     "score": (dict(score=lambda m: "good"), "score() returned 'good'; expected a finite number"),
     "score is NaN": (dict(score=lambda m: float("nan")), "score() returned nan; expected a finite number"),
+    "scores": (dict(score=lambda m: np.zeros(2)), "score() returned array([0., 0.]); expected a finite number"),
+    "tensor": (dict(score=lambda m: torch.zeros(2)), "score() returned tensor([0., 0.]); expected a finite number"),
+    "huge": (dict(score=lambda m: 10**400), "expected a finite number"),
+    "no score": (dict(score=lambda m: None), "score() returned None; expected a finite number"),
+    "end token at the beginning": (dict(reset=lambda self, rng: "Hi. <EOU> Me too."), "'<EOU>', the text that ends"),
+    "end token in messages": (
+        dict(reset=lambda self, rng: [{"role": "assistant", "content": "a<EOU>b"}, {"role": "user", "content": "c"}]),
+        "'<EOU>', the text that ends a turn for this model ('a<EOU>b')",
+    ),
+    "exits": (dict(reply=lambda self, m: sys.exit(3)), "the partner's reply() raised SystemExit: 3 (test_conv"),
 }
 
 
@@ -285,9 +549,46 @@ def test_a_partner_that_hangs_and_one_that_never_stops(codec):
     env.reset(seed=0)
     with pytest.raises(UserError, match=r"reply\(\) did not return within 0.2 s \(partner_timeout\)"):
         env.step(["Hello?"])
+    slow = type("Slow", (Counting,), {"reset": lambda self, rng: time.sleep(60)})
+    maker = PartnerMaker("own.py:Slow", {}, 0, timeout=0.2)
+    vars(maker)["_class"] = slow, None
+    with pytest.raises(UserError, match=r"reset\(\) did not return within 0.2 s \(partner_timeout\)"):
+        maker.begins  # noqa: B018  asks it to begin a conversation
+    assert PartnerMaker.of(PPOConfig(partner="desk", partner_timeout=5)).partners("test", 2).timeout == 5
     endless = make_env(codec, 1, task=ConversationTask(ScriptedPartners(partner(reply=lambda self, m: "And?"), 1), 5))
     talks = finished(endless, 3)
     assert [(talk.end, len(talk.replies)) for talk in talks.values()] == [("truncated", 5)] * 3
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_an_exit_is_said_and_a_signal_still_ends_the_process(seconds):
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"it raised SystemExit: 3 \(test_conversations.py, line \d+\)."):
+        call_own("it", "its_timeout", seconds, lambda: sys.exit(3))
+    assert time.perf_counter() - started < 10
+    for error in (KeyboardInterrupt, GeneratorExit):
+
+        def interrupted(error=error):
+            raise error
+
+        with pytest.raises(error):
+            call_own("it", "its_timeout", seconds, interrupted)
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_a_signal_that_ends_the_process_is_no_fault_of_the_code_that_runs(seconds):
+    with StopSignals() as signals, pytest.raises(SystemExit):
+        signals.asked, signals.first = 130, signal.SIGINT  # the first Ctrl-C was before
+        threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+        call_own("it", "its_timeout", seconds, time.sleep, 20)
+
+
+def test_what_a_verdict_does_to_the_messages_it_reads_changes_nothing(codec):
+    forgetful = partner()
+    forgetful.verdict = lambda self, messages: messages.clear() or "Done."
+    ends = make_reward({"partner": 1.0}, {}, "cpu", "")
+    talks = finished(make_env(codec, 1, task=ConversationTask(ScriptedPartners(forgetful, 1), reward=ends)), 2)
+    assert all(talk.note == "Done." and talk.total == len(talk.messages) >= 2 for talk in talks.values())
 
 
 def test_a_class_that_cannot_be_made_is_refused(tmp_path):
@@ -425,6 +726,18 @@ def test_conversations_of_a_rollout_depend_neither_on_the_batch_nor_on_processes
     assert halves[0][:2] == whole[:2] and halves[1][:2] == whole[2:4] and halves[0][2:] == whole[4:6]
 
 
+def test_a_mean_prompt_is_that_of_the_texts(codec, policy):
+    codec = codec.with_format(context_utterances=3, max_prompt_tokens=40, max_new_tokens=4)
+    rollout, _ = rollout_of(ActorCritic(policy).eval(), policy, codec, Sampling())
+    config = PPOConfig(partner="desk", env_num=8)
+    batch = make_batch(rollout, TrainState(config), config, lambda x: x)
+    prompts = rollout.prompt_mask.sum(-1).float()
+    assert len(prompts) > len(rollout.mask)  # a conversation has several texts, because its window moves on
+    alone = rollout_metrics(batch, 0.2, lambda x: x)["mean_prompt_length"]
+    assert alone == pytest.approx(prompts.mean().item()) and alone <= 40
+    assert rollout_metrics(batch, 0.2, lambda x: 2 * x)["mean_prompt_length"] == alone  # as two such processes
+
+
 def test_advantages_run_across_three_turns():
     """By hand, for turns of 2, 1 and 2 tokens: what follows a turn's last token is the next turn's first value."""
     rewards = torch.tensor([[0.0, 1.0, 2.0, 0.0, 4.0, 0.0]])
@@ -556,7 +869,8 @@ ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zer
 
 def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsys):
     options = dict(partner=f"{__file__}:Counting", partner_args={"most": 4}, limit=12, bootstrap=20, max_turns=3)
-    same = EvalConfig(model_path="builtin", baseline_path="builtin", output=str(tmp_path / "out.json"), **options)
+    two = dict(model_path="builtin", baseline_path="builtin", skip_bad_rows=True)
+    same = EvalConfig(**two, output=str(tmp_path / "out.json"), **options)
     result = run_evaluation(same)
     assert result["policy"] == result["baseline"] and result["settings"]["samples"] == 12
     assert result["policy"]["turns"] == pytest.approx(result["policy"]["partner"] / 2, rel=0.3)
@@ -564,9 +878,93 @@ def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsy
     assert json.loads((tmp_path / "out.json").read_text())["policy"] == result["policy"]
     shown = capsys.readouterr().out
     assert "12 of 12 conversations" in shown and "METEOR" not in shown and "\npartner " in shown
+    assert "note: the partner begins conversations itself, so these settings have no effect: skip_bad_rows" in shown
     # a model as partner begins with recorded dialogues and has no score
     friend = run_evaluation(EvalConfig(model_path="builtin", partner="builtin", limit=5, bootstrap=5, max_turns=2))
     assert friend["policy"]["turns"] == 2 and "partner" not in friend["policy"]
+
+
+def test_no_more_conversations_are_played_than_asked_and_they_stay_the_same(codec, policy):
+    codec, sizes, done = codec.with_format(max_new_tokens=3), [], []
+
+    def make_task(slots):
+        sizes.append(slots)
+        return ConversationTask(ScriptedPartners(Counting, slots), 2)
+
+    def played(n, batch_size):
+        settings = ReplySettings(codec, seed=1, batch_size=batch_size)
+        talks = play(policy, make_task, n, settings, lambda *counts: done.append(counts))
+        return [(talk.number, talk.messages) for talk in talks]
+
+    assert played(9, 3) == played(9, 8) == played(12, 6)[:9]
+    assert sizes == [5, 9, 12]  # two rounds of five in place of six
+    assert (10, 10) in done and (9, 9) in done
+
+
+def test_the_settings_of_an_evaluation_name_the_words_that_were_counted():
+    talks = [talk_with() for _ in range(3)]
+    for talk in talks:
+        talk.replies = [Reply.of("你好世界", [1, 2])]
+    result = compare(score_conversations(talks, 1.0).evaluation)
+    assert result["settings"]["word_tokenizer"] == describe("unicode") and result["policy"]["distinct1"] == 1 / 3
+
+
+def test_each_model_of_an_evaluation_gets_its_own_system_prompt(chat_codec, tmp_path):
+    dialogue = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")]
+    rows = [[("system", "Of the data."), *dialogue] if i % 2 else dialogue for i in range(40)]
+    rows = [
+        {"messages": [{"role": role, "content": f"{text} {i}"} for role, text in row]} for i, row in enumerate(rows)
+    ]
+    rows[-2]["messages"][0]["content"] = "word " * 90  # fits alone, and not with the baseline's system prompt
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = EvalConfig(
+        model_path="builtin", baseline_path="builtin", partner="builtin", data_path=f"{tmp_path}/chats.jsonl"
+    )
+    config.split = "train"
+
+    def begun(policy, baseline):
+        codecs = {"policy": policy, "baseline": baseline}
+        openings = openings_for_all(config, codecs, open_dialogues(config, codecs))
+        found = []
+        for codec in codecs.values():
+            task = ConversationTask(ScriptedPartners(partner(reset=lambda self, rng: None), 8), openings=openings)
+            env = make_env(codec, 8, task=task)
+            env.reset(seed=0)
+            found.append([talk.messages for talk in env.conversations])
+        return openings, found
+
+    mine, other = (chat_codec.with_format(system_prompt=text) for text in ("I am the policy.", "Much " * 30 + "more."))
+    openings, (first, second) = begun(mine, other)
+    assert {talk[0]["content"] for talk in first} == {"I am the policy."}
+    assert {talk[0]["content"] for talk in second} == {other.format.system_prompt}
+    assert [talk[1:] for talk in first] == [talk[1:] for talk in second]
+    assert prompt_of(first[0], mine, "")[0][0]["content"] == "I am the policy."
+    assert not any("word word" in opening.messages[-1]["content"] for opening in openings)
+    # a model without one keeps the system message of the data
+    openings, (first, second) = begun(chat_codec, other)
+    systems = [m["content"] for talk in first for m in talk if m["role"] == "system"]
+    assert 0 < len(systems) < 8 and all(text.startswith("Of the data.") for text in systems)
+    assert first_of_dialogues(openings).keys == openings.keys
+
+
+def test_data_that_single_replies_refuse_is_refused_with_a_partner_too(tmp_path):
+    turns = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")]
+    rows = [{"messages": [{"role": r, "content": f"{text} {i}"} for r, text in turns]} for i in range(40)]
+
+    def refused(rows, **options):
+        (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found = []
+        for partner in ("", "builtin"):
+            given = dict(model_path="builtin", data_path=f"{tmp_path}/chats.jsonl", template="dialogue", **options)
+            with pytest.raises(UserError) as error:
+                run_evaluation(EvalConfig(**given, partner=partner))
+            found.append(str(error.value))
+        assert found[0] == found[1]
+        return found[0]
+
+    assert "speaker is 'second', but the rows" in refused(rows, speaker="second")
+    rows[3]["messages"][0]["content"] = "So <EOU> I said."
+    assert "<EOU>" in refused(rows)
 
 
 def test_what_does_not_fit_an_evaluation_with_a_partner_is_refused(tmp_path):

@@ -219,7 +219,18 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(judge)
     (tmp_path / "DATA").symlink_to(worked / "DATA")
     shutil.copytree(worked / "DATA", tmp_path / "messages")
-    for name in ("NAME", "ppo_dialog", "mine", "preferred", "friend", "desk", "one", "two", "smollm2_daily_dialog"):
+    for name in (
+        "NAME",
+        "ppo_dialog",
+        "mine",
+        "preferred",
+        "friend",
+        "desk",
+        "seed0",
+        "one",
+        "two",
+        "smollm2_daily_dialog",
+    ):
         shutil.copytree(worked / "runs" / "NAME", tmp_path / "runs" / name)
     for name in ("my.yaml", "..."):
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")

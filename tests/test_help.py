@@ -126,7 +126,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "run": PPO,
     "trackers": PPO,
     "controllers": PPO,
-    "options": ("ppo_dialog", "eval_metrics", "chat"),
+    "options": ("ppo_dialog", "eval_metrics"),
     "ppo_config": PPO,
     "generation": ("ppo_dialog", "eval_metrics", "chat"),
     "live_display": PPO,
