@@ -257,7 +257,7 @@ def _checked(row: dict[str, Any], read: Rows, markers: Sequence[str]) -> Dialogu
         raise ValueError(row["_error"])
     if read.choices:
         check_choice(row)
-    form = read.form or form_of(row)
+    form = read.form or form_of(row, read.choices)
     if form is None:
         raise ValueError(f"has no column 'dialog' (columns: {', '.join(map(str, row)) or 'none'})")
     dialogue = read_row(row, form, markers, read.choices)

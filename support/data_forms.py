@@ -96,12 +96,14 @@ class NoChoice(Exception):
     """A row of preferences that says nothing of which reply is better: TIE, EQUAL or UNREADABLE."""
 
 
-def form_of(row: Mapping[str, Any]) -> Form | None:
+def form_of(row: Mapping[str, Any], choices: bool = False) -> Form | None:
     """The form of a row by its columns; None for an unknown one.
 
-    A prompt beside a reply under another name is no prompt alone.
+    With `choices` preferences come first: some datasets have the messages of the chosen side beside them. A prompt
+    beside a reply under another name is no prompt alone.
     """
-    form = next((form for form in FORMS if all(row.get(column) is not None for column in form.columns)), None)
+    forms = (PREFERENCES, IMPLICIT, *FORMS) if choices else FORMS
+    form = next((form for form in forms if all(row.get(column) is not None for column in form.columns)), None)
     return None if form is PROMPT and _other_reply(row) else form
 
 

@@ -62,6 +62,21 @@ def test_all_forms_of_preferences_are_read(make, tmp_path):
         assert re.fullmatch(r"user: Question \d \?", pair.prompt)
 
 
+def test_messages_beside_a_choice_do_not_hide_it(tmp_path):
+    """As in HuggingFaceH4/ultrafeedback_binarized: the whole conversations, and the messages of the chosen one."""
+    talk = [{"role": "user", "content": "Is it far ?"}]
+    yes, no = ([*talk, {"role": "assistant", "content": text}] for text in ("Two streets .", "No"))
+    rows = [dict(prompt="Is it far ?", chosen=yes, rejected=no, messages=yes, score_chosen=8.5, score_rejected=7.0)]
+    rows.append(rows[0] | {"prompt": "Is it near ?", "chosen": [dict(talk[0], content="Is it near ?"), yes[1]]})
+    rows[1]["rejected"] = [rows[1]["chosen"][0], no[1]]
+    (tmp_path / "ultra.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = load_preferences(str(tmp_path / "ultra.jsonl"))
+    assert {(p.prompt, p.chosen, p.rejected) for p in (*pairs.train, *pairs.held_out)} == {
+        ("user: Is it far ?", "Two streets .", "No"),
+        ("user: Is it near ?", "Two streets .", "No"),
+    }
+
+
 def test_rows_without_a_choice_are_counted(tmp_path):
     rows = [row(f"{i} ?", "Yes .", "No .") for i in range(6)]
     rows += [row("a ?", "Yes .", "No .", tie=True), row("b ?", "Yes .", " Yes . "), row("c ?", "Yes .", "")]
