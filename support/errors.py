@@ -81,7 +81,7 @@ def import_path(path: str, what: str) -> Any:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = f"{what} is '{path}', but '{file}' cannot be run: {describe_exception(error)}."
             raise UserError(said + _new_place(error)) from error
     else:

@@ -385,6 +385,12 @@ def test_a_missing_import_in_the_users_file_is_no_missing_file(own_file):
         make_reward({"my_own_rewards:Polite": 1}, {}, "cpu", "<EOU>")
 
 
+def test_a_users_file_that_ends_the_process_is_a_sentence(own_file):
+    own_file.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(UserError, match="cannot be run: SystemExit: 3"):
+        make_reward({f"{own_file}:Polite": 1}, {}, "cpu", "<EOU>")
+
+
 def test_the_users_file_may_be_called_rewards(own_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "rewards", rewards)  # put back afterwards
     (own_file.parent / "rewards.py").write_text(OWN)
