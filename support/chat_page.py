@@ -169,7 +169,7 @@ class ChatPage:
         single = len(self.agents) == 1
         self.tab = gr.State(Tab())
         gr.Markdown(self._heading(names), elem_id="heading")
-        self.goal = gr.HTML("", visible=self.role is not None, elem_id="goal")
+        self.goal = gr.Markdown("", visible=self.role is not None, elem_id="goal")
         self.chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",

@@ -96,8 +96,8 @@ def pairs_of(dialogues: Dialogues, place: str, left_out: Counter[str]) -> list[P
     rows = dialogues.rows
     if not (rows.numbers or rows.without_choice or rows.rejected):
         raise UserError(
-            f"{place} has no rows; expected preferences: 'prompt', 'chosen' and 'rejected'. "
-            "chat.py --web --preferences FILE writes a row for each choice."
+            f"{place} has no rows; expected preferences: 'prompt', 'chosen' and 'rejected'. The page of chat.py --web "
+            "writes a row for each choice."
         )
     if rows.form not in (PREFERENCES, IMPLICIT) and dialogues:
         raise UserError(

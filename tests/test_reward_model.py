@@ -155,7 +155,7 @@ def test_a_split_without_rows_is_said(tmp_path):
         ([row("a ?", "caf\ufffd", "No .")] * 3, "not valid UTF-8"),
         ([row("", "Yes .", "No .")] * 3, r"message 1 of 1 \(user\) is empty"),
         ([{"prompt": "a ?", "chosen": None, "rejected": "No ."}], "the column 'chosen' is empty"),
-        ([], r"rows.jsonl' has no rows; expected preferences.*chat.py --web --preferences FILE"),
+        ([], r"rows.jsonl' has no rows; expected preferences.*chat.py --web writes a row"),
         ([{"chosen": "Yes .", "rejected": "No ."}], "no common beginning that could be the prompt"),
         (
             [{"chosen": [*messages_of(["a ?"]), *side("b")], "rejected": [*messages_of(["c ?"]), *side("d")]}],
