@@ -250,6 +250,22 @@ def test_the_curve_of_the_desk_is_drawn(tmp_path):
     assert done.returncode == 2 and "expected one with --partner desk" in done.stderr
 
 
+def test_habits_of_replies_are_counted_beside_those_of_humans(tmp_path):
+    head = {"format": {"max_new_tokens": 9}}
+    said = ["Oh , no !", "Oh , yes .", "a b c a b c", ""]
+    rows = [dict(text=text, length=9 - i, reply="Fine .") for i, text in enumerate(said)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+    command = [sys.executable, str(ROOT / "benchmarks" / "habits.py"), str(tmp_path / "one.jsonl")]
+    done = forked.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2:] == [
+        "| one | oh 50%, a 25% | 25.0% | 25.0% | 25.0% |",
+        "| human | fine 100% | 0.0% | | |",
+    ]
+    missing = forked.run([*command, "no.jsonl"], capture_output=True, text=True)
+    assert missing.returncode == 2 and "there is no file 'no.jsonl'" in missing.stderr
+
+
 @pytest.mark.slow
 def test_kept_turns_are_timed_on_the_same_conversations():
     options = ["desk", "--conversations", "8", "--repeats", "1"]

@@ -209,8 +209,9 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
     for name in ("CAUSAL_LM", "MODEL", "FOLDER", "SMOLLM2", "models/sft", "models/dd-sft"):
         (tmp_path / name).symlink_to(policy)
     (tmp_path / "preferences.jsonl").symlink_to(worked / "preferences.jsonl")
-    (tmp_path / "models" / "rm_a-pairs").symlink_to(worked / "PAIRS")
-    for name in ("my_rm", "rm_a", "rm_b"):
+    for name in ("models/rm_a-pairs", "joined"):
+        (tmp_path / name).symlink_to(worked / "PAIRS")
+    for name in ("my_rm", "rm_a", "rm_b", "rm_a2", "rm_b2"):
         (tmp_path / "models" / name).symlink_to(worked / "RM")
     for name in ("INSTRUCT_MODEL", "models/mine"):
         (tmp_path / name).symlink_to(worked / "INSTRUCT_MODEL")
@@ -224,6 +225,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         "ppo_dialog",
         "mine",
         "preferred",
+        "further0",
         "friend",
         "desk",
         "seed0",
