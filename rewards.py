@@ -141,7 +141,7 @@ def label_parts(names: Sequence[str] | Mapping[str, float]) -> dict[str, str]:
 
 # names of metrics that a run has in any case
 TAKEN = {"score", "kl", "prompt", "reply", "act", "response", "tokens", "episodes", "update", "lr", "alpha", "length"}
-TAKEN |= {"turns", "cut"}
+TAKEN |= {"turns", "cut"}  # of conversations
 
 
 def distribute_arguments(args: Mapping[str, Any], own: Sequence[str]) -> dict[str, dict[str, Any]]:

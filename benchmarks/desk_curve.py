@@ -1,6 +1,8 @@
 """Draw the share of conversations of the desk that succeed, during the training of one run or several.
 
-python benchmarks/desk_curve.py runs/desk --output desk.png
+    python benchmarks/desk_curve.py runs/desk --output desk.png
+
+Each run has a curve of its own color.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.config import command_line
 from support.errors import UserError, run_script
-from support.options import PositiveInt
 from support.paths import check_models, check_partner_path, is_class
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     from support.libraries import quiet_libraries
     from support.models import load_causal_lm, load_codec
     from support.options import Sampling, TextOptions
-    from support.partners import PartnerMaker, ScriptedPartners
+    from support.partners import PartnerMaker
     from support.pretrained import positions_of
     from support.samples import lengths_without_data
     from support.turn_cache import keep_turns
@@ -75,9 +75,8 @@ def main() -> None:
 
     def sample(kept: bool) -> tuple[float, int]:
         """Play all conversations. Return the seconds and the tokens."""
-        partners = ScriptedPartners(maker.of_split("test"), config.conversations)
-        env = ConversationVectorEnv(ConversationTask(partners, config.max_turns), codec, config.conversations)
-        step = causal_lm_step(model)
+        task = ConversationTask(maker.partners("test", config.conversations), config.max_turns)
+        env, step = ConversationVectorEnv(task, codec, config.conversations), causal_lm_step(model)
         step = keep_turns(step, codec) if kept else step
         started, tokens = time.perf_counter(), 0
         observations, _ = env.reset(seed=config.seed, options={"rounds": 1})

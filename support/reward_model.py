@@ -42,7 +42,7 @@ class RewardModel:
         self.model, self.tokenizer = model, tokenizer
         template = own_template(tokenizer)
         self.codec = DialogueCodec(tokenizer, from_template(template)) if template else None
-        self.end = "" if self.codec or parts_texts(tokenizer) else "\n"  # of the first text of a pair
+        self.end = "" if self.codec or separates_texts(tokenizer) else "\n"  # of the first text of a pair
         self.most = min(MAX_TOKENS, positions_of(model.config) or MAX_TOKENS)
 
     @property
@@ -98,10 +98,10 @@ class RewardModel:
         return scores
 
 
-def parts_texts(tokenizer: Any) -> bool:
+def separates_texts(tokenizer: Any) -> bool:
     """Whether a tokenizer writes something between the two texts of a pair. GPT-2's does not."""
     pair = tokenizer("a", "b").input_ids
-    joined = [id for text in ("a", "b") for id in tokenizer(text, add_special_tokens=False).input_ids]
+    joined = [*tokenizer("a", add_special_tokens=False).input_ids, *tokenizer("b", add_special_tokens=False).input_ids]
     return not any(pair[i : i + len(joined)] == joined for i in range(len(pair)))
 
 
