@@ -15,9 +15,10 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ if __name__ == "__main__":  # answer --help and mistakes before torch is importe
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from envs import ConversationVectorEnv, DialogueVectorEnv
@@ -93,7 +94,17 @@ from support.models import (
     longest_text,
     training_noise,
 )
-from support.packing import get_conventions, logits_at, pack, packed_lengths, pad_right, split_by_tokens
+from support.packing import (
+    TextBatch,
+    get_conventions,
+    logits_at,
+    pack,
+    pack_all,
+    packed_lengths,
+    pad_right,
+    send,
+    split_by_tokens,
+)
 from support.partners import PartnerMaker, Tasks, unread_data
 from support.pretrained import check_positions, check_vocabulary, count_parameters, load_pretrained, positions_of
 from support.run import Run, compute_stats, load_stats
@@ -136,7 +147,7 @@ class BatchSizes:
         first_block = accelerator.process_index * blocks
         return cls(rounds, replies, group, num_mini_batch, blocks, first_block, micro_batch)
 
-    def mini_batches(self, *stream: int) -> list[torch.Tensor]:
+    def mini_batches(self, *stream: int) -> list[np.ndarray]:
         """Draw the mini-batches of a pass: this process's rows of the rollout, (n, group) each, seeded by `stream`."""
         # (rounds, blocks, prompts, group) -> (blocks, rounds * prompts, group)
         rows = torch.arange(self.replies).view(self.rounds, self.blocks, -1, self.group).transpose(0, 1).flatten(1, 2)
@@ -144,7 +155,8 @@ class BatchSizes:
             block[torch.randperm(len(block), generator=make_generator(*stream, self.first_block + i))]
             for i, block in enumerate(rows)
         ]
-        return [torch.cat(parts) for parts in zip(*(block.tensor_split(self.num_mini_batch) for block in shuffled))]
+        split = [block.tensor_split(self.num_mini_batch) for block in shuffled]
+        return [torch.cat(parts).numpy() for parts in zip(*split)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,22 +183,20 @@ class ActorCritic(nn.Module):
     def _keep_hidden(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hidden = inputs[0]
 
-    def forward(self, input_ids, attention_mask, keep):
-        """Return logits (n, V) and values (n,) at the n positions that keep (B, S) marks, row after row.
+    def forward(self, texts: TextBatch):
+        """Return logits (n, V) and values (n,) at the n positions that texts.keep (B, S) marks, row after row.
 
-        input_ids, attention_mask (B, S) may be padded on either side; support/packing.py removes the padding.
+        The texts may be padded on either side; support/packing.py removes the padding.
         """
-        inputs, select = pack(self.policy, input_ids, attention_mask, keep)
+        inputs, select = pack(self.policy, texts)
         logits = select(self.policy(**inputs, use_cache=False).logits)
-        if self.critic is not None:
-            return logits, self.values_of(input_ids, attention_mask, keep)
-        return logits, self._values(select)
+        return logits, self._values(select) if self.critic is None else self.values_of(texts)
 
     def decode(self, input_ids, attention_mask, past=None):
         """Return logits (B, V) and values (B,) of the last position, and the key/value cache.
 
-        input_ids (B, s) follow the tokens in `past`; attention_mask (B, past + s). With a separate critic the values
-        are None: `values_of` computes them for finished replies, in one pass.
+        input_ids (B, s) follow the tokens in `past`; attention_mask (B, past + s). Without `past` both are on the host.
+        With a separate critic the values are None: `values_of` computes them for finished replies, in one pass.
         """
         logits, past, last = cached_pass(self.policy, input_ids, attention_mask, past)
         return logits, self._values(last) if self.critic is None else None, past
@@ -195,10 +205,16 @@ class ActorCritic(nn.Module):
         hidden, self._hidden = select(self._hidden), None
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
-    def values_of(self, input_ids, attention_mask, keep) -> torch.Tensor:
+    def values_of(self, texts: TextBatch) -> torch.Tensor:
         """Return a separate critic's values (n,) at the kept positions."""
-        inputs, select = pack(self.critic, input_ids, attention_mask, keep, head=False)
+        inputs, select = pack(self.critic, texts, head=False)
         return select(self.critic(**inputs)).float()
+
+    def pack_ahead(self, batches: Sequence[TextBatch]) -> None:
+        """Compute and send what the networks read in later passes over some texts."""
+        pack_all(self.policy, batches)
+        if self.critic is not None:
+            pack_all(self.critic, batches, head=False)
 
     def value_parameters(self) -> list[nn.Parameter]:
         return list((self.value_head if self.critic is None else self.critic).parameters())
@@ -275,39 +291,39 @@ def build_model(config: PPOConfig, name: str, longest: int) -> ActorCritic:
 class Texts:
     """M texts for the networks: prompts padded on the left to P tokens, what follows padded on the right to S tokens.
 
-    What follows a prompt is a reply. In a conversation it is several replies, with the partner's words between them. A
-    conversation has several texts if a later prompt does not begin with the earlier text.
+    They are arrays of the host, where micro-batches are planned. What follows a prompt is a reply. In a conversation it
+    is several replies, with the partner's words between them. A conversation has several texts if a later prompt does
+    not begin with the earlier text.
     """
 
-    input_ids: torch.Tensor  # (M, P + S)
-    attention_mask: torch.Tensor  # (M, P + S)
-    sampled: torch.Tensor  # (M, S) bool: the tokens that the policy sampled
+    input_ids: np.ndarray  # (M, P + S)
+    attention_mask: np.ndarray  # (M, P + S)
+    sampled: np.ndarray  # (M, S) bool: the tokens that the policy sampled
     counts: list[int] | None = None  # texts of each of the N episodes; None: one each
 
-    def rows(self, episodes: torch.Tensor) -> torch.Tensor:
+    def rows(self, episodes: np.ndarray) -> np.ndarray:
         """Return the rows of the texts of some episodes, in their order."""
         if self.counts is None:
             return episodes
-        counts = torch.tensor(self.counts, device=episodes.device)
-        ends = counts.cumsum(0)
-        return torch.cat([torch.arange(ends[e] - counts[e], ends[e], device=episodes.device) for e in episodes])
+        ends = np.cumsum(self.counts)
+        return np.concatenate([np.arange(ends[e] - self.counts[e], ends[e]) for e in episodes])
 
-    def inputs(self, episodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a network's inputs to score the replies of some episodes, see shifted_inputs."""
+    def inputs(self, episodes: np.ndarray, device: torch.device) -> TextBatch:
+        """Return what a network on `device` reads to score the replies of some episodes, see shifted_inputs."""
         rows = self.rows(episodes)
-        return shifted_inputs(self.input_ids[rows], self.attention_mask[rows], self.sampled[rows])
+        return shifted_inputs(self.input_ids[rows], self.attention_mask[rows], self.sampled[rows], device)
 
-    def sampled_ids(self, episodes: torch.Tensor) -> torch.Tensor:
+    def sampled_ids(self, episodes: np.ndarray) -> np.ndarray:
         """Return the n tokens that were sampled in some episodes, one after another."""
         rows = self.rows(episodes)
         return self.input_ids[rows, -self.sampled.shape[1] :][self.sampled[rows]]
 
-    def lengths(self, group: int) -> torch.Tensor:
+    def lengths(self, group: int) -> np.ndarray:
         """Return the tokens (N / group,) of each `group` episodes, in which a prompt that all have counts once."""
         if self.counts is None:
             return packed_lengths(self.attention_mask, self.attention_mask.shape[1] - self.sampled.shape[1], group)
-        of_texts = self.attention_mask.sum(-1).split(self.counts)
-        return torch.stack([tokens.sum() for tokens in of_texts]).view(-1, group).sum(-1)
+        of_episodes = np.add.reduceat(self.attention_mask.sum(-1), np.cumsum([0, *self.counts[:-1]]))
+        return of_episodes.reshape(-1, group).sum(-1)
 
 
 @dataclass
@@ -336,15 +352,14 @@ class Rollout:
         return self.metrics | {f"reward_{name}": values for name, values in self.parts.items()}
 
     @property
-    def prompt_mask(self) -> torch.Tensor:
+    def prompt_mask(self) -> np.ndarray:
         return self.texts.attention_mask[:, : -self.texts.sampled.shape[1]]
 
     @property
     def response_ids(self) -> torch.Tensor:
         """The sampled tokens (N, T), 0 outside the mask."""
-        ids = torch.zeros_like(self.mask, dtype=torch.long)
-        everything = torch.arange(len(self.mask), device=self.mask.device)
-        return ids.masked_scatter(self.mask, self.texts.sampled_ids(everything))
+        [ids] = send([self.texts.sampled_ids(np.arange(len(self.mask)))], self.mask.device)
+        return torch.zeros_like(self.mask, dtype=torch.long).masked_scatter(self.mask, ids)
 
 
 @dataclass(frozen=True)
@@ -396,33 +411,30 @@ def collect_round(
     device = settings.device
     # 1. prompts, without the columns that are padding in all of them
     started = time.perf_counter()
-    prompt_mask = torch.as_tensor(observations["attention_mask"], device=device)
-    first = int(prompt_mask.any(0).nonzero()[0])
-    prompt_mask = prompt_mask[:, first:]
-    prompt_ids = torch.as_tensor(observations["input_ids"], device=device)[:, first:]
+    first = int(observations["attention_mask"].any(0).argmax())
+    prompts = observations["input_ids"][:, first:], observations["attention_mask"][:, first:]
 
     # 2. responses, with the log-probability and the value of each token as it is sampled
-    prompts = prompt_ids, prompt_mask
     how = settings.sampling, uniforms.to(device), settings.max_over_processes
     out = sample_responses(model.decode, env.codec, *prompts, *how)
-    attention_mask = torch.cat([prompt_mask, out.mask.to(prompt_mask.dtype)], dim=-1)
-    texts = Texts(torch.cat([prompt_ids, out.ids], dim=-1), attention_mask, out.mask)
+    texts = Texts(*(np.concatenate(pair, axis=-1) for pair in zip(prompts, (out.ids, out.mask))), out.mask)
+    mask = torch.from_numpy(out.mask).to(device)
 
     # 3. log-probabilities under the reference, and values of a separate critic, of the finished texts
     ref_logprobs, values = read_texts(model, ref_model, texts, out.mask, env.samples_per_prompt, settings)
     sampled = time.perf_counter()
 
     # 4. the environment scores the replies and hands out the next dialogues
-    observations, _, _, _, infos = env.step(out.ids.masked_fill(~out.mask, -1).cpu().numpy())
+    observations, _, _, _, infos = env.step(np.where(out.mask, out.ids, -1))
     final, scores = infos["final_info"], env.scores
     by_token = np.zeros((len(out.mask), 0)) if scores.by_token is None else scores.by_token
     as_column = partial(torch.tensor, dtype=torch.float32, device=device)
     rollout = Rollout(
         texts=texts,
-        mask=out.mask,
+        mask=mask,
         logprobs=out.logprobs,
-        kl=token_kl(out.full_logprobs, ref_logprobs, out.mask),
-        values=value_scale.denormalize(out.values if values is None else values) * out.mask,
+        kl=token_kl(out.full_logprobs, ref_logprobs, mask),
+        values=value_scale.denormalize(out.values if values is None else values) * mask,
         candidates=out.candidates,
         scores=as_column(scores.total),
         token_scores=pad_right(as_column(by_token), out.mask.shape[1]),
@@ -467,9 +479,9 @@ def collect_conversations(
 
     # 3. log-probabilities under the reference, and values of a separate critic, of the whole conversations
     device, pad_id = settings.device, env.codec.tokenizer.pad_token_id
-    texts, tokens = Texts(*join_turns(of_talks, pad_id, device)), join_tokens(of_talks, device)
+    texts, tokens = Texts(*join_turns(of_talks, pad_id)), join_tokens(of_talks, device)
     mask = tokens["mask"]
-    ref_logprobs, critic_values = read_texts(model, ref_model, texts, mask, 1, settings)
+    ref_logprobs, critic_values = read_texts(model, ref_model, texts, mask.cpu().numpy(), 1, settings)
     values = tokens["values"] if critic_values is None else critic_values
     as_column = partial(torch.tensor, dtype=torch.float32, device=device)
     scores = {name: as_column(x) for name, x in scores_of(talks).items()}
@@ -498,7 +510,7 @@ def read_texts(
     model: ActorCritic,
     ref_model: nn.Module,
     texts: Texts,
-    mask: torch.Tensor,
+    mask: np.ndarray,
     group: int,
     settings: RolloutSettings,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -506,19 +518,24 @@ def read_texts(
 
     mask (N, T) marks the sampled tokens. Without a separate critic the values are None: they come with the replies.
     """
-    ref_logprobs = torch.zeros(mask.shape, device=mask.device)
+    ref_logprobs = torch.zeros(mask.shape, device=settings.device)
     values = None if getattr(model, "critic", None) is None else torch.zeros_like(ref_logprobs)
     lengths = texts.lengths(group)
     passes = min(settings.max_over_processes(-(-int(lengths.sum()) // settings.micro_batch)), len(lengths))
-    groups = torch.arange(len(mask), device=mask.device).view(len(lengths), -1)
-    for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
-        inputs, here = texts.inputs(rows), mask[rows]
-        logits = logits_at(ref_model, *inputs)
-        logprobs = token_log_probs(logits, texts.sampled_ids(rows), settings.sampling.temperature)
-        ref_logprobs[rows] = ref_logprobs[rows].masked_scatter(here, logprobs)
+    groups = np.arange(len(mask)).reshape(len(lengths), -1)
+    for rows in map(np.ravel, split_by_tokens(groups, lengths, passes)):
+        inputs = texts.inputs(rows, settings.device)
+        places, ids = send((token_places(mask, rows), texts.sampled_ids(rows)), settings.device)
+        logits = logits_at(ref_model, inputs)
+        ref_logprobs.view(-1)[places] = token_log_probs(logits, ids, settings.sampling.temperature)
         if values is not None:
-            values[rows] = values[rows].masked_scatter(here, model.values_of(*inputs))
+            values.view(-1)[places] = model.values_of(inputs)
     return ref_logprobs, values
+
+
+def token_places(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return where the n tokens that mask (N, T) marks in some rows are, in row order, in a flattened (N, T)."""
+    return (rows[:, None] * mask.shape[1] + np.arange(mask.shape[1]))[mask[rows]]
 
 
 def join_named(rounds: list[dict[str, torch.Tensor]], counts: list[int], missing: float) -> dict[str, torch.Tensor]:
@@ -533,9 +550,9 @@ def join(rounds: list[Rollout]) -> Rollout:
     """Join rounds of replies to one rollout, padded to the longest prompt and the longest response."""
     width, length = max(r.prompt_mask.shape[1] for r in rounds), max(r.mask.shape[1] for r in rounds)
 
-    def text(rollout: Rollout, name: str) -> torch.Tensor:
+    def text(rollout: Rollout, name: str) -> np.ndarray:
         x, n = getattr(rollout.texts, name), rollout.prompt_mask.shape[1]
-        return torch.cat([F.pad(x[:, :n], (width - n, 0)), pad_right(x[:, n:], length)], dim=-1)
+        return np.pad(x, ((0, 0), (width - n, length - (x.shape[1] - n))))
 
     candidates = None
     if rounds[0].candidates is not None:
@@ -545,10 +562,10 @@ def join(rounds: list[Rollout]) -> Rollout:
         name: torch.cat([pad_right(getattr(r, name), length) for r in rounds])
         for name in ("mask", "logprobs", "kl", "values", "token_scores")
     }
-    ids, attention = (torch.cat([text(r, name) for r in rounds]) for name in ("input_ids", "attention_mask"))
+    ids, attention = (np.concatenate([text(r, name) for r in rounds]) for name in ("input_ids", "attention_mask"))
     counts = [len(r.scores) for r in rounds]
     return Rollout(
-        texts=Texts(ids, attention, of_tokens["mask"]),
+        texts=Texts(ids, attention, of_tokens["mask"].cpu().numpy()),
         **of_tokens,
         candidates=candidates,
         **{name: torch.cat([getattr(r, name) for r in rounds]) for name in ("scores", "turns")},
@@ -785,6 +802,69 @@ def token_entropy(logits: torch.Tensor, temperature: float, candidates: torch.Te
 # Update
 
 
+@dataclass
+class MicroBatch:
+    """Some episodes, with n sampled tokens, that one forward pass reads."""
+
+    texts: TextBatch
+    places: torch.Tensor  # (n,) of the tokens in a flattened (N, T) tensor of the rollout
+    ids: torch.Tensor  # (n,) of the tokens
+
+
+@dataclass
+class MiniBatch:
+    """What one optimizer step learns from."""
+
+    micro_batches: list[MicroBatch]
+    scale: float  # of each token's loss
+    tokens: int  # of all processes
+
+
+def plan_update(
+    model: nn.Module,
+    accelerator: Accelerator,
+    batch: Batch,
+    config: PPOConfig,
+    sizes: BatchSizes,
+    stream: tuple[int, ...],
+) -> list[list[MiniBatch]]:
+    """Plan the passes of an update on the host, so that no optimizer step waits for the device.
+
+    All processes make as many micro-batches as the one with the longest replies. The loss is divided by the tokens of
+    all processes, or by their weights, so that a token has the same weight in any split.
+    """
+    rollout, group, device = batch.rollout, sizes.group, accelerator.device
+    mask, lengths = rollout.mask.cpu().numpy(), rollout.texts.lengths(group)  # (N, T), (N / group,)
+    weights = mask if batch.weights is None else batch.weights.cpu().numpy()
+    drawn = [rows for epoch in range(config.ppo_epoch) for rows in sizes.mini_batches(*stream, epoch)]
+    parts = [-(-lengths[rows[:, 0] // group].sum() // sizes.micro_batch) for rows in drawn]
+    ours = [[mask[rows].sum(), weights[rows].sum(), k] for rows, k in zip(drawn, parts)]
+    of_processes = accelerator.gather(torch.tensor(ours, dtype=torch.float32, device=device)).view(-1, len(ours), 3)
+    sums, most = of_processes.sum(0).tolist(), of_processes[..., 2].amax(0).tolist()
+    # Accelerate divides the loss by the parts (DeepSpeed does not), and data parallelism by the processes
+    divided = accelerator.distributed_type != DistributedType.DEEPSPEED
+    planned = []  # of each mini-batch: the rows of its micro-batches, its scale, its tokens
+    for rows, (tokens, whole, _), parts in zip(drawn, sums, most):
+        parts = min(int(parts), len(rows))
+        split = [some.ravel() for some in split_by_tokens(rows, lengths[rows[:, 0] // group], parts)]
+        planned.append((split, (parts if divided else 1) * accelerator.num_processes / whole, int(tokens)))
+    everything = [rows for split, *_ in planned for rows in split]
+    texts = [rollout.texts.inputs(rows, device) for rows in everything]
+    if pack_ahead := getattr(accelerator.unwrap_model(model), "pack_ahead", None):
+        pack_ahead(texts)
+    sent = send([x for r in everything for x in (token_places(mask, r), rollout.texts.sampled_ids(r))], device)
+    micro_batches = map(MicroBatch, texts, sent[::2], sent[1::2])
+    mini_batches = [MiniBatch(list(islice(micro_batches, len(split))), *numbers) for split, *numbers in planned]
+    each = len(mini_batches) // config.ppo_epoch
+    return [mini_batches[i : i + each] for i in range(0, len(mini_batches), each)]
+
+
+def drain(items: list[Any]) -> Iterator[Any]:
+    """Yield the items and remove them, so that the memory of each is free after its turn."""
+    while items:
+        yield items.pop(0)
+
+
 def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -798,70 +878,69 @@ def update(
 
     `stream` seeds the order of the replies in each pass.
     """
-    rollout = batch.rollout
     model.train()
     totals: dict[str, torch.Tensor] = {}
-    optimizer_steps, skipped, passes = 0, 0, 0
-    lengths = rollout.texts.lengths(sizes.group).cpu()  # (N / group,)
-    for epoch in range(config.ppo_epoch):
-        epoch_tokens, kl_before = 0, totals.get("approx_kl", 0.0)
-        for mini_batch in sizes.mini_batches(*stream, epoch):
-            # All processes make as many micro-batches as the one with the longest replies. The loss is divided by the
-            # tokens of all processes, or their weights, so that a token has the same weight in any split.
-            tokens_of_groups = lengths[mini_batch[:, 0] // sizes.group]
-            parts = -(-int(tokens_of_groups.sum()) // sizes.micro_batch)
-            ours = torch.stack([rollout.mask[mini_batch].sum(), rollout.mask.new_tensor(parts, dtype=torch.long)])
-            tokens, parts = accelerator.gather(ours).view(-1, 2).unbind(-1)
-            tokens, parts = tokens.sum(), min(int(parts.max()), len(mini_batch))
-            accelerator.step, accelerator.gradient_accumulation_steps = 0, parts  # count the parts from 0 again
-            # Accelerate divides the loss by the parts (DeepSpeed does not), and data parallelism by the processes
-            divided = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else parts
-            whole = tokens  # the weights of all processes' tokens
-            if batch.weights is not None:
-                whole = accelerator.reduce(batch.weights[mini_batch].sum(), reduction="sum")
-            scale = divided * accelerator.num_processes / whole
-            for rows in map(torch.flatten, split_by_tokens(mini_batch, tokens_of_groups, parts)):
+    norms: list[torch.Tensor] = []
+    passes = 0
+    for mini_batches in plan_update(model, accelerator, batch, config, sizes, stream):
+        kl_before, tokens = totals.get("approx_kl", 0.0), sum(mini_batch.tokens for mini_batch in mini_batches)
+        for mini_batch in mini_batches:
+            # count the parts from 0 again
+            accelerator.step, accelerator.gradient_accumulation_steps = 0, len(mini_batch.micro_batches)
+            for micro_batch in drain(mini_batch.micro_batches):
                 with accelerator.accumulate(model):
-                    stats = token_stats(model, batch, rows, config)
+                    stats = token_stats(model, batch, micro_batch, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
                     loss = loss - config.entropy_coef * stats["entropy"]
-                    accelerator.backward(loss * scale)
+                    accelerator.backward(loss * mini_batch.scale)
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                        usable = norm is None or math.isfinite(norm)
-                        if usable or accelerator.scaler is not None:  # fp16's scaler skips such steps itself
-                            optimizer.step()
-                        optimizer.zero_grad()
-                        optimizer_steps, skipped = optimizer_steps + usable, skipped + (not usable)
-                        if usable and norm is not None:
-                            totals["grad_norm"] = totals.get("grad_norm", 0.0) + float(norm)
+                        norm = optimizer_step(model, optimizer, accelerator, config.max_grad_norm)
+                        norms += [] if norm is None else [norm]
                 for name, value in stats.items():
                     value = value.detach().float()
                     totals[name] = totals.get(name, 0.0) + value.where(value.isfinite(), value.new_zeros(()))
-            epoch_tokens += tokens
         passes += 1
         if config.early_stop_kl is not None:
-            kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / epoch_tokens
+            kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / tokens
             if kl_of_pass > config.early_stop_kl:
                 break
-    grad_norm = totals.pop("grad_norm", float("nan")) / max(1, optimizer_steps)
-    names = list(totals)
-    summed = accelerator.reduce(torch.stack([totals[n] for n in names]), reduction="sum")
-    means = (summed / (passes * epoch_tokens)).tolist()
-    return dict(zip(names, means)) | {"grad_norm": grad_norm, "passes": passes, "skipped_steps": skipped}
+    summed = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
+    means = dict(zip(totals, (summed / (passes * tokens)).tolist()))
+    found = torch.stack(norms).tolist() if norms else []
+    usable = [norm for norm in found if math.isfinite(norm)]
+    grad_norm = sum(usable) / len(usable) if usable else float("nan")
+    return means | {"grad_norm": grad_norm, "passes": passes, "skipped_steps": len(found) - len(usable)}
 
 
-def token_stats(model: nn.Module, batch: Batch, rows: torch.Tensor, config: PPOConfig) -> dict[str, torch.Tensor]:
-    """Make one forward pass over some rows. Return losses and statistics, each summed over the rows' tokens."""
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_grad_norm: float
+) -> torch.Tensor | None:
+    """Clip the gradients and make a step, but none if their norm is not finite. Return the norm, if it is known.
+
+    The norm is not read, because the optimizer decides on the device. fp16's scaler and DeepSpeed decide themselves.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which has made its step already
+        norm = None if norm is None else torch.as_tensor(norm, device=accelerator.device)
+    elif isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.scaler is None:
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # read by torch's fused AdamW
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def token_stats(model: nn.Module, batch: Batch, some: MicroBatch, config: PPOConfig) -> dict[str, torch.Tensor]:
+    """Make one forward pass over some episodes. Return losses and statistics, each summed over their tokens."""
     rollout = batch.rollout
-    mask = rollout.mask[rows]
 
     def at_tokens(x):
-        return x[rows][mask]  # (N, T, ...) -> (n, ...), the n sampled tokens of these rows
+        return x.flatten(0, 1)[some.places]  # (N, T, ...) -> (n, ...)
 
     candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
-    logits, values = model(*rollout.texts.inputs(rows))
-    logprobs = token_log_probs(logits, rollout.texts.sampled_ids(rows), config.temperature, candidates)
+    logits, values = model(some.texts)
+    logprobs = token_log_probs(logits, some.ids, config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
     losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(batch.advantages), config.clip_range)
     if batch.kl_coef:  # with top-k or top-p as if the candidates kept the probability that they had together
@@ -1171,7 +1250,7 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
     return torch.optim.AdamW(
         [{"params": of_policy, "lr": config.lr}, {"params": value_parameters, "lr": config.critic_lr}],
         weight_decay=config.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=True,  # it skips a step without waiting for the device, see optimizer_step
     )
 
 
@@ -1470,8 +1549,8 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     whole = sum(means[f"share_{name}"] for name in parts) or 1.0
     means |= {name: value / whole for name, value in means.items() if name.startswith("share_")}
     mask = rollout.prompt_mask  # (M, P) of the texts, of which a conversation may have several
-    counts = [mask.sum(), mask.numel(), len(mask), int(rollout.turns.sum())]
-    prompt_tokens, prompt_positions, texts, turns = reduce(mask.new_tensor(counts)).tolist()
+    counts = torch.tensor([mask.sum(), mask.size, len(mask), int(rollout.turns.sum())])
+    prompt_tokens, prompt_positions, texts, turns = reduce(counts).tolist()
     _, unexplained = masked_moments(returns - rollout.values, rollout.mask, reduce)
     _, variance = masked_moments(returns, rollout.mask, reduce)
     _, of_scores = masked_moments(rollout.scores, torch.ones_like(rollout.scores), reduce)

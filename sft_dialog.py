@@ -74,7 +74,7 @@ from support.libraries import quiet_libraries
 from support.live_display import can_draw, show_bar, show_spinner
 from support.machine import use_all_cores
 from support.models import load_causal_lm, load_codec, longest_text
-from support.packing import logits_at
+from support.packing import TextBatch, logits_at
 from support.pretrained import check_positions, check_vocabulary, load_pretrained, positions_of
 from support.samples import Samples, load_samples, longest_lengths
 from support.spool import Spool
@@ -229,7 +229,7 @@ def collate(batch: list[Window], pad_id: int, loss_on: str) -> dict[str, torch.T
 def window_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the learned tokens; only the positions before them reach the vocabulary."""
     learned = batch["labels"][:, 1:] != -100
-    logits = logits_at(model, batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], learned)
+    logits = logits_at(model, TextBatch.of(batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], learned))
     return -token_log_probs(logits, batch["labels"][:, 1:][learned], temperature=1.0).mean()
 
 

@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from interleaved import table
@@ -62,12 +63,12 @@ def gradients(model, rollout: Rollout, config: PPOConfig, sizes: BatchSizes) -> 
     *_, last = advantages
     sums = {name: [torch.zeros_like(p) for p in parameters] for name in advantages}
     lengths = rollout.texts.lengths(sizes.group)
-    groups = torch.arange(len(rollout.mask), device=rollout.mask.device).view(-1, sizes.group)
+    groups = np.arange(len(rollout.mask)).reshape(-1, sizes.group)
     passes = min(len(groups), -(-int(lengths.sum()) // sizes.micro_batch))
-    for rows in map(torch.flatten, split_by_tokens(groups, lengths, passes)):
+    for rows in map(np.ravel, split_by_tokens(groups, lengths, passes)):
         mask = rollout.mask[rows]
         candidates = None if rollout.candidates is None else rollout.candidates[rows][mask]
-        logits, _ = model(*rollout.texts.inputs(rows))
+        logits, _ = model(rollout.texts.inputs(rows, mask.device))
         # token_log_probs frees its memory in the backward pass, and each part needs a backward pass here
         logprobs = keep_candidates(logits.float() / config.temperature, candidates).log_softmax(-1)
         chosen = rollout.response_ids[rows][mask].unsqueeze(-1)

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -80,7 +81,7 @@ MEASURES = {
     "fused_adamw": (torch.optim, "AdamW", lambda *args, fused, **kwargs: ADAMW(*args, **kwargs)),
     "estimated_entropy": None,  # a bonus of next to nothing makes PPO compute the entropy over the whole vocabulary
     # with --samples-per-prompt
-    "shared_prompts": (packing, "first_equal_rows", lambda ids, mask: torch.arange(len(ids), device=ids.device)),
+    "shared_prompts": (packing, "first_equal_rows", lambda ids, mask: np.arange(len(ids))),
     "spelled_out": (packing, "MATMUL_DTYPES", ()),  # with --mixed-precision bf16 on a CPU
 }
 Measure = Literal[tuple(MEASURES)]

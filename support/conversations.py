@@ -144,13 +144,13 @@ def sample_turn(
     slots = np.flatnonzero(env.active)
     mask = observations["attention_mask"][slots]
     first = int(mask.any(0).argmax())  # earlier columns are padding in all of them
-    ids, mask = (torch.from_numpy(x[:, first:]).to(device) for x in (observations["input_ids"][slots], mask))
+    ids, mask = observations["input_ids"][slots][:, first:], mask[:, first:]
     talks = [env.conversations[slot] for slot in slots]
     of_talks = [talk.number for talk in talks], [len(talk.replies) for talk in talks]
     uniforms = turn_uniforms(env.codec.format.max_new_tokens, *of_talks, env.seed, POLICY)
     out = sample_responses(step, env.codec, ids, mask, sampling, uniforms.to(device))
     actions = np.full(env.action_space.shape, -1, np.int64)
-    actions[slots, : out.ids.shape[1]] = out.ids.masked_fill(~out.mask, -1).cpu().numpy()
+    actions[slots, : out.ids.shape[1]] = np.where(out.mask, out.ids, -1)
     return slots, out, actions
 
 
@@ -168,7 +168,7 @@ class Turn:
 
 def turns_of(observations: dict[str, Any], slots: np.ndarray, out: Responses) -> list[Turn]:
     """Return what was sampled in each of some slots."""
-    columns = [x.cpu() for x in (out.ids, out.mask, out.logprobs, out.full_logprobs, out.values)]
+    columns = out.ids, out.mask, *(x.cpu() for x in (out.logprobs, out.full_logprobs, out.values))
     candidates = None if out.candidates is None else out.candidates.cpu()
     found = []
     for i, slot in enumerate(slots):
@@ -179,9 +179,7 @@ def turns_of(observations: dict[str, Any], slots: np.ndarray, out: Responses) ->
     return found
 
 
-def join_turns(
-    of_talks: list[list[Turn]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+def join_turns(of_talks: list[list[Turn]], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """Join the turns of each conversation to one text, or to several if a prompt does not continue the text.
 
     Return what ppo_dialog.Texts holds: input_ids and attention_mask (M, P + S), which of the last S columns were
@@ -203,13 +201,13 @@ def join_turns(
         counts.append(len(rows) - before)
     width = max(len(prompt) for prompt, *_ in rows)
     length = max(len(rest) for _, rest, _ in rows)
-    ids = torch.full((len(rows), width + length), pad_id)
-    attention, sampled = torch.zeros_like(ids), torch.zeros((len(rows), length), dtype=torch.bool)
+    ids = np.full((len(rows), width + length), pad_id)
+    attention, sampled = np.zeros_like(ids), np.zeros((len(rows), length), bool)
     for i, (prompt, rest, chosen) in enumerate(rows):
-        ids[i, width - len(prompt) : width + len(rest)] = torch.tensor(prompt + rest)
+        ids[i, width - len(prompt) : width + len(rest)] = prompt + rest
         attention[i, width - len(prompt) : width + len(rest)] = 1
-        sampled[i, : len(rest)] = torch.tensor(chosen)
-    return ids.to(device), attention.to(device), sampled.to(device), counts
+        sampled[i, : len(rest)] = chosen
+    return ids, attention, sampled, counts
 
 
 def join_tokens(of_talks: list[list[Turn]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -19,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from support.errors import UserError, first_line
 from support.generation import cached_pass
-from support.packing import PACKED_SDPA, Conventions, is_packed, pack
+from support.packing import PACKED_SDPA, Conventions, TextBatch, is_packed, pack, send
 from support.pretrained import positions_of
 
 LONGEST = 192  # default for the tokens of the longest text: 128 of the prompt and 64 of the reply
@@ -86,11 +87,12 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
     head = model.get_output_embeddings() is not None
     name = config.name_or_path or type(model).__name__
     ids, mask = probe_texts(config, model.get_input_embeddings().num_embeddings, longest)
-    ids, mask = (x.to(next(model.parameters()).device) for x in (ids, mask))
-    keep = torch.zeros_like(mask, dtype=torch.bool)
+    device = next(model.parameters()).device
+    keep = np.zeros(mask.shape, bool)
     keep[:, -REPLY - 1 :] = True  # the reply, and the position before it
     try:
-        alone = [model(input_ids=row[real.bool()][None])[0][0, -REPLY - 1 :] for row, real in zip(ids, mask)]
+        rows = [torch.tensor(row[real > 0], device=device)[None] for row, real in zip(ids, mask)]
+        alone = [model(input_ids=row)[0][0, -REPLY - 1 :] for row in rows]
     except Exception as error:  # models raise errors of many classes
         raise UserError(f"model '{name}' cannot read a text of {ids.shape[1]} tokens: {first_line(error)}") from error
     reference = torch.stack(alone).float()  # (3, REPLY + 1, V or d)
@@ -103,7 +105,7 @@ def _try_out(model: nn.Module, longest: int) -> tuple[bool, Conventions]:
             try:
                 if packed != is_packed(model):
                     model.set_attn_implementation(PACKED_SDPA if packed else "sdpa")
-                inputs, select = pack(model, ids, mask, keep, head)
+                inputs, select = pack(model, TextBatch(ids, mask, keep, device), head)
                 right = packed == is_packed(model)  # Falcon ignores the setting and keeps its own attention
                 right = right and _close(select(model(**inputs, use_cache=False)[0]).view_as(reference), reference)
                 right = right and (not head or _generates_right(model, ids, mask, reference))
@@ -126,7 +128,7 @@ def _candidates(model: nn.Module, head: bool) -> Iterator[Conventions]:
             yield Conventions(cache, first, pad_right=True)
 
 
-def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and mask (3, S) of three texts, padded on the left. The first prompt is short; the others are equal.
 
     The long prompt exceeds every window, chunk and kernel size in the configuration, but not `longest` tokens.
@@ -138,7 +140,7 @@ def probe_texts(config: PreTrainedConfig, vocabulary: int, longest: int) -> tupl
     usable = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special])
     ids = usable[torch.randint(len(usable), (3, width), generator=torch.Generator().manual_seed(0))]
     ids[2, :-REPLY] = ids[1, :-REPLY]
-    mask = torch.ones_like(ids)
+    ids, mask = ids.numpy(), np.ones(ids.shape, np.int64)
     mask[0, : -REPLY - 2] = 0
     return ids, mask
 
@@ -156,19 +158,20 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
             yield str(name), value
 
 
-def _generates_right(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor) -> bool:
+def _generates_right(model: nn.Module, ids: np.ndarray, mask: np.ndarray, reference: torch.Tensor) -> bool:
     """Return whether replies read token by token give the reference's logits (3, REPLY + 1, V).
 
     As in sample_responses, a shared prompt is read once, and a row leaves the batch before the others.
     """
-    prompts, rows = ids.shape[1] - REPLY, torch.tensor([0, 1, 2], device=ids.device)
+    device, prompts = reference.device, ids.shape[1] - REPLY
     logits, past, _ = cached_pass(model, ids[:2, :prompts], mask[:2, :prompts], None)
-    copies = torch.tensor([0, 1, 1], device=ids.device)
+    [ids, mask], rows = send((ids, mask), device), torch.tensor([0, 1, 2], device=device)
+    copies = torch.tensor([0, 1, 1], device=device)
     past.reorder_cache(copies)
     right = _close(logits[copies], reference[:, 0])
     for step in range(REPLY):
         if step == 2:
-            kept = torch.tensor([0, 2], device=ids.device)
+            kept = torch.tensor([0, 2], device=device)
             past.reorder_cache(kept)
             rows = rows[kept]
         end = prompts + step + 1

@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from support import packing
 from support.distributed import Report, map_batches
 from support.options import EVAL_SAMPLING, Sampling
-from support.packing import get_conventions, logits_at, pack, position_ids
+from support.packing import Array, TextBatch, get_conventions, logits_at, pack, position_ids, send
 from support.pretrained import positions_of
 from support.samples import Sample
 from support.text import DialogueCodec
 
 # (input_ids (b, s), attention_mask (b, past + s), past) -> logits (b, V) and values (b,) or None of the last position,
-# and the new past
+# and the new past. Prompts, which have no past, are arrays of the host; otherwise the ids are tensors on the device
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None, Any]]
 
 
@@ -111,10 +112,13 @@ def sample_tokens(
 
 @dataclass
 class Responses:
-    """B sampled responses, padded on the right to the longest, T. Numbers are 0 outside the mask."""
+    """B sampled responses, padded on the right to the longest, T. Numbers are 0 outside the mask.
 
-    ids: torch.Tensor  # (B, T) int64, filled with the pad token
-    mask: torch.Tensor  # (B, T) bool: True up to and including the token that ended the response
+    What is known on the host is an array, what the device has computed is a tensor.
+    """
+
+    ids: np.ndarray  # (B, T) int64, filled with the pad token
+    mask: np.ndarray  # (B, T) bool: True up to and including the token that ended the response
     logprobs: torch.Tensor  # (B, T) under the distribution sampled from
     full_logprobs: torch.Tensor  # (B, T) without top-k and top-p; the same tensor if neither is set
     values: torch.Tensor  # (B, T) of the state before each token
@@ -130,41 +134,40 @@ def no_lockstep(number: int) -> int:
 def sample_responses(
     step: DecodeStep,
     codec: DialogueCodec,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
+    prompt_ids: np.ndarray,
+    prompt_mask: np.ndarray,
     sampling: Sampling,
     uniforms: torch.Tensor,
     max_over_processes: Callable[[int], int] = no_lockstep,
 ) -> Responses:
     """Sample one response to each prompt (B, P); `uniforms` (B, max_new_tokens) in [0, 1) is the only randomness.
 
-    Responses that have ended leave the batch, so a step computes unfinished ones only. `max_over_processes` returns the
-    largest of the processes' numbers; it keeps processes in lockstep if each step needs all of them.
+    `uniforms` are on the device that generates. Responses that have ended leave the batch, so a step computes
+    unfinished ones only. `max_over_processes` returns the largest of the processes' numbers; it keeps processes in
+    lockstep if each step needs all of them.
     """
-    batch, device, max_new = len(prompt_ids), prompt_ids.device, codec.format.max_new_tokens
-    ids = torch.full((batch, max_new), codec.tokenizer.pad_token_id, dtype=torch.long, device=device)
-    mask = torch.zeros((batch, max_new), dtype=torch.bool, device=device)
+    batch, device, max_new = len(prompt_ids), uniforms.device, codec.format.max_new_tokens
     logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
     candidate_sets: list[torch.Tensor] = []
-    forbidden = sorted(codec.end_ids)
+    forbidden = torch.tensor(sorted(codec.end_ids), device=device)
 
-    alive = torch.arange(batch, device=device)  # rows that are unfinished
+    replies: list[list[int]] = [[] for _ in range(batch)]
+    going = list(range(batch))  # rows that are unfinished, and the same on the device
+    [alive] = send([np.arange(batch)], device)
     # a prompt that several rows answer is read once
-    first = packing.first_equal_rows(prompt_ids, prompt_mask)
-    leaders, copies = first.unique(return_inverse=True)
+    leaders, copies = np.unique(packing.first_equal_rows(prompt_ids, prompt_mask), return_inverse=True)
     tokens, attention, past = prompt_ids[leaders], prompt_mask[leaders], None
     for t in range(max_new):
         logits, value, past = step(tokens, attention, past)  # (b, V), (b,)
-        if t == 0 and len(leaders) < batch:
-            logits, value = logits[copies], None if value is None else value[copies]
-            past.reorder_cache(copies)
-            attention = prompt_mask
+        if t == 0:
+            copies, attention = send([copies, prompt_mask], device)
+            if len(leaders) < batch:
+                logits, value = logits[copies], None if value is None else value[copies]
+                past.reorder_cache(copies)
         if t < sampling.min_new_tokens:
-            logits = logits.clone()
-            logits[:, forbidden] = float("-inf")
+            logits = logits.index_fill(-1, forbidden, float("-inf"))
         candidates = choose_candidates(logits, sampling)
         token, logprobs[alive, t] = sample_tokens(logits, uniforms[alive, t], sampling, candidates)
-        ids[alive, t], mask[alive, t] = token, True
         if value is not None:
             values[alive, t] = value.float()
         if candidates is not None:
@@ -172,19 +175,26 @@ def sample_responses(
             candidate_sets.append(torch.full((batch, candidates.shape[1]), -1, dtype=torch.int32, device=device))
             candidate_sets[-1][alive] = candidates
 
-        going = find_unfinished(codec, ids[alive, : t + 1])
-        if not going.any():
+        for row, new in zip(going, token.tolist()):  # the only time that the host waits for the device
+            replies[row].append(new)
+        left = [i for i, row in enumerate(going) if not codec.ended(replies[row])]
+        if not left:
             idle_steps(step, token[:1, None], attention[:1], past, max_new - t - 1, max_over_processes)
             break
         max_over_processes(1)
-        tokens = token[going].unsqueeze(-1)
-        attention = torch.cat([attention[going], attention.new_ones((len(tokens), 1))], dim=-1)
-        if not going.all():
-            alive = alive[going]
-            past.reorder_cache(going.nonzero().squeeze(-1))
+        if len(left) < len(going):
+            going = [going[i] for i in left]
+            rows, alive = send([np.array(left), np.array(going)], device)
+            token, attention = token[rows], attention[rows]
+            past.reorder_cache(rows)
+        tokens = token.unsqueeze(-1)
+        attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
     candidates = stack_candidates(candidate_sets)
     full_logprobs = logprobs if candidates is None else full_logprobs
-    return Responses(*(x[:, : t + 1] for x in (ids, mask, logprobs, full_logprobs, values)), candidates)
+    mask = np.arange(t + 1) < np.array([len(reply) for reply in replies])[:, None]
+    ids = np.full(mask.shape, codec.tokenizer.pad_token_id)
+    ids[mask] = [token for reply in replies for token in reply]
+    return Responses(ids, mask, *(x[:, : t + 1] for x in (logprobs, full_logprobs, values)), candidates)
 
 
 def idle_steps(
@@ -201,15 +211,6 @@ def idle_steps(
         most -= 1
 
 
-def find_unfinished(codec: DialogueCodec, ids: torch.Tensor) -> torch.Tensor:
-    """Return which replies (b,) continue after their last token; ids (b, t) are the tokens so far."""
-    maybe_ended = [i for i, last in enumerate(ids[:, -1].tolist()) if codec.can_end(last)]
-    texts = ids[maybe_ended].tolist() if maybe_ended else []
-    going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    going[[i for i, text in zip(maybe_ended, texts) if codec.ended(text)]] = False
-    return going
-
-
 def stack_candidates(sets: list[torch.Tensor]) -> torch.Tensor | None:
     """Stack the candidates of T steps, (B, K) each, to (B, T, K) with the largest K; None if `sets` is empty."""
     if not sets:
@@ -219,30 +220,35 @@ def stack_candidates(sets: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def cached_pass(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: Any
+    model: torch.nn.Module, input_ids: Array, attention_mask: Array, past: Any
 ) -> tuple[torch.Tensor, Any, Callable[[torch.Tensor], torch.Tensor]]:
     """Run a causal LM on input_ids (b, s), which follow the tokens in `past`; attention_mask (b, past + s).
 
-    Return the last position's logits (b, V), the new cache, and a function that selects the last position (b, ...) from
-    the input of the model's head. A packed model reads prompts without padding; neighbouring prompts must then differ.
-    A model without a usable cache reads the whole text again, see `Tokens`.
+    Without `past` these are arrays, otherwise tensors. Return the last position's logits (b, V), the new cache, and a
+    function that selects the last position (b, ...) from the input of the model's head. A packed model reads prompts
+    without padding; neighbouring prompts must then differ. A model without a usable cache reads the whole text again,
+    see `Tokens`.
     """
-    conventions = get_conventions(model)
+    conventions, device = get_conventions(model), next(model.parameters()).device
     packed = past is None and packing.is_packed(model)
+    if not conventions.cache:
+        if past is not None:
+            input_ids = np.concatenate([past.ids, input_ids.cpu().numpy()], axis=-1)
+            attention_mask = attention_mask.cpu().numpy()
+        past = Tokens(input_ids)
     if packed or not conventions.cache:
-        if not conventions.cache:
-            past = Tokens(input_ids if past is None else torch.cat([past.ids, input_ids], dim=-1))
-            input_ids = past.ids
-        keep = torch.zeros_like(attention_mask, dtype=torch.bool)
+        keep = np.zeros(attention_mask.shape, bool)
         keep[:, -1] = True
-        inputs, last = pack(model, input_ids, attention_mask, keep)
+        inputs, last = pack(model, TextBatch(input_ids, attention_mask, keep, device))
     else:
-        new = input_ids.shape[1]
-        inputs, last = dict(input_ids=input_ids, logits_to_keep=1), lambda x: x[:, -1]
-        inputs["position_ids"] = position_ids(attention_mask, conventions.first_position)[:, -new:]
+        ids, mask = send((input_ids, attention_mask), device) if past is None else (input_ids, attention_mask)
+        new = ids.shape[1]
+        inputs, last = dict(input_ids=ids, logits_to_keep=1), lambda x: x[:, -1]
+        inputs["position_ids"] = position_ids(mask, conventions.first_position)[:, -new:]
         # a model with a state (Mamba) expects the mask of the new tokens only
-        state = conventions.cache == "cache_params"
-        inputs["attention_mask"] = attention_mask[:, -new:] if state else attention_mask
+        inputs["attention_mask"] = mask[:, -new:] if conventions.cache == "cache_params" else mask
+        if new == 1 and packing.is_packed(model):  # as transformers would write it, if it looked for padding
+            inputs["attention_mask"] = mask[:, None, None].bool()
         inputs[conventions.cache] = past
     out = model(**inputs, use_cache=bool(conventions.cache))
     if conventions.cache:
@@ -255,12 +261,12 @@ def cached_pass(
 class Tokens:
     """Replacement for the cache of a model that has no usable one: the tokens so far, ids (b, s)."""
 
-    def __init__(self, ids: torch.Tensor):
+    def __init__(self, ids: np.ndarray):
         self.ids = ids
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
         """Keep these rows (k,) only. A row may be named several times."""
-        self.ids = self.ids[rows]
+        self.ids = self.ids[rows.cpu().numpy()]
 
 
 def causal_lm_step(model: torch.nn.Module) -> DecodeStep:
@@ -287,18 +293,16 @@ def reply_log_likelihoods(
 
     def compute(chunk: list[int]) -> Iterable[tuple[float, int]]:
         some = [samples[i] for i in chunk]
-        prompt_ids, prompt_mask = map(torch.from_numpy, codec.encode_prompts([s.prompt_ids for s in some]))
+        prompt_ids, prompt_mask = codec.encode_prompts([s.prompt_ids for s in some])
         room = positions - prompt_ids.shape[1]
-        targets = codec.encode_targets([s.messages for s in some], [s.reply for s in some])
-        targets = [torch.tensor(target[:room]) for target in targets]
-        reply_ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=0)
-        reply_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in targets], batch_first=True)
-        inputs = shifted_inputs(
-            torch.cat([prompt_ids, reply_ids], -1), torch.cat([prompt_mask, reply_mask], -1), reply_mask
-        )
-        logits = logits_at(model, *(x.to(device) for x in inputs))
-        flat = token_log_probs(logits, reply_ids[reply_mask.bool()].to(device), temperature=1.0).cpu()
-        lengths = reply_mask.sum(-1).tolist()
+        targets = [t[:room] for t in codec.encode_targets([s.messages for s in some], [s.reply for s in some])]
+        lengths = [len(target) for target in targets]
+        reply_mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        reply_ids = np.zeros(reply_mask.shape, np.int64)
+        reply_ids[reply_mask] = [token for target in targets for token in target]
+        texts = np.concatenate([prompt_ids, reply_ids], -1), np.concatenate([prompt_mask, reply_mask], -1)
+        logits = logits_at(model, shifted_inputs(*texts, reply_mask, device))
+        flat = token_log_probs(logits, *send([reply_ids[reply_mask]], device), temperature=1.0).cpu()
         return zip(torch.stack([logprobs.sum() for logprobs in flat.split(lengths)]).tolist(), lengths)
 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))
@@ -307,16 +311,16 @@ def reply_log_likelihoods(
 
 
 def shifted_inputs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a network's inputs to score responses: input_ids, attention_mask, positions to keep, (B, S - 1) each.
+    input_ids: np.ndarray, attention_mask: np.ndarray, response_mask: np.ndarray, device: torch.device
+) -> TextBatch:
+    """Return what a network on `device` reads to score responses: S - 1 tokens of B texts, and positions to keep.
 
     input_ids, attention_mask (B, S), whose last T columns are the response; response_mask (B, T). The output at one
     position predicts the next token, so the last token of a text is no input.
     """
-    keep = torch.zeros_like(attention_mask[:, 1:], dtype=torch.bool)
+    keep = np.zeros(attention_mask[:, 1:].shape, bool)
     keep[:, -response_mask.shape[1] :] = response_mask
-    return input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep
+    return TextBatch(input_ids[:, :-1], attention_mask[:, :-1] * attention_mask[:, 1:], keep, device)
 
 
 @dataclass(frozen=True)
@@ -342,9 +346,9 @@ def generate_replies(
     uniforms = torch.rand((len(samples), codec.format.max_new_tokens), generator=generator)
 
     def generate(chunk: list[int]) -> Iterable[tuple[str, int]]:
-        ids, mask = map(torch.from_numpy, codec.encode_prompts([samples[i].prompt_ids for i in chunk]))
-        prompts, step = (ids.to(device), mask.to(device)), causal_lm_step(model)
-        responses = sample_responses(step, codec, *prompts, settings.sampling, uniforms[chunk].to(device))
+        ids, mask = codec.encode_prompts([samples[i].prompt_ids for i in chunk])
+        step, drawn = causal_lm_step(model), uniforms[chunk].to(device)
+        responses = sample_responses(step, codec, ids, mask, settings.sampling, drawn)
         lengths = responses.mask.sum(-1).tolist()
         return ((codec.decode_response(row[:n]), n) for row, n in zip(responses.ids.tolist(), lengths))
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from support.fast_paths import LONGEST, choose_fast_paths
 from support.options import TextOptions
+from support.packing import TextBatch
 from support.pretrained import check_positions, check_vocabulary, end_token_ids, load_pretrained, load_tokenizer
 from support.text import DialogueCodec, DialogueFormat, choose_format
 
@@ -102,11 +103,11 @@ def training_noise(model: nn.Module) -> float:
     """
     was_training, found = model.training, []
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
-    mask = torch.ones_like(ids)
+    texts = TextBatch.of(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
     with torch.random.fork_rng(devices=[]):
         for training in (True, True, False):
             model.train(training)
-            found.append(model(ids, mask, mask.bool())[0].float().log_softmax(-1))
+            found.append(model(texts)[0].float().log_softmax(-1))
     model.train(was_training)
     return max(float((other - found[0]).abs().max()) for other in found[1:])
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from support.builtin import resolve_model
@@ -135,11 +136,11 @@ class ModelPartners:
             return []
         prompts = [self._prompt(messages) for messages in conversations]
         device = next(self.model.parameters()).device
-        ids, mask = (torch.from_numpy(x).to(device) for x in self.codec.encode_prompts(prompts))
+        ids, mask = self.codec.encode_prompts(prompts)
         uniforms = turn_uniforms(self.codec.format.max_new_tokens, numbers, turns, self.seed, PARTNER)
         step = causal_lm_step(self.model)
         out = sample_responses(step, self.codec, ids, mask, self.sampling, uniforms.to(device))
-        rows = out.ids.masked_fill(~out.mask, -1).tolist()
+        rows = np.where(out.mask, out.ids, -1).tolist()
         return [str(self.codec.decode_response(row)) or None for row in rows]
 
     def notes(self, slots: Sequence[int], conversations: Sequence[list[Message]]) -> list[str]:

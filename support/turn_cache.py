@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from support.generation import DecodeStep
+from support.packing import Array, send
 from support.text import DialogueCodec
 
 Row = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer the keys and values (H, n, D) of n tokens
@@ -27,19 +29,16 @@ class TurnCache:
         self.known: dict[tuple[int, ...], Row] = {}  # by their tokens
         self.last: Turns | None = None  # the rows of the last turn
 
-    def __call__(
-        self, tokens: torch.Tensor, attention: torch.Tensor, past: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    def __call__(self, tokens: Array, attention: Array, past: Any) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         if past is None:
             return self._begin(tokens, attention)
         if not isinstance(past, Turns):
             return self.step(tokens, attention, past)
-        past.attention = torch.cat([past.attention, torch.ones_like(tokens)], dim=-1)
-        past.texts = [text + row for text, row in zip(past.texts, tokens.tolist())]
-        logits, values, past.past = self.step(tokens, past.attention, past.past)
+        past.add(tokens)
+        logits, values, past.past = self.step(tokens, past.on_device, past.past)
         return logits, values, past
 
-    def _begin(self, tokens: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    def _begin(self, tokens: np.ndarray, attention: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """Read prompts (b, P), of which a part may be known."""
         if self.last is not None:
             self.last.keep(range(len(self.last.texts)))  # those that were going on when the turn ended
@@ -69,12 +68,10 @@ class TurnCache:
         past, mask = join_rows([rows[i] for i in range(len(prompts))])
         rest = [prompt[len(start) or -1 :] for prompt, start in zip(prompts, starts)]
         width = max(map(len, rest))
-        new = tokens[:, -width:]
-        lengths = torch.tensor([len(text) for text in rest], device=tokens.device)
-        here = torch.arange(width, device=tokens.device) >= width - lengths[:, None]
-        mask = torch.cat([mask, here.to(mask.dtype)], dim=-1)
-        logits, values, past = self.step(new, mask, past)
-        self.last = Turns(self.known, past, mask, prompts)
+        here = np.arange(width) >= width - np.array([len(text) for text in rest])[:, None]
+        self.last = Turns(self.known, past, np.concatenate([mask, here], axis=-1), prompts)
+        [new] = send([tokens[:, -width:]], self.last.on_device.device)
+        logits, values, self.last.past = self.step(new, self.last.on_device, past)
         return logits, values, self.last
 
 
@@ -89,15 +86,25 @@ class Turns:
 
     known: dict[tuple[int, ...], Row]
     past: DynamicCache
-    attention: torch.Tensor
-    texts: list[list[int]] = field(default_factory=list)
+    attention: np.ndarray
+    texts: list[list[int]]
+
+    def __post_init__(self):
+        [self.on_device] = send([self.attention], self.past.layers[0].keys.device)  # the same as attention
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Add tokens (b, 1) to the texts."""
+        self.on_device = torch.cat([self.on_device, torch.ones_like(tokens)], dim=-1)
+        self.attention = np.pad(self.attention, ((0, 0), (0, 1)), constant_values=1)
+        self.texts = [text + row for text, row in zip(self.texts, tokens.tolist())]
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
         """Keep these rows (k,) only. A row may be named several times."""
         chosen = rows.tolist()
         self.keep(sorted(set(range(len(self.texts))) - set(chosen)))
         self.past.reorder_cache(rows)
-        self.attention, self.texts = self.attention[rows], [self.texts[i] for i in chosen]
+        self.on_device, self.attention = self.on_device[rows], self.attention[chosen]
+        self.texts = [self.texts[i] for i in chosen]
 
     def keep(self, rows: Any) -> None:
         """Remember the keys and values of some rows."""
@@ -105,19 +112,19 @@ class Turns:
         self.known |= {tuple(self.texts[i]): row for i, row in zip(rows, rows_of(self.past, self.attention, rows))}
 
 
-def rows_of(past: DynamicCache, attention: torch.Tensor, rows: Any = None) -> list[Row]:
+def rows_of(past: DynamicCache, attention: np.ndarray, rows: Any = None) -> list[Row]:
     """Return the keys and values of rows of a cache, all of them by default, without padding."""
     found = []
     for i in range(len(attention)) if rows is None else rows:
-        real = attention[i] > 0
+        [real] = send([attention[i].nonzero()[0]], past.layers[0].keys.device)
         found.append([(layer.keys[i][:, real], layer.values[i][:, real]) for layer in past.layers])
     return found
 
 
-def join_rows(rows: list[Row]) -> tuple[DynamicCache, torch.Tensor]:
+def join_rows(rows: list[Row]) -> tuple[DynamicCache, np.ndarray]:
     """Return a cache of b rows, padded on the left to the longest, S, and the mask (b, S) of its tokens."""
     lengths = [row[0][0].shape[1] for row in rows]
-    width, first = max(lengths), rows[0][0][0]
+    width = max(lengths)
     past = DynamicCache()
     for layer in range(len(rows[0])):
         joined = []
@@ -128,5 +135,4 @@ def join_rows(rows: list[Row]) -> tuple[DynamicCache, torch.Tensor]:
                 padded[i, :, width - lengths[i] :] = row[layer][which]
             joined.append(padded)
         past.update(*joined, layer)
-    mask = torch.arange(width, device=first.device) >= width - torch.tensor(lengths, device=first.device)[:, None]
-    return past, mask.long()
+    return past, np.arange(width) >= width - np.array(lengths)[:, None]

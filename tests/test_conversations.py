@@ -703,9 +703,8 @@ def test_new_conversations_that_begin_alike_beside_old_ones_are_read_right(chat_
     model = ActorCritic(policy).eval()
     rollout, _ = collect(model, policy, env, observations, torch.zeros(0), RunningMoments(), settings)
     with torch.no_grad():
-        everything = torch.arange(len(rollout.mask))
-        logits, values = model(*rollout.texts.inputs(everything))
-    logprobs = token_log_probs(logits, rollout.texts.sampled_ids(everything), 1.0)
+        logits, values = model(rollout.texts.inputs(np.arange(len(rollout.mask)), settings.device))
+    logprobs = token_log_probs(logits, rollout.response_ids[rollout.mask], 1.0)
     assert len(rollout.mask) == 24 and torch.allclose(rollout.logprobs[rollout.mask], logprobs, atol=2e-5)
     assert torch.allclose(rollout.values[rollout.mask], values, atol=2e-5)
 

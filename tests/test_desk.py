@@ -295,7 +295,7 @@ def success_rate(model, codec, sampling, number=600):
     conversations = [[{"role": "user", "content": customer.reset(rng)}] for customer in customers]
     going = list(range(number))
     while going:
-        ids, mask = map(torch.from_numpy, codec.encode_prompts(codec.prompt_ids([conversations[i] for i in going])))
+        ids, mask = codec.encode_prompts(codec.prompt_ids([conversations[i] for i in going]))
         uniforms = torch.rand((len(going), codec.format.max_new_tokens), generator=generator)
         found = sample_responses(causal_lm_step(model), codec, ids, mask, sampling, uniforms)
         texts = [codec.decode_response(row[:n]) for row, n in zip(found.ids.tolist(), found.mask.sum(-1).tolist())]

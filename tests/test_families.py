@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
 from chat_templates import FAMILIES, FORMS, GROUPED, SLIDING, chat_model, chat_tokenizer, small_model
@@ -88,16 +89,16 @@ def test_log_probabilities_are_those_of_transformers_for_the_text_alone(name, tm
 
     texts = ["Hi .", "Fine , thanks . And you ?", "Hi ."]
     prompts = codec.prompt_ids([messages_of(texts[:1]), messages_of(texts), messages_of(texts)])  # the last two share
-    ids, mask = map(torch.from_numpy, codec.encode_prompts(prompts))
+    ids, mask = codec.encode_prompts(prompts)
     assert mask.sum(-1).min() > 16  # longer than the windows
     uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(0))
     written = sample_responses(causal_lm_step(model), codec, ids, mask, Sampling(), uniforms)
-    whole, whole_mask = torch.cat([ids, written.ids], -1), torch.cat([mask, written.mask.long()], -1)
+    whole, whole_mask = np.concatenate([ids, written.ids], -1), np.concatenate([mask, written.mask], -1)
     with torch.no_grad():
-        updated = logits_at(model, *shifted_inputs(whole, whole_mask, written.mask)).log_softmax(-1)
-        updated = updated.gather(-1, written.ids[written.mask][:, None])[:, 0]
+        updated = logits_at(model, shifted_inputs(whole, whole_mask, written.mask, model.device)).log_softmax(-1)
+        updated = updated.gather(-1, torch.from_numpy(written.ids[written.mask])[:, None])[:, 0]
         expected = []
-        for prompt, response, length in zip(prompts, written.ids, written.mask.sum(-1)):
+        for prompt, response, length in zip(prompts, torch.from_numpy(written.ids), written.mask.sum(-1)):
             text = torch.tensor([prompt + response[:length].tolist()])
             logprobs = plain(input_ids=text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected.append(logprobs.gather(-1, response[:length, None])[:, 0])

@@ -1,5 +1,6 @@
 """Fast paths: for models of many families, the chosen path gives the numbers of each text alone."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -21,7 +22,7 @@ from support.fast_paths import choose_fast_paths, probe_texts
 from support.generation import causal_lm_step, sample_responses
 from support.models import disable_dropout, training_noise
 from support.options import Sampling
-from support.packing import is_packed, logits_at
+from support.packing import TextBatch, is_packed, logits_at
 from support.pretrained import positions_of
 
 V, PROMPT, REPLY = 60, 30, 8
@@ -115,21 +116,21 @@ def test_what_is_chosen_for_a_family_gives_what_each_text_gives_alone(name):
         expected = torch.cat([alone(i[m.bool()])[k[m.bool()]] for i, m, k in zip(ids, mask, keep)])
         for training in (False, True):  # SFT and the update, without dropout
             model.train(training)
-            assert torch.allclose(logits_at(model, ids, mask, keep).log_softmax(-1), expected, atol=1e-4)
+            assert torch.allclose(logits_at(model, TextBatch.of(ids, mask, keep)).log_softmax(-1), expected, atol=1e-4)
     model.eval()
     uniforms = torch.rand(6, REPLY, generator=torch.Generator().manual_seed(1))
-    prompts = ids[:, :PROMPT], mask[:, :PROMPT]
+    prompts = ids[:, :PROMPT].numpy(), mask[:, :PROMPT].numpy()
     written = sample_responses(causal_lm_step(model), EndsAtMultiples, *prompts, Sampling(), uniforms)
     lengths = written.mask.sum(-1).tolist()
     assert len(set(lengths)) > 2  # rows left the batch at different times
     for row, length in enumerate(lengths):
-        prompt, reply = ids[row, :PROMPT][mask[row, :PROMPT].bool()], written.ids[row, :length]
+        prompt, reply = ids[row, :PROMPT][mask[row, :PROMPT].bool()], torch.from_numpy(written.ids[row, :length])
         with torch.no_grad():
             logprobs = alone(torch.cat([prompt, reply]))[len(prompt) - 1 : -1]
         logprobs = logprobs.gather(1, reply[:, None])[:, 0]
         assert torch.allclose(written.logprobs[row, :length], logprobs, atol=1e-4)
-        one = prompt[None], torch.ones_like(prompt[None]), Sampling(), uniforms[row : row + 1]
-        assert sample_responses(causal_lm_step(model), EndsAtMultiples, *one).ids[0, :length].equal(reply)
+        one = prompt[None].numpy(), np.ones((1, len(prompt)), int), Sampling(), uniforms[row : row + 1]
+        assert sample_responses(causal_lm_step(model), EndsAtMultiples, *one).ids[0, :length].tolist() == reply.tolist()
 
 
 @pytest.mark.parametrize("name", ["gemma3 with vision", "roberta", "mamba"])
@@ -142,7 +143,7 @@ def test_a_separate_critic_is_read_as_its_trunk_asks(name):
     keep = mask.bool()
     model = ActorCritic(LlamaForCausalLM(LlamaConfig(**GROUPED)), critic)
     with torch.no_grad():
-        values = model.values_of(ids, mask, keep)
+        values = model.values_of(TextBatch.of(ids, mask, keep))
         expected = torch.cat([critic(i[m.bool()][None])[0] for i, m in zip(ids, mask)])
     assert torch.allclose(values, expected, atol=1e-3)
 
@@ -159,7 +160,7 @@ def test_the_texts_that_are_tried_go_beyond_what_the_configuration_names():
     assert lengths("mistral", sliding_window=4096).shape[1] < 192  # longer than all texts of the run
     assert lengths("mistral", 5000, sliding_window=4096).shape[1] > 4096
     ids, mask = probe_texts(AutoConfig.for_model("llama", **SIZES), V, 192)
-    assert ids[1, :-3].equal(ids[2, :-3]) and mask[0].sum() == 5 and not set(ids.flatten().tolist()) & {0, 1}
+    assert (ids[1, :-3] == ids[2, :-3]).all() and mask[0].sum() == 5 and not set(ids.flatten().tolist()) & {0, 1}
 
 
 def test_a_model_that_is_not_causal_is_refused_in_a_sentence():
@@ -232,9 +233,9 @@ def test_every_position_that_is_counted_can_be_used_and_no_more():
             mask = torch.ones_like(ids)
             if ids.shape[1] > positions:
                 with pytest.raises((IndexError, RuntimeError)):
-                    logits_at(model, ids, mask, mask.bool())
+                    logits_at(model, TextBatch.of(ids, mask, mask.bool()))
             else:
-                assert logits_at(model, ids, mask, mask.bool()).shape == (positions, V)
+                assert logits_at(model, TextBatch.of(ids, mask, mask.bool())).shape == (positions, V)
     assert positions_of(AutoConfig.for_model("mamba")) is None
     assert positions_of(AutoConfig.for_model("gemma3", text_config=SLIDING)) == 64
     assert positions_of(AutoConfig.for_model("mpt", max_seq_len=50)) == 50

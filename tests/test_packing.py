@@ -1,5 +1,6 @@
 """Batches without padding: they give the numbers of padded ones in every family; other models stay padded."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from transformers import (
 from support import packing
 from support.fast_paths import choose_fast_paths
 from support.generation import cached_pass
-from support.packing import is_packed, logits_at, pack, packed_lengths, position_ids, split_by_tokens
+from support.packing import TextBatch, is_packed, logits_at, pack, packed_lengths, position_ids, split_by_tokens
 from support.pretrained import fuse_gelu, transpose_lm_head
 
 V = 40
@@ -91,7 +92,7 @@ def test_packed_logits_and_gradients_are_those_of_each_text_alone(family, texts)
     model = FAMILIES[family]().eval()
     expected, gradients = of_each_alone(model, *texts())
     assert choose_fast_paths(model) and is_packed(model)
-    logits = logits_at(model, *texts())
+    logits = logits_at(model, TextBatch.of(*texts()))
     assert torch.allclose(logits, expected, atol=1e-5)
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -102,10 +103,10 @@ def test_a_prompt_of_several_replies_is_read_once():
     model = FAMILIES["gpt2"]()
     assert choose_fast_paths(model)
     ids, mask, keep = replies_to_prompts()
-    inputs, _ = pack(model, ids, mask, keep)
+    inputs, _ = pack(model, TextBatch.of(ids, mask, keep))
     alone = mask.sum() - mask[1, :5].sum() - mask[2, :5].sum() - mask[5, :5].sum()
     assert inputs["input_ids"].shape == (1, int(alone))
-    assert torch.equal(packed_lengths(mask[:3], 5, 3), mask[0, :5].sum()[None] + mask[:3, 5:].sum())
+    assert packed_lengths(mask[:3].numpy(), 5, 3).tolist() == [mask[0, :5].sum() + mask[:3, 5:].sum()]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -128,7 +129,7 @@ def test_bf16_on_a_cpu_uses_the_fused_kernel_only_for_long_texts(family, monkeyp
             monkeypatch.setattr(packing, "SCORES_KEPT", longest)
             calls.clear()
             with torch.autocast("cpu", torch.bfloat16):  # rotary positions return fp32 keys; values are bf16
-                logits = logits_at(model, *texts).float()
+                logits = logits_at(model, TextBatch.of(*texts)).float()
             assert set(calls) == {name}
             assert torch.allclose(logits, expected, atol=0.02)
             logits.square().sum().backward()
@@ -155,7 +156,7 @@ def test_only_kept_positions_reach_the_vocabulary_and_no_padding_any_layer():
     model.lm_head.register_forward_pre_hook(lambda m, x: seen.update(head=x[0].shape))
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda m, x: seen.update(layer=x[0].shape))
     choose_fast_paths(model)
-    logits_at(model, ids, mask, keep)
+    logits_at(model, TextBatch.of(ids, mask, keep))
     assert seen["head"] == (1, int(keep.sum()), 16) and seen["layer"] == (1, int(mask.sum()), 16)
 
 
@@ -183,7 +184,7 @@ def test_prompts_fill_the_cache_without_their_padding(family):
     seen = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, x: seen.append(x[0].numel()))
     with torch.no_grad():
-        logits, past, last = cached_pass(model, ids, mask, None)
+        logits, past, last = cached_pass(model, ids.numpy(), mask.numpy(), None)
         assert seen == [12] and last(torch.zeros(1, 3, 5)).shape == (3, 5)  # 6 positions of padding were not computed
         hook.remove()
         for step in range(3):  # later tokens attend to their row's prompt; a row leaves
@@ -205,14 +206,14 @@ def test_models_that_cannot_pack_stay_padded_with_the_same_results():
     for model in (window, bloom):
         assert not choose_fast_paths(model) and not is_packed(model)
         with torch.no_grad():
-            logits = logits_at(model, ids, mask, keep)
+            logits = logits_at(model, TextBatch.of(ids, mask, keep))
             expected = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[keep]
         assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
     ids, mask, keep = batch()
-    inputs, select = pack(torch.nn.Linear(1, 1), ids[2:3], mask[2:3], keep[2:3] | (mask[2:3] > 0))
+    inputs, select = pack(torch.nn.Linear(1, 1), TextBatch.of(ids[2:3], mask[2:3], keep[2:3] | (mask[2:3] > 0)))
     assert inputs["input_ids"].shape == (1, 5) and inputs["logits_to_keep"] == 5
     assert select(torch.arange(5)[None]).tolist() == [0, 1, 2, 3, 4]
 
@@ -221,11 +222,11 @@ def test_padded_inputs_lose_the_columns_that_are_padding_in_all_rows():
 @settings(deadline=None, max_examples=200)
 def test_split_keeps_every_row_once_in_parts_of_similar_size(lengths, parts):
     parts = min(parts, len(lengths))
-    rows = torch.arange(len(lengths)) + 100
-    pieces = split_by_tokens(rows, torch.tensor(lengths), parts)
+    rows = np.arange(len(lengths)) + 100
+    pieces = split_by_tokens(rows, np.array(lengths), parts)
     assert len(pieces) == parts and all(len(piece) for piece in pieces)
-    assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
-    in_order = [lengths[int(i) - 100] for i in torch.cat(pieces)]
+    assert sorted(np.concatenate(pieces).tolist()) == rows.tolist()
+    in_order = [lengths[int(i) - 100] for i in np.concatenate(pieces)]
     assert in_order == sorted(in_order)
     sums = [sum(lengths[int(i) - 100] for i in piece) for piece in pieces]
     assert max(sums) <= sum(lengths) / parts + 2 * max(lengths)

@@ -16,6 +16,7 @@ from ppo_dialog import (
     Batch,
     BatchSizes,
     Critic,
+    MicroBatch,
     PPOConfig,
     Rollout,
     RunningMoments,
@@ -28,6 +29,7 @@ from ppo_dialog import (
     policy_loss,
     rollout_metrics,
     token_entropy,
+    token_places,
     token_rewards,
     token_stats,
     update,
@@ -38,10 +40,11 @@ from support.errors import UserError
 from support.fast_paths import choose_fast_paths
 from support.generation import choose_candidates, sample_responses, sample_tokens, shifted_inputs, token_log_probs
 from support.options import Sampling
-from support.packing import position_ids
+from support.packing import TextBatch, position_ids, send
 from support.text import DialogueFormat
 
 VOCABULARY = 60
+CPU = torch.device("cpu")
 
 
 def small_lm(family: str, **changes) -> torch.nn.Module:
@@ -68,14 +71,14 @@ class FakeCodec:
         return ids[-1] == 1
 
 
-def prompts(batch: int = 6, width: int = 9, seed: int = 0, group: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def prompts(batch: int = 6, width: int = 9, seed: int = 0, group: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Make left-padded prompts of different lengths, each `group` times. Padding is random: it must not matter."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (batch, width), generator=generator)
     lengths = torch.randint(2, width + 1, (batch,), generator=generator)
     mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
     first = torch.arange(batch) // group * group
-    return torch.where(mask[first] > 0, ids[first], ids), mask[first]
+    return torch.where(mask[first] > 0, ids[first], ids).numpy(), mask[first].numpy()
 
 
 def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1) -> Rollout:
@@ -84,22 +87,22 @@ def rolled(model: ActorCritic, sampling: Sampling, seed: int = 0, group: int = 1
     uniforms = torch.rand((len(ids), 8), generator=torch.Generator().manual_seed(seed))
 
     out = sample_responses(model.decode, FakeCodec(), ids, mask, sampling, uniforms)
-    texts = Texts(torch.cat([ids, out.ids], -1), torch.cat([mask, out.mask.long()], -1), out.mask)
-    values = out.values
+    texts = Texts(np.concatenate([ids, out.ids], -1), np.concatenate([mask, out.mask], -1), out.mask)
+    values, mask = out.values, torch.from_numpy(out.mask)
     if model.critic is not None:
         with torch.no_grad():
-            flat = model.values_of(*texts.inputs(torch.arange(len(ids))))
-        values = torch.zeros(out.mask.shape).masked_scatter(out.mask, flat)
+            flat = model.values_of(texts.inputs(np.arange(len(ids)), CPU))
+        values = torch.zeros(mask.shape).masked_scatter(mask, flat)
     generator = torch.Generator().manual_seed(seed + 1)
     return Rollout(
         texts=texts,
-        mask=out.mask,
+        mask=mask,
         logprobs=out.logprobs,
-        kl=torch.randn(out.mask.shape, generator=generator) * 0.1 * out.mask,
-        values=values * out.mask,
+        kl=torch.randn(mask.shape, generator=generator) * 0.1 * mask,
+        values=values * mask,
         candidates=out.candidates,
         scores=torch.rand(len(ids), generator=generator),
-        token_scores=torch.zeros(out.mask.shape),
+        token_scores=torch.zeros(mask.shape),
         turns=torch.ones(len(ids)),
         **dict(parts={}, metrics={}, prompts=[], responses=[], references=[], seconds={}),
     )
@@ -127,7 +130,7 @@ def separate(family: str = "gpt2", packed: bool = True) -> ActorCritic:
 
 def plain_logprobs(model: ActorCritic, rollout: Rollout) -> torch.Tensor:
     """Compute log-probabilities (N, T) of the responses from the plain model: padded, over the whole vocabulary."""
-    ids, attention = rollout.texts.input_ids, rollout.texts.attention_mask
+    ids, attention = map(torch.from_numpy, (rollout.texts.input_ids, rollout.texts.attention_mask))
     out = model.policy(input_ids=ids, attention_mask=attention, position_ids=position_ids(attention))
     logits = out.logits[:, -rollout.mask.shape[1] - 1 : -1]
     return torch.distributions.Categorical(logits=logits).log_prob(rollout.response_ids)
@@ -174,17 +177,17 @@ def test_inputs_keep_the_position_before_each_reply_token_and_end_before_the_las
     chance = np.random.default_rng(seed)
     texts = [(list(chance.integers(1, 50, chance.integers(1, 6))), list(chance.integers(1, 50, n))) for n in lengths]
     width, longest = left + max(len(p) for p, _ in texts), right + max(lengths)
-    ids = torch.zeros(len(texts), width + longest, dtype=torch.long)
-    mask, response_mask = torch.zeros_like(ids), torch.zeros(len(texts), longest, dtype=torch.bool)
+    ids = np.zeros((len(texts), width + longest), int)
+    mask, response_mask = np.zeros_like(ids), np.zeros((len(texts), longest), bool)
     for row, (prompt, reply) in enumerate(texts):
         span = slice(width - len(prompt), width + len(reply))
-        ids[row, span], mask[row, span] = torch.tensor(prompt + reply), 1
+        ids[row, span], mask[row, span] = prompt + reply, 1
         response_mask[row, : len(reply)] = True
-    inputs, attention, keep = shifted_inputs(ids, mask, response_mask)
+    found = shifted_inputs(ids, mask, response_mask, CPU)
     for row, (prompt, reply) in enumerate(texts):
-        assert inputs[row][attention[row].bool()].tolist() == (prompt + reply)[:-1]
-        assert inputs[row][keep[row]].tolist() == (prompt + reply)[len(prompt) - 1 : -1]
-        assert not (keep[row] & ~attention[row].bool()).any()
+        assert found.input_ids[row][found.attention_mask[row] > 0].tolist() == (prompt + reply)[:-1]
+        assert found.input_ids[row][found.keep[row]].tolist() == (prompt + reply)[len(prompt) - 1 : -1]
+        assert not (found.keep[row] & (found.attention_mask[row] == 0)).any()
 
 
 def test_token_rewards_put_the_score_on_the_last_token():
@@ -323,10 +326,8 @@ def test_a_row_is_the_same_alone_without_padding_and_a_shared_prompt_is_read_onc
     assert reads[0] == 6 // group and max(reads[1:]) > 2
     assert len({int(n) for n in together.mask.sum(-1)}) > 1  # rows end at different steps
     for row in range(6):
-        prompt = ids[[row]][:, mask[row].bool()]
-        alone = sample_responses(
-            model.decode, FakeCodec(), prompt, torch.ones_like(prompt), Sampling(), uniforms[[row]]
-        )
+        prompt = ids[[row]][:, mask[row] > 0]
+        alone = sample_responses(model.decode, FakeCodec(), prompt, np.ones_like(prompt), Sampling(), uniforms[[row]])
         n = int(alone.mask.sum())
         assert together.ids[row, :n].tolist() == alone.ids[0, :n].tolist() and together.mask[row].sum() == n
         for name in ("logprobs", "values"):
@@ -342,11 +343,13 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
     rollout = rolled(model, sampling)
     config = PPOConfig(temperature=sampling.temperature)
     zeros = torch.zeros_like(rollout.logprobs)
-    mask = rollout.mask
+    mask, rows = rollout.mask, np.arange(6)
+    texts = rollout.texts.inputs(rows, CPU)
     with torch.no_grad():
         batch = Batch(rollout, zeros, rollout.values, rollout.values, rollout.values, None)
-        stats = token_stats(model, batch, torch.arange(6), config)
-        logits, values = model(*rollout.texts.inputs(torch.arange(len(mask))))
+        places = send([token_places(mask.numpy(), rows), rollout.texts.sampled_ids(rows)], CPU)
+        stats = token_stats(model, batch, MicroBatch(texts, *places), config)
+        logits, values = model(texts)
         candidates = None if rollout.candidates is None else rollout.candidates[mask]
         logprobs = token_log_probs(logits, rollout.response_ids[mask], sampling.temperature, candidates)
     assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
@@ -359,7 +362,8 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
 
 
 def test_positions_count_real_tokens():
-    assert position_ids(torch.tensor([[0, 0, 1, 1, 1]])).tolist() == [[0, 0, 0, 1, 2]]
+    for mask in (torch.tensor([[0, 0, 1, 1, 1]]), np.array([[0, 0, 1, 1, 1]])):
+        assert position_ids(mask, first=2).tolist() == [[2, 2, 2, 3, 4]]
 
 
 # --- the update
@@ -427,7 +431,10 @@ def test_padding_changes_no_weight():
     length, texts = rollout.mask.shape[1], rollout.texts
     for name in ("mask", "logprobs", "kl", "values", "token_scores"):
         setattr(wider, name, pad_right(getattr(rollout, name), length + 3))
-    wider.texts = Texts(F.pad(texts.input_ids, (4, 3), value=7), F.pad(texts.attention_mask, (4, 3)), wider.mask)
+    ids, mask = (
+        np.pad(x, ((0, 0), (4, 3)), constant_values=v) for x, v in ((texts.input_ids, 7), (texts.attention_mask, 0))
+    )
+    wider.texts = Texts(ids, mask, wider.mask.numpy())
     config = config_for_update()
     assert_trained_alike(updated(shared, rollout, config), updated(shared, wider, config))
 
@@ -457,7 +464,8 @@ def test_early_stop_on_kl_and_dropout_off():
         disable_dropout(model)
         model.train()
         ids, mask = prompts()
-        assert torch.equal(model(ids, mask, mask.bool())[0], model(ids, mask, mask.bool())[0])
+        texts = TextBatch(ids, mask, mask > 0, CPU)
+        assert torch.equal(model(texts)[0], model(texts)[0])
 
 
 def test_update_raises_the_probability_of_what_was_rewarded():
@@ -513,7 +521,7 @@ def test_mini_batches_hold_the_same_replies_however_many_processes_share_them(en
             sizes = BatchSizes.derive(config, 20, SimpleNamespace(device=torch.device("cpu"), **fields))
             slots = env_num // processes
             for mini_batch, rows in zip(together, sizes.mini_batches(7, 0, 1), strict=True):
-                assert rows.shape[1] == group and (rows % group == torch.arange(group)).all()  # replies to one prompt
+                assert rows.shape[1] == group and (rows % group == np.arange(group)).all()  # replies to one prompt
                 mini_batch |= {(int(r) // slots, index * slots + int(r) % slots) for r in rows.flatten()}
         return together
 
