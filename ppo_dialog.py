@@ -917,15 +917,18 @@ def optimizer_step(
 ) -> torch.Tensor | None:
     """Clip the gradients and make a step, but none if their norm is not finite. Return the norm, if it is known.
 
-    The norm is not read, because the optimizer decides on the device. fp16's scaler and DeepSpeed decide themselves.
+    torch's fused AdamW decides on the device, so the norm is not read. fp16's scaler and DeepSpeed decide themselves.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which has made its step already
-        norm = None if norm is None else torch.as_tensor(norm, device=accelerator.device)
-    elif isinstance(norm, DTensor):
+    if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.scaler is None:
-        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # read by torch's fused AdamW
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has made its step already
+        norm = None if norm is None else torch.as_tensor(norm, device=accelerator.device)
+    elif accelerator.scaler is None and getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+    elif accelerator.scaler is None and not norm.isfinite():
+        optimizer.zero_grad()
+        return norm
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1250,7 +1253,7 @@ def make_optimizer(config: PPOConfig, actor_critic: ActorCritic, accelerator: Ac
     return torch.optim.AdamW(
         [{"params": of_policy, "lr": config.lr}, {"params": value_parameters, "lr": config.critic_lr}],
         weight_decay=config.weight_decay,
-        fused=True,  # it skips a step without waiting for the device, see optimizer_step
+        fused=True,
     )
 
 
