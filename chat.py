@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from support.config import check_command_line, command_line
-from support.errors import UserError, did_you_mean, run_script
+from support.errors import UserError, did_you_mean, need_package, run_script
 from support.options import AgentConfig
 from support.paths import check_models, check_template, same_model
 
@@ -71,6 +71,8 @@ class ChatConfig(ConversationOptions, AgentConfig):
             raise UserError("--prompt is blank; expected something to reply to.")
         if self.web and self.prompt is not None:
             raise UserError("--web and --prompt were both given; expected one of them.")
+        if self.web:
+            need_package("gradio", "--web")
         if self.blind and not (self.versus and self.web):
             missing = "--versus MODEL" if self.web else "--web" if self.versus else "--versus MODEL and --web"
             raise UserError(f"--blind compares two models on a page; give {missing} too.")

@@ -13,7 +13,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from support.config import OF_ONES_OWN, name_of_hidden
-from support.errors import UserError
+from support.errors import UserError, need_package
 from support.llm_judge import JudgeConfig
 from support.options import (
     Above0,
@@ -234,6 +234,12 @@ class PPOConfig(
                 "lora_rank puts an adapter on the model in model_path, which without it is the reference; leave "
                 "model_class, policy_class and ref_model out, or lora_rank."
             )
+        if self.lora_rank:
+            need_package("peft", "--lora-rank")
+        if self.deepspeed_config:
+            need_package("deepspeed", "--deepspeed-config")
+        for name in sorted(set(self.track)):
+            need_package(name, f"--track {name}")
         if self.lora_merge and not self.lora_rank:
             raise UserError("lora_merge needs lora_rank: without an adapter there is nothing to merge.")
         for option in OF_ONES_OWN:

@@ -161,10 +161,6 @@ def let_fsdp_run_on_cpus() -> None:
 
 def deepspeed_plugin(config: EngineConfig, mixed_precision: str | None) -> DeepSpeedPlugin:
     """Return the plugin for the file `deepspeed_config`. `mixed_precision`, if given, overrides that of the file."""
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        raise UserError("deepspeed_config needs the package deepspeed (Linux): pip install deepspeed.") from None
     settings = load_deepspeed(config.deepspeed_config)
     # this project has its own optimizer and schedule; for batch sizes see complete_deepspeed_config
     for name in ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"):

@@ -24,6 +24,15 @@ class UserError(Exception):
     """The user gave something that cannot be used. The message, one or two sentences, is shown without traceback."""
 
 
+def need_package(name: str, what: str) -> None:
+    """UserError if a package that not everybody needs is not installed; `what` needs it."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"{what} needs the package {name}, which is not installed: pip install {name} "
+            "(requirements-all.txt has all such packages, with the versions that were tested)."
+        )
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest of `valid`, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)

@@ -147,13 +147,11 @@ def sample_responses(
     lockstep if each step needs all of them.
     """
     batch, device, max_new = len(prompt_ids), uniforms.device, codec.format.max_new_tokens
+    forbidden = torch.tensor(sorted(codec.end_ids), device=device)
     logprobs, full_logprobs, values = (torch.zeros((batch, max_new), device=device) for _ in range(3))
     candidate_sets: list[torch.Tensor] = []
-    forbidden = torch.tensor(sorted(codec.end_ids), device=device)
-
     replies: list[list[int]] = [[] for _ in range(batch)]
-    going = list(range(batch))  # rows that are unfinished, and the same on the device
-    [alive] = send([np.arange(batch)], device)
+    going, alive = list(range(batch)), torch.arange(batch, device=device)  # rows that are unfinished
     # a prompt that several rows answer is read once
     leaders, copies = np.unique(packing.first_equal_rows(prompt_ids, prompt_mask), return_inverse=True)
     tokens, attention, past = prompt_ids[leaders], prompt_mask[leaders], None
@@ -191,10 +189,17 @@ def sample_responses(
         attention = torch.cat([attention, attention.new_ones((len(tokens), 1))], dim=-1)
     candidates = stack_candidates(candidate_sets)
     full_logprobs = logprobs if candidates is None else full_logprobs
-    mask = np.arange(t + 1) < np.array([len(reply) for reply in replies])[:, None]
-    ids = np.full(mask.shape, codec.tokenizer.pad_token_id)
+    found = (x[:, : t + 1] for x in (logprobs, full_logprobs, values))
+    return Responses(*join_replies(replies, codec.tokenizer.pad_token_id), *found, candidates)
+
+
+def join_replies(replies: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and mask (B, T) of B replies, padded on the right to the longest."""
+    lengths = np.array([len(reply) for reply in replies])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = [token for reply in replies for token in reply]
-    return Responses(ids, mask, *(x[:, : t + 1] for x in (logprobs, full_logprobs, values)), candidates)
+    return ids, mask
 
 
 def idle_steps(
@@ -296,13 +301,11 @@ def reply_log_likelihoods(
         prompt_ids, prompt_mask = codec.encode_prompts([s.prompt_ids for s in some])
         room = positions - prompt_ids.shape[1]
         targets = [t[:room] for t in codec.encode_targets([s.messages for s in some], [s.reply for s in some])]
-        lengths = [len(target) for target in targets]
-        reply_mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        reply_ids = np.zeros(reply_mask.shape, np.int64)
-        reply_ids[reply_mask] = [token for target in targets for token in target]
+        reply_ids, reply_mask = join_replies(targets, 0)
         texts = np.concatenate([prompt_ids, reply_ids], -1), np.concatenate([prompt_mask, reply_mask], -1)
         logits = logits_at(model, shifted_inputs(*texts, reply_mask, device))
         flat = token_log_probs(logits, *send([reply_ids[reply_mask]], device), temperature=1.0).cpu()
+        lengths = [len(target) for target in targets]
         return zip(torch.stack([logprobs.sum() for logprobs in flat.split(lengths)]).tolist(), lengths)
 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].reply))

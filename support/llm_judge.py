@@ -29,7 +29,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from support.config import SECRET
-from support.errors import UserError, did_you_mean, first_line
+from support.errors import UserError, did_you_mean, first_line, need_package
 from support.files import is_number
 from support.options import Number, Positive, check_values, checked_value
 
@@ -82,6 +82,7 @@ class JudgeConfig:
     @classmethod
     def load(cls, file: str | Path) -> JudgeConfig:
         """Read a YAML file. UserError for anything in it that cannot be used; it imports nothing heavy."""
+        need_package("openai", "a language model as judge")
         values = _read_yaml(Path(file))
         names = [f.name for f in dataclasses.fields(cls)]
         for name, value in values.items():
@@ -499,12 +500,8 @@ class LanguageModelJudge:
         """Make the client, which threads share."""
         if self._client is not None:
             return
-        try:
-            import openai
-        except ImportError:
-            raise UserError(
-                "a language model as judge needs the library openai; install it with pip install openai."
-            ) from None
+        import openai
+
         for library in ("httpx", "httpx2"):  # each logs a line per request
             logging.getLogger(library).setLevel(logging.WARNING)
         config = self.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from support.errors import UserError
+from support.errors import UserError, need_package
 
 EMBEDDED_MODELS = ("", "builtin", "desk")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pt", ".pth", ".ckpt")
@@ -23,6 +23,8 @@ def check_name(what: str, name: str) -> None:
             raise UserError(
                 f"{what} '{name}' is a folder without config.json; expected a Hugging Face model folder.{hint}"
             )
+        if what != "tokenizer" and is_adapter(name):
+            need_package("peft", f"{what} '{name}', which is an adapter,")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(folder.parts[0]).is_dir():
         raise UserError(f"{what} '{name}' does not exist; expected a Hugging Face model folder or a hub name.")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, need_package
 from support.paths import check_name, is_adapter, other_weights
 
 WEIGHTS = [f"{file}{index}" for file in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
@@ -131,6 +131,7 @@ def check_plain(what: str, name: str, config: PreTrainedConfig) -> None:
 
 def _load_merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> Any:
     """Load an adapter's base model with the adapter merged into the weights, or the base model's configuration."""
+    need_package("peft", f"{what} '{name}', which is an adapter,")
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel
     from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -177,6 +178,7 @@ def _load_merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) 
 
 def adapter_base(name: str) -> str:
     """Return the hub name or folder of an adapter's base model; raise UserError without one."""
+    need_package("peft", f"the adapter '{name}'")
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path

@@ -7,7 +7,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ def start_trackers(config: RunOptions, accelerator: Accelerator, run: Path, ids:
     """
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in plain_values(config).items()}
     names = sorted(set(config.track))
-    if missing := [name for name in names if find_spec(name) is None]:
-        raise UserError(f"--track {missing[0]} needs the package {missing[0]}: pip install {missing[0]}.")
     options = {
         "tensorboard": dict(purge_step=updates + 1) if updates else {},
         "trackio": dict(name=run.name, resume="allow" if updates else "never", embed=False),

@@ -1,5 +1,6 @@
 """A table of wrong inputs: each ends in a sentence or two that say what was given and expected, with status 2."""
 
+import importlib.util
 import json
 import re
 import tempfile
@@ -30,6 +31,7 @@ import estimate
 import eval_metrics
 import ppo_dialog
 import sft_dialog
+from chat import ChatConfig
 from ppo_dialog import PPOConfig
 from support.config import load_yaml
 from support.data import load_dialogues
@@ -343,3 +345,25 @@ def test_the_yaml_loader_survives_any_bytes(content):
             assert isinstance(values, dict) and isinstance(notes, list)
         except UserError as error:
             assert str(error).strip()
+
+
+@pytest.mark.parametrize(
+    ("package", "config"),
+    [
+        ("peft", lambda folder: PPOConfig(lora_rank=4)),
+        ("peft", lambda folder: PPOConfig(model_path=str(folder))),
+        ("peft", lambda folder: ChatConfig(path=str(folder))),
+        ("peft", lambda folder: eval_metrics.EvalConfig(model_path=str(folder))),
+        ("gradio", lambda folder: ChatConfig(path="", web=True)),
+        ("deepspeed", lambda folder: PPOConfig(deepspeed_config="configs/ds_config.json")),
+        ("trackio", lambda folder: PPOConfig(track=("trackio",))),
+        ("openai", lambda folder: PPOConfig(reward={str(folder / "judge.yaml"): 1.0})),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(package, config, monkeypatch, tmp_path):
+    for name in ("adapter_config.json", "judge.yaml"):
+        (tmp_path / name).write_text("{}")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name))
+    with pytest.raises(UserError, match=rf"needs the package {package}, .* pip install {package} .requirements-all"):
+        config(tmp_path).check()

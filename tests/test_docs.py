@@ -304,7 +304,8 @@ def parse_command(words: list[str]) -> None:
     match words[0]:
         case "pip":
             lines = [line.split("#")[0].strip() for line in Path(words[words.index("-r") + 1]).read_text().splitlines()]
-            assert all(Requirement(line) for line in lines if line)
+            for line in filter(None, lines):
+                parse_command(["pip", *line.split()]) if line.startswith("-r") else Requirement(line)
         case "pytest" | "bash":
             assert all((ROOT / word).exists() for word in words if word.endswith((".py", ".sh")))
         case "srun":

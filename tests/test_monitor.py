@@ -23,10 +23,9 @@ from test_programs import ROOT, SHORT, flags, lines, trained
 from test_reliability import RUN, digest, resumed
 
 from ppo_dialog import PPOConfig
-from support import live_display, trackers
+from support import live_display
 from support.builtin import builtin_model
 from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, find_warnings
-from support.errors import UserError
 from support.live_display import Monitor, can_draw, clock, follow, one_line, sparkline
 from support.meteor import meteor
 
@@ -354,9 +353,3 @@ def read_trackio(_: Path, tmp_path: Path):
                 else:
                     scalars.setdefault(name, {})[step] = value
     return scalars, tables
-
-
-def test_a_tracker_that_is_not_installed_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--track trackio needs the package trackio: pip install trackio"):
-        trained(run_dir=str(tmp_path), total_time_steps=200, eval_limit=-1, intent_coef=0.0, track=("trackio",))
