@@ -1,22 +1,26 @@
 """The host waits for the device once for each generated token, and never in an optimizer step."""
 
 import copy
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from test_ppo import FakeCodec, prompts, rolled, separate, shared
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_dialog
 from ppo_dialog import Batch, BatchSizes, PPOConfig, Rollout, optimizer_step, plan_update, update
 from support.generation import sample_responses
 from support.options import Sampling
 
-# operations whose result the host reads; a mask as index is one too
-WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from operations import Operations, steps_of  # noqa: E402
+
 SAMPLINGS = {"all tokens": Sampling(), "top-k": Sampling(0.7, 7)}
 MODELS = {  # that pack; transformers itself waits for others
     "shared trunk": shared,
@@ -26,31 +30,12 @@ MODELS = {  # that pack; transformers itself waits for others
 }
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations of the block, and those that a device has to be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.all, self.waiting = 0, Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = (
-            name.startswith("index")
-            and any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1] or ())
-            if name in ("index", "index_put", "index_put_")
-            else False
-        )
-        self.all += 1
-        self.waiting += Counter({name: int(name in WAITING or masks)})
-        return function(*args, **(kwargs or {}))
-
-
 def test_operations_that_wait_are_counted():
     x = torch.arange(4.0)
     with Operations() as operations:
-        x.sum().item(), x[x > 1], x.nonzero(), torch.equal(x, x), x[torch.tensor([1])], bool(x[0])
-    assert operations.waiting.total() == 5 and operations.all > 8
+        x.sum().item(), x[x > 1], x.nonzero(), torch.equal(x, x), x[torch.tensor([1])], bool(x[0]), x.tolist()
+    assert operations.waiting.total() == 6 and operations.all > 8
+    assert x.tolist() == [0, 1, 2, 3] and operations.waiting["tolist"] == 1  # outside the block it does not count
 
 
 def prepared(make, group: int = 1, sampling: Sampling = SAMPLINGS["all tokens"]):
@@ -71,25 +56,9 @@ def prepared(make, group: int = 1, sampling: Sampling = SAMPLINGS["all tokens"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_optimizer_step_waits(name, group, sampling, monkeypatch):
-    counted = []
-
-    def planned(*args):
-        plan = plan_update(*args)
-        counted.append(operations.waiting.total())
-        return plan
-
-    def step(*args):
-        norm = optimizer_step(*args)
-        counted.append(operations.waiting.total())
-        return norm
-
-    monkeypatch.setattr(ppo_dialog, "plan_update", planned)
-    monkeypatch.setattr(ppo_dialog, "optimizer_step", step)
-    with Operations() as operations:
-        update(*prepared(MODELS[name], group, SAMPLINGS[sampling]))
-    before, *steps = counted
-    assert len(steps) == 4 and steps == [before] * 4, operations.waiting
+def test_no_optimizer_step_waits(name, group, sampling):
+    steps = steps_of(lambda: update(*prepared(MODELS[name], group, SAMPLINGS[sampling])))
+    assert len(steps) == 4 and all(operations > 50 and not waiting for operations, waiting in steps), steps
 
 
 class Fused(torch.optim.SGD):
@@ -130,17 +99,15 @@ def test_an_update_can_make_all_its_steps_before_any_value_is_known(name, monkey
 
 @pytest.mark.parametrize("sampling", [*SAMPLINGS.values(), Sampling(1, 9, 0.9)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_rollout_waits_at_most_three_times_for_a_token(name, sampling, monkeypatch):
-    model, reads = MODELS[name]().eval(), []
-    plain = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or plain(tensor))
+def test_a_rollout_waits_at_most_three_times_for_a_token(name, sampling):
     uniforms = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
     with Operations() as operations:
-        found = sample_responses(model.decode, FakeCodec(), *prompts(), sampling, uniforms)
+        found = sample_responses(MODELS[name]().eval().decode, FakeCodec(), *prompts(), sampling, uniforms)
     tokens = found.mask.shape[1]
-    assert tokens > 3 and operations.waiting.total() + len(reads) <= 3 * tokens
-    if sampling.top_p == 1:
-        assert not operations.waiting and len(reads) == tokens
+    once_a_token = Counter({"tolist": tokens})
+    if sampling.top_p < 1:  # how many candidates are left decides a size
+        once_a_token["_local_scalar_dense"] = tokens
+    assert tokens > 3 and operations.waiting == once_a_token
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -162,3 +129,12 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(fused):
     step(1.0)
     assert not torch.equal(layer.weight, before[0]["weight"])
     assert layer.weight.isfinite().all()
+
+
+def test_the_command_counts_an_update():
+    options = "--env-num 8 --num-mini-batch 2 --ppo-epoch 2 --eval-limit -1 --judge-samples 8".split()
+    command = [sys.executable, str(ROOT / "benchmarks" / "operations.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    [rollout] = [line for line in done.stdout.splitlines() if line.startswith("rollout: ")]
+    assert "operations each; waited for: " in rollout and "tolist" in rollout
+    assert "update: 4 optimizer steps, " in done.stdout and "each; waited for: nothing" in done.stdout

@@ -1,0 +1,126 @@
+"""Count the operations of a rollout and of an optimizer step, and how often the host waits for the device.
+
+    python benchmarks/operations.py --eval-limit -1
+
+Takes ppo_dialog.py's options, and makes one update. A GPU carries out operations one after another while the host goes
+on, until the host needs a result. It runs on a CPU too, where nothing waits: the operations are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ppo_dialog
+from ppo_dialog import PPOConfig
+from support.config import parse_config
+from support.errors import run_script
+from support.libraries import quiet_libraries
+
+# operations whose result the host needs, if only to know a size
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+INDEXING = {"index", "index_put", "index_put_"}  # with a mask they need its number of ones
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of the block, and those that the host waits for, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.waiting = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, waits = function.overloadpacket.__name__, False
+        if name in INDEXING:
+            waits = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        self.all += 1
+        self.waiting += Counter({name: int(waits or name in WAITING)})
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        def tolist(tensor: torch.Tensor) -> list:
+            self.waiting["tolist"] += 1  # on a CPU no operation
+            return plain(tensor)
+
+        plain = torch.Tensor.tolist
+        self.patched = mock.patch.object(torch.Tensor, "tolist", tolist)
+        self.patched.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patched.__exit__(*error)
+        return super().__exit__(*error)
+
+
+@contextlib.contextmanager
+def after_each(name: str, call: Callable[[object], None]) -> Iterator[None]:
+    """Call `call` with the result of each call of a function of ppo_dialog.py."""
+    function = getattr(ppo_dialog, name)
+
+    def followed(*args):
+        result = function(*args)
+        call(result)
+        return result
+
+    with mock.patch.object(ppo_dialog, name, followed):
+        yield
+
+
+def steps_of(update: Callable[[], None]) -> list[tuple[int, Counter]]:
+    """Make an update. Return the operations of each optimizer step, from the plan on, and what the host waited for."""
+    marks: list[tuple[int, Counter]] = []
+    with Operations() as counted, contextlib.ExitStack() as stack:
+        for name in ("plan_update", "optimizer_step"):
+            stack.enter_context(after_each(name, lambda _: marks.append((counted.all, counted.waiting.copy()))))
+        update()
+    return [(after[0] - before[0], after[1] - before[1]) for before, after in zip(marks, marks[1:])]
+
+
+def names(waiting: Counter) -> str:
+    """Return what the host waited for, as a list."""
+    return ", ".join(f"{n} {name}" for name, n in waiting.items()) or "nothing"
+
+
+def main() -> None:
+    quiet_libraries()
+    config, _ = parse_config(PPOConfig, sys.argv[1:], description=__doc__)
+    update, collect = ppo_dialog.update, ppo_dialog.collect
+
+    def counted_collect(*args):
+        with Operations() as counted:
+            rollout, observations = collect(*args)
+        tokens = rollout.mask.shape[1]
+        print(
+            f"rollout: {tokens} tokens, {counted.all / tokens:,.0f} operations each; waited for: {names(counted.waiting)}"
+        )
+        return rollout, observations
+
+    def counted_update(*args):
+        results = []
+        steps = steps_of(lambda: results.append(update(*args)))
+        waits = sum((waiting for _, waiting in steps), Counter())
+        mean = sum(n for n, _ in steps) / len(steps)
+        print(
+            f"update: {len(steps)} optimizer steps, {mean:,.0f} operations each; waited for: {dict(waits) or 'nothing'}"
+        )
+        return results[0]
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ppo_dialog, "collect", counted_collect))
+        stack.enter_context(mock.patch.object(ppo_dialog, "update", counted_update))
+        ppo_dialog.train(replace(config, run_dir=folder, total_time_steps=1, sample_interval=0, validation_limit=0))
+
+
+if __name__ == "__main__":
+    run_script(main)
