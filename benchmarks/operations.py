@@ -1,6 +1,6 @@
 """Count the operations of a rollout and of an optimizer step, and how often the host waits for the device.
 
-    python benchmarks/operations.py --eval-limit -1
+    python benchmarks/operations.py
 
 Takes ppo_dialog.py's options, and makes one update. A GPU carries out operations one after another while the host goes
 on, until the host needs a result. It runs on a CPU too, where nothing waits: the operations are the same.
@@ -100,26 +100,23 @@ def main() -> None:
     def counted_collect(*args):
         with Operations() as counted:
             rollout, observations = collect(*args)
-        tokens = rollout.mask.shape[1]
-        print(
-            f"rollout: {tokens} tokens, {counted.all / tokens:,.0f} operations each; waited for: {names(counted.waiting)}"
-        )
+        tokens, waits = rollout.mask.shape[1], names(counted.waiting)
+        print(f"rollout: {tokens} tokens, {counted.all / tokens:,.0f} operations each; waited for: {waits}")
         return rollout, observations
 
     def counted_update(*args):
         results = []
         steps = steps_of(lambda: results.append(update(*args)))
-        waits = sum((waiting for _, waiting in steps), Counter())
+        waits = names(sum((waiting for _, waiting in steps), Counter()))
         mean = sum(n for n, _ in steps) / len(steps)
-        print(
-            f"update: {len(steps)} optimizer steps, {mean:,.0f} operations each; waited for: {dict(waits) or 'nothing'}"
-        )
+        print(f"update: {len(steps)} optimizer steps, {mean:,.0f} operations each; waited for: {waits}")
         return results[0]
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ppo_dialog, "collect", counted_collect))
         stack.enter_context(mock.patch.object(ppo_dialog, "update", counted_update))
-        ppo_dialog.train(replace(config, run_dir=folder, total_time_steps=1, sample_interval=0, validation_limit=0))
+        less = dict(total_time_steps=1, sample_interval=0, validation_limit=0, eval_limit=-1)
+        ppo_dialog.train(replace(config, run_dir=folder, **less))
 
 
 if __name__ == "__main__":

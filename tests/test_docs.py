@@ -371,6 +371,7 @@ def test_other_blocks_hold_no_command(block):
 
 def options_of_all_programs() -> set[str]:
     names = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | {"config", "help"}
+    names |= {"compile"}  # --no-compile of pip
     options = {f"--{name.replace('_', '-')}" for name in names} | {f"--no-{name.replace('_', '-')}" for name in names}
     options |= {option for action in launch_command_parser()._actions for option in action.option_strings}
     for script in (ROOT / "examples").glob("*.py"):
