@@ -131,13 +131,12 @@ def check_plain(what: str, name: str, config: PreTrainedConfig) -> None:
 
 def _load_merged(auto_class: Any, name: str, what: str, kwargs: dict[str, Any]) -> Any:
     """Load an adapter's base model with the adapter merged into the weights, or the base model's configuration."""
-    need_package("peft", f"{what} '{name}', which is an adapter,")
+    base, of_base = adapter_base(name), f"base model of the adapter '{name}',"
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel
     from peft.utils import load_peft_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     adapter = PeftConfig.from_pretrained(name)
-    base, of_base = adapter_base(name), f"base model of the adapter '{name}',"
     cannot_merge = UserError(
         f"{what} '{name}' is an adapter of the kind {adapter.peft_type.value}, which cannot be merged into the weights "
         "of its base model; expected LoRA or another kind that can."

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from test_engines import run_by
+from test_engines import ENGINES, run_by
 from test_programs import flags, lines, run, timeless, trained
 
 from envs import ConversationVectorEnv
@@ -863,9 +863,6 @@ def test_self_play_from_recorded_beginnings_with_a_reward_for_turns(tmp_path):
         assert "reward_length_price" in row
 
 
-ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
-
-
 def test_two_models_play_the_same_conversations_in_an_evaluation(tmp_path, capsys):
     options = dict(partner=f"{__file__}:Counting", partner_args={"most": 4}, limit=12, bootstrap=20, max_turns=3)
     two = dict(model_path="builtin", baseline_path="builtin", skip_bad_rows=True)
@@ -981,7 +978,7 @@ def test_what_does_not_fit_an_evaluation_with_a_partner_is_refused(tmp_path):
     assert "there is no file 'no.py'" in refused(partner="no.py:Friend")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "ddp" else pytest.mark.slow) for e in ENGINES])
 def test_two_processes_learn_from_the_same_conversations(engine, tmp_path):
     settings = dict(env_num=8, num_mini_batch=2, total_time_steps=1, save_interval=1, eval_limit=6, validation_limit=5)
     settings |= dict(partner=f"{__file__}:Counting", lr=1e-3, lr_schedule="constant", max_new_tokens=12)
