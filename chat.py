@@ -1,7 +1,7 @@
 """Talk with a model: a run of ppo_dialog.py, or any Hugging Face causal language model.
 
     python chat.py runs/my_run                       # a trained run's folder (its policy/ is what answers)
-    python chat.py builtin                           # the small built-in model, trained at first use
+    python chat.py builtin                           # the small built-in model
     python chat.py gpt2 --top-p 0.9 --seed 1         # a hub name or a folder
     python chat.py runs/my_run --versus builtin      # two side by side: both answer each line
     python chat.py runs/my_run --web                 # a page in the browser, where the better reply can be chosen

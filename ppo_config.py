@@ -58,7 +58,7 @@ class ModelOptions:
     """What is trained, on what."""
 
     model_path: str = "builtin"
-    """Supervised model to start from: hub name, folder, or 'builtin' (trained at first use)."""
+    """Supervised model to start from: hub name, folder, or 'builtin' (comes with the code)."""
     tokenizer_path: str = ""
     """Tokenizer, where it is not the model's own."""
     data_path: str = "builtin"

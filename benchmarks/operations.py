@@ -1,9 +1,11 @@
 """Count the operations of a rollout and of an optimizer step, and how often the host waits for the device.
 
     python benchmarks/operations.py
+    accelerate launch --dynamo_backend inductor benchmarks/operations.py     # compiled, and beside it as written
 
 Takes ppo_dialog.py's options, and makes one update. A GPU carries out operations one after another while the host goes
-on, until the host needs a result. It runs on a CPU too, where nothing waits: the operations are the same.
+on, until the host needs a result. It runs on a CPU too, where nothing waits: the operations are the same, and attention
+is computed for all texts in one call, as on a GPU. Kernels are operations that compute: views and allocations do not.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ppo_dialog
 from ppo_dialog import PPOConfig
+from support import packing
 from support.config import parse_config
 from support.errors import run_script
 from support.libraries import quiet_libraries
@@ -31,6 +35,10 @@ from support.libraries import quiet_libraries
 # operations whose result the host needs, if only to know a size
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 INDEXING = {"index", "index_put", "index_put_"}  # with a mask they need its number of ones
+
+
+# operations that only describe memory
+VIEWS = set("as_strided view resolve_conj empty empty_strided detach t transpose slice unsqueeze squeeze expand".split())
 
 
 class Operations(TorchDispatchMode):
@@ -87,6 +95,15 @@ def steps_of(update: Callable[[], None]) -> list[tuple[int, Counter]]:
     return [(after[0] - before[0], after[1] - before[1]) for before, after in zip(marks, marks[1:])]
 
 
+def kernels_of(update: Callable[[], None]) -> Counter:
+    """Make an update, and count what a device has to compute, by name."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        update()
+    found = [event for event in profiled.events() if event.name.startswith(("aten::", "graph_"))]
+    outer = [event for event in found if not (event.cpu_parent and event.cpu_parent.name.startswith("aten::"))]
+    return Counter(event.name for event in outer if event.name.removeprefix("aten::") not in VIEWS)
+
+
 def names(waiting: Counter) -> str:
     """Return what the host waited for, as a list."""
     return ", ".join(f"{n} {name}" for name, n in waiting.items()) or "nothing"
@@ -105,6 +122,12 @@ def main() -> None:
         return rollout, observations
 
     def counted_update(*args):
+        update(*args)
+        compiled = kernels_of(lambda: update(*args))
+        print(compiled.total() / 8, compiled.most_common(60))
+        with torch.compiler.set_stance("force_eager"):
+            written = kernels_of(lambda: update(*args))
+        print(written.total() / 8, written.most_common(80))
         results = []
         steps = steps_of(lambda: results.append(update(*args)))
         waits = names(sum((waiting for _, waiting in steps), Counter()))
@@ -115,6 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ppo_dialog, "collect", counted_collect))
         stack.enter_context(mock.patch.object(ppo_dialog, "update", counted_update))
+        stack.enter_context(mock.patch.object(packing, "TEXT_BY_TEXT", ()))
         less = dict(total_time_steps=1, sample_interval=0, validation_limit=0, eval_limit=-1)
         ppo_dialog.train(replace(config, run_dir=folder, **less))
 

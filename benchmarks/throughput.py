@@ -3,13 +3,15 @@
     python benchmarks/throughput.py --size S                     # 4 layers of 256; --size M: GPT-2 small
     python benchmarks/throughput.py --size M --separate-critic --json
     python benchmarks/throughput.py --size S --without packing   # what one of the measures against waste brings
+    python benchmarks/throughput.py --model-path FOLDER --advantage grpo --samples-per-prompt 8 --ppo-epoch 1
 
-Runs `ppo_dialog.train` itself on a policy with random weights (speed does not depend on them) and reads the run's
-metrics.jsonl; the first update, a warm-up, is dropped and the median taken of the others. MFU is the floating-point
-operations that the work cannot do without, over wall time, over the machine's best matrix-product rate, measured in
-this process right before and after: the forward pass of prompt and reply once in the rollout and once in the
-reference, three times that in each PPO epoch, the language-model head on reply positions alone, value and judge
-included; padding and recomputation do not count.
+Runs `ppo_dialog.train` itself on a policy with random weights (speed does not depend on them), or on the model in
+`--model-path`, whose reward is then a plain function of the reply. It reads the run's metrics.jsonl; the first update,
+a warm-up, is dropped and the median taken of the others. MFU is the floating-point operations that the work cannot do
+without, over wall time, over the machine's best matrix-product rate, measured in this process right before and after:
+the forward pass of prompt and reply once in the rollout and once in the reference, three times that in each PPO epoch,
+the language-model head on reply positions alone, value and judge included. Replies to the same prompt share its
+operations; padding and recomputation do not count.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ import tyro
 from interleaved import ROOT
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ppo_dialog import PPOConfig, train
 from support import generation, machine, models, packing, pretrained
@@ -93,6 +101,10 @@ class ThroughputConfig:
 
     size: Literal["tiny", "S", "M", "OPT-1.3B"] = "S"
     """Policy: 4 layers of 256 (S), GPT-2 small (M), or OPT-1.3B's architecture; tiny proves that the benchmark runs."""
+    model_path: str = ""
+    """A pretrained policy in place of random weights, without a judge: the reward is the share of different words."""
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """Estimator of advantages."""
     separate_critic: bool = False
     """A value network of the policy's size, instead of a head on its trunk."""
     env_num: int = 32
@@ -125,22 +137,37 @@ class ThroughputConfig:
     """Print one JSON object as the last line."""
 
 
+def varied(prompts: list, responses: list[str], references: list, acts: list) -> list[float]:
+    """The reward of a pretrained policy: the share of different words in a reply."""
+    words = [reply.split() for reply in responses]
+    return [len(set(reply)) / max(1, len(reply)) for reply in words]
+
+
+def policy_config(config: ThroughputConfig) -> PreTrainedConfig:
+    """Return the architecture of the policy."""
+    if config.model_path:
+        return AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+    layers, width, heads = SIZES[config.size][0]
+    sizes = dict(vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+    sizes["max_position_embeddings"] = max(1024, config.max_prompt_tokens + config.max_new_tokens)
+    if config.size.startswith("OPT"):
+        return AutoConfig.for_model("opt", **sizes, ffn_dim=4 * width, word_embed_proj_dim=width)
+    return AutoConfig.for_model("gpt2", **sizes)
+
+
 def make_models(folder: Path, config: ThroughputConfig, dialogues: Dialogues) -> None:
     """Write a policy and a judge with random weights into `folder`, with a tokenizer of GPT-2's vocabulary size."""
+    if config.model_path:
+        (folder / "policy").symlink_to(Path(config.model_path).resolve())
+        return
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else train_tokenizer(dialogues)
-    sizes, judge_sizes = (
-        dict(vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
-        for layers, width, heads in SIZES[config.size]
-    )
-    sizes["max_position_embeddings"] = max(1024, config.max_prompt_tokens + config.max_new_tokens)
-    width, kind = sizes["hidden_size"], "gpt2"
-    if config.size.startswith("OPT"):
-        kind, sizes = "opt", sizes | dict(ffn_dim=4 * width, word_embed_proj_dim=width)
-    judge_sizes |= dict(intermediate_size=4 * judge_sizes["hidden_size"], num_labels=4)
+    layers, width, heads = SIZES[config.size][1]
+    sizes = dict(vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+    judge = AutoConfig.for_model("bert", **sizes, intermediate_size=4 * width, num_labels=4)
     for name, auto, network in (
-        ("policy", AutoModelForCausalLM, AutoConfig.for_model(kind, **sizes)),
-        ("judge", AutoModelForSequenceClassification, AutoConfig.for_model("bert", **judge_sizes)),
+        ("policy", AutoModelForCausalLM, policy_config(config)),
+        ("judge", AutoModelForSequenceClassification, judge),
     ):
         auto.from_config(network, trust_remote_code=False).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -167,25 +194,31 @@ def train_tokenizer(dialogues: Dialogues) -> PreTrainedTokenizerFast:
 
 def ppo_settings(config: ThroughputConfig, folder: Path) -> dict[str, Any]:
     """Return the settings of ppo_dialog.py for this work, with the models in `folder`."""
-    same = (
-        "env_num samples_per_prompt max_prompt_tokens max_new_tokens ppo_epoch num_mini_batch mixed_precision data_path"
-    )
-    return {name: getattr(config, name) for name in same.split()} | dict(
-        model_path=str(folder / "policy"),
-        intent_model=str(folder / "judge"),
-        skip_bad_rows=True,
-        use_share_model=not config.separate_critic,
-        episode_length=config.max_new_tokens,
-        # a reply of random weights hardly ever ends early; the last update may be cut short by that
-        total_time_steps=config.updates * config.env_num * config.max_new_tokens,
-        lr=1e-7,
-        critic_lr=1e-7,
-        entropy_coef=1e-12 if "estimated_entropy" in config.without else 0.0,
-        judge_samples=64,
-        sample_interval=0,
-        eval_limit=-1,
-        validation_limit=0,
-        run_dir=str(folder / "runs"),
+    same = "env_num samples_per_prompt max_prompt_tokens max_new_tokens ppo_epoch num_mini_batch mixed_precision"
+    same += " data_path advantage"
+    reward: dict[str, Any] = dict(intent_model=str(folder / "judge"))
+    if config.model_path:
+        reward = dict(intent_model="", reward={f"{Path(__file__).resolve()}:varied": 1.0})
+    return (
+        {name: getattr(config, name) for name in same.split()}
+        | reward
+        | dict(
+            model_path=str(folder / "policy"),
+            template="dialogue",
+            skip_bad_rows=True,
+            use_share_model=not config.separate_critic,
+            episode_length=config.max_new_tokens,
+            # a reply of random weights hardly ever ends early; the last update may be cut short by that
+            total_time_steps=config.updates * config.env_num * config.max_new_tokens,
+            lr=1e-7,
+            critic_lr=1e-7,
+            entropy_coef=1e-12 if "estimated_entropy" in config.without else 0.0,
+            judge_samples=64,
+            sample_interval=0,
+            eval_limit=-1,
+            validation_limit=0,
+            run_dir=str(folder / "runs"),
+        )
     )
 
 
@@ -237,28 +270,41 @@ def join_dialogues(dialogues: Dialogues, codec: DialogueCodec, file: Path) -> Pa
     return file
 
 
-def forward_flops(layers: int, width: int, tokens: float, causal: bool = True) -> float:
-    """Count the operations of a transformer's forward pass over one sequence.
+def forward_flops(layers: int, width: int, tokens: float) -> float:
+    """Count the operations of an encoder's forward pass over one sequence: 24 d^2 a token and layer, and attention."""
+    return layers * (24 * width**2 * tokens + 4 * width * tokens**2)
 
-    Products with weights take 24 d^2 a token and layer. A causal model needs half of the products of queries with keys
-    and of weights with values.
-    """
-    attention = 4 * width * tokens * ((tokens + 1) / 2 if causal else tokens)
-    return layers * (24 * width**2 * tokens + attention)
+
+def causal_flops(network: PreTrainedConfig) -> tuple[float, float, float]:
+    """Count the operations of a causal LM: for a token in all layers, for a query with one key, for logits."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(network, trust_remote_code=False)
+    trunk = model.base_model
+    tables = {id(m.weight) for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = sum(p.numel() for p in trunk.parameters() if p.dim() == 2 and id(p) not in tables)
+    head_width = getattr(network, "head_dim", None) or network.hidden_size // network.num_attention_heads
+    pair = 4 * network.num_hidden_layers * network.num_attention_heads * head_width
+    return 2 * weights, pair, 2 * network.hidden_size * network.vocab_size
 
 
 def reply_flops(config: ThroughputConfig, prompt_tokens: float, reply_tokens: float, judge_tokens: float) -> float:
     """Count the floating-point operations that one reply cannot do without, from its prompt to the last PPO epoch.
 
-    Replies to the same prompt share its operations.
+    Replies to the same prompt share its operations. A token is attended to by itself and by those after it.
     """
-    (layers, width, _), (judge_layers, judge_width, _) = SIZES[config.size]
-    tokens = prompt_tokens / config.samples_per_prompt + reply_tokens - 1  # the last token is no input
-    trunk = forward_flops(layers, width, tokens)
-    head = 2 * width * VOCABULARY * reply_tokens
-    value = 2 * width * reply_tokens + (trunk if config.separate_critic else 0)
-    trained = trunk + head + value
-    judge = forward_flops(judge_layers, judge_width, judge_tokens, causal=False)
+    network = policy_config(config)
+    token, pair, logits = causal_flops(network)
+    own = reply_tokens - 1  # the last token is no input
+    shared = 1 / config.samples_per_prompt
+    pairs = shared * prompt_tokens * (prompt_tokens + 1) / 2 + own * prompt_tokens + own * (own + 1) / 2
+    trunk = token * (shared * prompt_tokens + own) + pair * pairs
+    head, value = logits * reply_tokens, 0.0
+    if config.advantage == "gae":
+        value = 2 * network.hidden_size * reply_tokens + (trunk if config.separate_critic else 0)
+    trained, judge = trunk + head + value, 0.0
+    if not config.model_path:
+        layers, width, _ = SIZES[config.size][1]
+        judge = forward_flops(layers, width, judge_tokens)
     return trained + (trunk + head) + 3 * config.ppo_epoch * trained + judge
 
 
@@ -298,7 +344,8 @@ def measure(config: ThroughputConfig) -> dict[str, float | str]:
         "matmul_gflops": rate / 1e9,
     }
     return {
-        "size": config.size,
+        "size": Path(config.model_path).name or config.size,
+        "advantage": config.advantage,
         "critic": "separate" if config.separate_critic else "shared",
         "without": ",".join(config.without),
         "env_num": config.env_num,

@@ -1,26 +1,31 @@
 """The small models: two of the built-in corpus, the default of every command, and the clerk of the desk.
 
-    python -m support.builtin          # train the two of the corpus now, side by side
+    python -m support.builtin ship     # train the two of the corpus, and write them to support/builtin_models
+    python -m support.builtin          # tell where the two are; after a change of corpus or settings, train them
     python -m support.builtin desk     # train the clerk now (support/desk.py), in about a minute
 
-They are trained at first use. Tokenizers, sizes and settings are here. sft_dialog.py and intent_classifier.py train the
-models from random weights, as commands of their own.
+The two of the corpus come with the repository, in half precision. The clerk is trained at first use, and so are the two
+where corpus or settings were changed. Tokenizers, sizes and settings are here. sft_dialog.py and intent_classifier.py
+train the models from random weights, as commands of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -32,12 +37,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from support.builtin_corpus import CORPUS_VERSION
+from support.builtin_corpus import CORPUS_VERSION, generate_corpus, generate_mistakes
 from support.data import load_dialogues
-from support.desk import DESK_VERSION
+from support.desk import DESK_VERSION, generate_desk
 from support.distributed import ENGINE_VARIABLES
 from support.errors import UserError, run_script
-from support.files import atomic_folder, cache_dir
+from support.files import atomic_folder, cache_dir, write_json
 from support.live_display import can_draw, follow, show_bar
 from support.paths import model_folder
 from support.text import DialogueFormat
@@ -45,15 +50,18 @@ from support.text import DialogueFormat
 SCRIPTS = Path(__file__).resolve().parents[1]
 VOCABULARY = 1200
 POLICY = dict(n_layer=2, n_head=4, n_embd=128, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-POLICY_FIT = dict(lr=3e-3, weight_decay=0.1, batch_size=32, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
+# it imitates absent-minded speakers, whose mistakes are what PPO can improve
+POLICY_FIT = dict(data_path="builtin_mistakes", lr=3e-3, weight_decay=0.1, batch_size=32, epochs=0.7, warmup_steps=20)
+POLICY_FIT |= dict(eval_every=200, eval_samples=200, log_every=50)
 JUDGE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
-JUDGE_FIT = dict(lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20, eval_every=200, log_every=50)
+JUDGE_FIT = dict(data_path="builtin", lr=2e-3, batch_size=64, epochs=0.6, warmup_steps=20)
+JUDGE_FIT |= dict(eval_every=200, eval_samples=500, log_every=50)
 # all of a conversation is learned, each turn once: replies alone are too few tokens to learn to copy values from
 DESK = dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=6, intermediate_size=512)
 # copying is learned several times sooner from weights of this size than from the usual 0.02
 DESK |= dict(max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08)
-DESK_FIT = dict(loss_on="window", turns="last", max_prompt_tokens=208, max_new_tokens=32, lr=3e-3, weight_decay=0.1)
-DESK_FIT |= dict(batch_size=16, epochs=1, warmup_steps=20, log_every=50)
+DESK_FIT = dict(data_path="desk", loss_on="window", turns="last", max_prompt_tokens=208, max_new_tokens=32, lr=3e-3)
+DESK_FIT |= dict(weight_decay=0.1, batch_size=16, epochs=1, warmup_steps=20, log_every=50, eval_samples=200)
 # none on the way: of last replies alone, the lowest loss is that of a clerk who closes too early
 DESK_FIT |= dict(eval_every=10000)
 DESK_TEMPLATE = """\
@@ -65,11 +73,21 @@ DESK_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
-TOGETHER = ("policy", "judge")  # are trained side by side
+TOGETHER = ("policy", "judge")  # are trained side by side, and come with the repository
+SHIPPED = Path(__file__).with_name("builtin_models")
+TRAINING_VERSION = 1  # part of fingerprints: raise it where a change of the training code makes other models
 
 
 def builtin_model(kind: str) -> Path:
-    """The folder of the built-in "policy", "judge" or "desk"; it is trained first if it does not exist.
+    """The folder of the built-in "policy", "judge" or "desk": the one of the repository, or one that is trained here.
+
+    A model of the repository counts if it was made of this corpus with these settings.
+    """
+    return _shipped(kind) or trained_model(kind)
+
+
+def trained_model(kind: str) -> Path:
+    """The folder of a built-in model that is trained here, now or earlier.
 
     Policy and judge are trained at the same time, one core each; the desk's model alone, on all cores. Each has a
     process of its own: neither the launcher's engine (DeepSpeed, several processes) nor this process's random state
@@ -84,7 +102,8 @@ def builtin_model(kind: str) -> Path:
             print("another run is training the built-in models: waiting for it", file=sys.stderr, flush=True)
             locked = lock.acquire()
         with locked:
-            missing = [k for k in (TOGETHER if kind in TOGETHER else (kind,)) if not _exists(k)]
+            others = [k for k in TOGETHER if kind in TOGETHER and k != kind and not _shipped(k)]
+            missing = [k for k in (kind, *others) if not _exists(k)]
             if kind in missing:
                 _train_aside(missing)
     PartialState().wait_for_everyone()
@@ -133,8 +152,6 @@ def _command(kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         blank.save_pretrained(part)
         tokenizer.save_pretrained(part)
     options = dict(model_path=_start_folder(kind), output_dir=_folder(kind)) | fit
-    options["data_path"] = "desk" if kind == "desk" else "builtin"
-    options["eval_samples"] = 500 if kind == "judge" else 200
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, str(SCRIPTS / script), *words, "--resume"]
 
@@ -146,12 +163,47 @@ def resolve_model(name: str, kind: str = "policy") -> str:
     return str(builtin_model(kind)) if name == "builtin" else model_folder(name)
 
 
+def fingerprint(kind: str) -> str:
+    """What a model is made of, as 8 hexadecimal digits: corpus, sizes and settings. A change of one trains it anew."""
+    settings = {
+        "policy": (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT),
+        "judge": (CORPUS_VERSION, VOCABULARY, JUDGE, JUDGE_FIT),
+        "desk": (DESK_VERSION, VOCABULARY, DESK, DESK_FIT, DESK_TEMPLATE),
+    }[kind]
+    return hashlib.sha256(repr((TRAINING_VERSION, *settings)).encode()).hexdigest()[:8]
+
+
 def _folder(kind: str) -> Path:
-    """A model's folder. Its name depends on corpus and settings: a change of either trains the model anew."""
-    settings: tuple = (CORPUS_VERSION, VOCABULARY, POLICY, POLICY_FIT, JUDGE, JUDGE_FIT)
-    if kind == "desk":
-        settings = (DESK_VERSION, VOCABULARY, DESK, DESK_FIT, DESK_TEMPLATE)
-    return cache_dir() / f"{kind}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+    return cache_dir() / f"{kind}-{fingerprint(kind)}"
+
+
+def corpus_digest(kind: str) -> str:
+    """A digest of the dialogues that a model is trained on."""
+    rows = {"policy": generate_mistakes, "judge": generate_corpus, "desk": generate_desk}[kind]()
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _shipped(kind: str) -> Path | None:
+    """The folder of a model that came with the repository, unless it was made of something else."""
+    try:
+        made = json.loads((SHIPPED / kind / "made.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return SHIPPED / kind if made["fingerprint"] == fingerprint(kind) else None
+
+
+def ship(place: Path = SHIPPED) -> None:
+    """Write policy and judge to `place`: weights in half precision, which are loaded as float32, and made.json."""
+    for kind in TOGETHER:
+        trained = trained_model(kind)
+        with atomic_folder(place / kind) as part:
+            shutil.copytree(trained, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sft.json", "intent.json"))
+            weights = load_file(part / "model.safetensors")
+            halves = {name: weight.half() for name, weight in weights.items()}
+            save_file(halves, part / "model.safetensors", metadata={"format": "pt"})
+            versions = {package: version(package) for package in ("torch", "transformers", "tokenizers")}
+            found = {"fingerprint": fingerprint(kind), "corpus": corpus_digest(kind), "versions": versions}
+            write_json(part / "made.json", found)
 
 
 def _start_folder(kind: str) -> Path:
@@ -205,12 +257,13 @@ def _byte_level_bpe(data_path: str, special_tokens: list[str]) -> Tokenizer:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["desk"]:
-        print(f"desk: {builtin_model('desk')}")
-        return
-    if sys.argv[1:]:
-        raise UserError(f"arguments were {' '.join(sys.argv[1:])}; expected none, or 'desk'.")
-    print(f"policy: {builtin_model('policy')}\njudge: {builtin_model('judge')}")
+    given = sys.argv[1:]
+    if given not in ([], ["desk"], ["ship"]):
+        raise UserError(f"arguments were {' '.join(given)}; expected none, 'desk' or 'ship'.")
+    if given == ["ship"]:
+        ship()
+    for kind in ("desk",) if given == ["desk"] else TOGETHER:
+        print(f"{kind}: {builtin_model(kind)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The built-in corpus: everyday dialogues written by this project, for training where no dataset can be downloaded.
 
     python support/builtin_corpus.py --split test --limit 3      # read a few dialogues
+    python support/builtin_corpus.py --mistakes                  # those of absent-minded people
 
 Its text is in builtin_corpus.txt, which explains how to add a situation. The code here draws dialogues from it.
 """
@@ -48,6 +49,9 @@ class Situation(NamedTuple):
 
 
 OTHER = {"A": "B", "B": "A"}
+# of absent-minded speakers
+MISTAKES, PROMPT = 0.4, 5  # the probability that an utterance begins another conversation, after the first utterances
+COPIES = 4  # of each training dialogue, with other mistakes
 LINE = re.compile(r"([AB*]) (\w+) +([1-4])([adfhsu]?) (.+) -> ([\w ]+?)(?: (\w+)=(\w+))?(?: !(\w+))?")
 
 
@@ -156,14 +160,38 @@ def generate_corpus(seed: int = 0) -> dict[str, list[dict]]:
     return {split: list(itertools.islice(left, size)) for split, size in SPLIT_SIZES.items()}
 
 
+def generate_mistakes(seed: int = 0) -> dict[str, list[dict]]:
+    """Draw the dialogues that the built-in policy imitates: those of generate_corpus, spoken by absent-minded people.
+
+    Each utterance after the first PROMPT is, with probability MISTAKES, one that begins another dialogue of the split:
+    its first or its second. The dialogue ends there. A training dialogue appears COPIES times. Rows have the columns of
+    generate_corpus.
+    """
+    rng, mistaken = random.Random(seed), {}
+    for split, rows in generate_corpus(seed).items():
+        copies = COPIES if split == "train" else 1
+        mistaken[split] = [_end_with_mistake(rng, row, rows) for _ in range(copies) for row in rows]
+    return mistaken
+
+
+def _end_with_mistake(rng: random.Random, row: dict[str, list], rows: list[dict]) -> dict[str, list]:
+    for turn in range(PROMPT, len(row["dialog"])):
+        if rng.random() < MISTAKES:
+            other, wrong = _pick(rng, rows), _pick(rng, [0, 1])
+            return {column: [*row[column][:turn], other[column][wrong]] for column in row}
+    return row
+
+
 def main() -> None:
     """Print a few dialogues."""
     parser = argparse.ArgumentParser(description="Print dialogues of the embedded corpus.")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus")
     parser.add_argument("--split", choices=list(SPLIT_SIZES), default="train", help="which part of it")
     parser.add_argument("--limit", type=int, default=5, help="how many dialogues")
+    parser.add_argument("--mistakes", action="store_true", help="dialogues that end with a mistake")
     args = parser.parse_args()
-    for number, row in enumerate(generate_corpus(args.seed)[args.split][: max(args.limit, 0)]):
+    generate = generate_mistakes if args.mistakes else generate_corpus
+    for number, row in enumerate(generate(args.seed)[args.split][: max(args.limit, 0)]):
         print(f"--- {args.split} {number}")
         for text, act in zip(row["dialog"], row["act"], strict=True):
             print(f"{ACTS[act - 1]:>10}  {text}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from support.builtin_corpus import ACTS as ACTS
-from support.builtin_corpus import generate_corpus
+from support.builtin_corpus import generate_corpus, generate_mistakes
 from support.data_checks import check_content, check_json_lines, describe_form, line_hint, normalized_text
 from support.data_forms import DIALOG, Dialogue, Form, NoChoice, Rejected, as_list, check_choice, form_of, read_row
 from support.desk import generate_desk
@@ -144,10 +144,11 @@ class Dialogues(Sequence):
 def load_dialogues(data_path: str, split: str, skip_bad_rows: bool = False, markers: Sequence[str] = ()) -> Dialogues:
     """Load all dialogues of one split ("train", "validation" or "test").
 
-    `data_path` is `builtin` or `desk`; the name of a hub dataset (`OpenRL/daily_dialog`; `daily_dialog` means that
-    one); a folder written by `save_to_disk`; a folder with a parquet, JSON, JSON-lines, CSV or Arrow file for each
-    split (`train.csv`, `train-00000-of-00001.parquet`, `validation/rows.json`); one such file, which is then cut 90/5/5
-    into splits; or the original DailyDialog release, zipped or not.
+    `data_path` is `builtin`, `builtin_mistakes` or `desk`; the name of a hub dataset (`daily_dialog` means
+    `OpenRL/daily_dialog`, its copy as parquet); a folder written by `save_to_disk`; a folder with a parquet, JSON,
+    JSON-lines, CSV or Arrow file for each split (`train.csv`, `train-00000-of-00001.parquet`,
+    `validation/rows.json`); one such file, which is then cut 90/5/5 into splits; or the original DailyDialog release,
+    zipped or not.
 
     Raises UserError with file and line of the first bad row: unequal lengths, an empty utterance, an unknown role, a
     label out of range, text that is not UTF-8 or contains one of the `markers` that end an utterance. With
@@ -307,14 +308,18 @@ def _cut(rows: Rows) -> dict[str, list[int]]:
 
 
 # data of this project's own: its rows of each split, made once for all splits
-EMBEDDED = {"builtin": functools.cache(generate_corpus), "desk": functools.cache(generate_desk)}
+EMBEDDED = {
+    "builtin": functools.cache(generate_corpus),
+    "builtin_mistakes": functools.cache(generate_mistakes),
+    "desk": functools.cache(generate_desk),
+}
 
 
 def _rows(data_path: str, split: str) -> Iterator[Row]:
     """Every row of a split, with its place, from a source that has splits."""
     path = Path(data_path).expanduser()
     if data_path in EMBEDDED:
-        label = "built-in" if data_path == "builtin" else data_path
+        label = data_path.replace("_", " ").replace("builtin", "built-in")
         yield from ((f"{label} {split} row {i}", row) for i, row in enumerate(EMBEDDED[data_path]()[split]))
     elif path.is_dir():
         yield from _folder_rows(path, split)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, get_args
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, InitProcessGroupKwargs, gather_object
 from accelerate.utils.other import get_free_port
 from torch import nn
 from torch.distributed.fsdp import (
@@ -30,10 +30,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from transformers import AttentionInterface
 
 from support.config import load_deepspeed
 from support.errors import UserError
 from support.options import Placement
+from support.packing import PACKED_SDPA, packed_sdpa
 
 # The longest time that a process waits for the others, for example while the main process scores evaluation replies
 PATIENCE = timedelta(hours=2)
@@ -229,12 +231,39 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     # nothing here changes logits in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    model, optimizer = accelerator.prepare(model, optimizer)
+    with compiled_layers(accelerator, model):
+        model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
         for method in methods:
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     return model, optimizer
+
+
+@contextlib.contextmanager
+def compiled_layers(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Compile each layer in place, if `accelerate config` or the launcher's --dynamo_backend asks for compilation.
+
+    What Accelerate prepares in the block is not compiled again: it would compile the whole network, or copies of its
+    parts. Layers compiled in place keep their names, so engines, checkpoints and the value head find them.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    if backend != DynamoBackend.NO:
+        # the number of tokens differs from batch to batch, so code for each number would be compiled again and again
+        options = plugin.to_kwargs() | {"backend": backend.value.lower(), "dynamic": True}
+        # a layer is compiled once, not once for each list of lengths
+        AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
+        for layer in layers_of(model):
+            layer.compile(**options)
+    yield
+    plugin.backend = backend
+
+
+def eager(accelerator: Accelerator) -> contextlib.AbstractContextManager:
+    """Compute layers as they are written in this block: a cache grows in each pass, and would compile each anew."""
+    compiled = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -372,5 +401,5 @@ def inference(accelerator: Accelerator, model: nn.Module, frozen: list[Any], onc
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)
-    with autocast, gathered_parameters(accelerator, model, once), on_device(*frozen, once=once):
+    with eager(accelerator), autocast, gathered_parameters(accelerator, model, once), on_device(*frozen, once=once):
         yield

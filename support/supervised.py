@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from support.data import Dialogues, load_splits
 from support.data_checks import overlap_note
-from support.distributed import keep_process_group, own_engine, several_on_cpus
+from support.distributed import compiled_layers, keep_process_group, own_engine, several_on_cpus
 from support.errors import UserError
 from support.files import atomic_folder, write_json
 from support.live_display import can_draw, show_bar
@@ -82,7 +82,8 @@ def fit(task: Task, config: FitConfig, output: Path) -> list[dict[str, float]]:
     loader = DataLoader(task.items, config.batch_size, sampler=sampler, collate_fn=task.collate, generator=own)
     fused = accelerator.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    trained, optimizer, loader = accelerator.prepare(task.model, optimizer, loader)
+    with compiled_layers(accelerator, task.model):
+        trained, optimizer, loader = accelerator.prepare(task.model, optimizer, loader)
     steps = max(1, round(config.epochs * math.ceil(len(loader) / config.gradient_accumulation_steps)))
     run = SupervisedRun(task, config, folder, accelerator, optimizer, steps)
     if config.resume and folder.exists():

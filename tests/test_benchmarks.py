@@ -46,7 +46,7 @@ def test_the_count_of_operations_is_that_of_torch():
     sizes = dict(vocab_size=100, num_hidden_layers=layers, hidden_size=width, num_attention_heads=2)
     sizes |= dict(attn_implementation="eager")
     judge = BertModel(BertConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
-    trunk = throughput.forward_flops(layers, width, tokens, causal=False)
+    trunk = throughput.forward_flops(layers, width, tokens)
     for model, expected in ((GPT2LMHeadModel(GPT2Config(**sizes)), trunk + 2 * width * 100 * tokens), (judge, trunk)):
         with FlopCounterMode(display=False) as counted:
             model(input_ids=torch.arange(tokens)[None])
@@ -60,7 +60,7 @@ def test_the_work_of_a_reply_by_hand(separate):
     trunk = sum(layers * (24 * width**2 + 4 * width * (i + 1)) for i in range(30 + 20 - 1))
     head = 20 * 2 * width * throughput.VOCABULARY
     trained = trunk + head + 20 * 2 * width + trunk * separate
-    judge = throughput.forward_flops(1, 32, 25, causal=False)
+    judge = throughput.forward_flops(1, 32, 25)
     assert throughput.reply_flops(config, 30, 20, 25) == pytest.approx(trained + trunk + head + 9 * trained + judge)
 
 
@@ -88,7 +88,7 @@ def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):
     config.envs, config.log = str(tmp_path), str(tmp_path / "log.jsonl")
     speeds = iter([10.0, 2.0, 30.0, 5.0, 8.0, 2.0])
 
-    def run(system, config):
+    def run(system, config, data):
         rss = 600 if system == "shared" else 1000
         return {"steps_per_s": next(speeds), "peak_rss_mb": rss, "rollout_s": 1.0, "update_s": 2.0, "mfu": 0.5}
 
@@ -105,9 +105,9 @@ def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
         compare.compare(compare.CompareConfig(systems=("shared",)))
     with pytest.raises(UserError, match="sizes S and M"):
         folder = str(tmp_path)
-        compare.compare(compare.CompareConfig(size="tiny", inputs=folder, envs=folder, peers=folder))
+        compare.compare(compare.CompareConfig(work="tiny", inputs=folder, envs=folder, peers=folder))
     with pytest.raises(UserError, match="ended with status 2.*\n.*does not exist"):
-        compare.compare(compare.CompareConfig(size="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
+        compare.compare(compare.CompareConfig(work="tiny", systems=("shared",), inputs=str(tmp_path), prompts=8))
 
 
 def test_agreement_tells_signal_from_noise():

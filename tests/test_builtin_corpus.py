@@ -5,7 +5,17 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from support.builtin_corpus import COMMON, SITUATIONS, SPLIT_SIZES, generate_corpus, parse_situation
+from support.builtin_corpus import (
+    COMMON,
+    COPIES,
+    MISTAKES,
+    PROMPT,
+    SITUATIONS,
+    SPLIT_SIZES,
+    generate_corpus,
+    generate_mistakes,
+    parse_situation,
+)
 
 EVERY_SITUATION = "\n".join(SITUATIONS.values())
 
@@ -121,3 +131,21 @@ def test_changing_ones_mind_changes_the_slot(rows):
     other = re.compile(r"(?:Can I have|Could I get|can I have) an? (.+) instead\?")
     changed = [(match[1], reply) for text, reply, _ in turns(rows) if (match := other.search(text))]
     assert len(changed) > 50 and all(said in reply for said, reply in changed)
+
+
+def test_absent_minded_people_end_a_dialogue_with_an_utterance_of_another(corpus):
+    mistaken = generate_mistakes(seed=0)
+    assert {split: len(rows) for split, rows in mistaken.items()} == SPLIT_SIZES | {"train": COPIES * 5000}
+    replies = wrong = 0
+    for split, rows in mistaken.items():
+        said = {text for row in corpus[split] for text in row["dialog"]}
+        for number, row in enumerate(rows):
+            right = corpus[split][number % len(corpus[split])]
+            assert row["dialog"][:PROMPT] == right["dialog"][:PROMPT] and set(row["dialog"]) <= said
+            assert len(row["dialog"]) == len(row["act"]) == len(row["emotion"]) > PROMPT
+            mistakes = [k for k, (one, other) in enumerate(zip(row["dialog"], right["dialog"])) if one != other]
+            assert mistakes in ([], [len(row["dialog"]) - 1])
+            ended = bool(mistakes) or len(row["dialog"]) < len(right["dialog"])
+            replies, wrong = replies + len(row["dialog"]) - PROMPT, wrong + ended
+    assert wrong / replies == pytest.approx(MISTAKES, abs=0.02)
+    assert generate_mistakes(seed=0) == mistaken

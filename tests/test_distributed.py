@@ -12,7 +12,6 @@ import pytest
 from test_programs import ROOT, SHORT, flags, lines, timeless
 from test_reliability import digest, wait_for
 
-from support.builtin import builtin_model
 from support.checkpoint import checkpoints
 
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
@@ -22,7 +21,6 @@ RUN = SHORT | dict(total_time_steps=1200, save_interval=2, validation_limit=20, 
 
 
 def launched(*arguments: str, launch: list[str] = LAUNCH, program: str = "ppo_dialog.py") -> subprocess.Popen:
-    builtin_model("policy")  # trained at its first use, before the time limit of the test begins
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [*launch, program, *arguments],

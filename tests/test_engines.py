@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 from test_distributed import ended, launched
 from test_programs import ROOT, flags, lines, run
 
-from support.builtin import builtin_model
-
 CONFIGS = ROOT / "configs" / "accelerate"
 RUN = dict(total_time_steps=1, env_num=8, num_mini_batch=2, ppo_epoch=2, save_interval=1, judge_samples=40)
 RUN |= dict(eval_limit=-1, validation_limit=8, lr=1e-3, lr_schedule="constant", max_new_tokens=12)
@@ -50,7 +48,6 @@ def run_by(engine: str, program: str = "ppo_dialog.py", processes: int = 2, **se
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The run by one process, which no launcher started."""
-    builtin_model("policy")
     runs = tmp_path_factory.mktemp("whole")
     process = launched(*flags(**RUN | dict(run_dir=runs)), launch=[sys.executable])
     printed = ended(process)

@@ -45,7 +45,6 @@ def test_an_example_is_short_and_tells_its_command(file):
 
 
 def test_reward_networks_and_statistics_in_one_run(tmp_path):
-    builtin_model("policy")
     hooks = {
         "--reward": "custom_reward.py:CuriousAndPolite",
         "--policy-class": "custom_network.py:last_layers",

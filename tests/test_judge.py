@@ -114,7 +114,6 @@ def reordered(folder: Path, order: list[int], renamed: bool) -> str:
 
 
 def evaluated(judge: str, **options) -> dict:
-    builtin_model("policy")
     return run_evaluation(EvalConfig(**QUICK | dict(model_path="builtin", intent_model=judge) | options))
 
 

@@ -24,7 +24,6 @@ from test_reliability import RUN, digest, resumed
 
 from ppo_dialog import PPOConfig
 from support import live_display
-from support.builtin import builtin_model
 from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, find_warnings
 from support.live_display import Monitor, can_draw, clock, follow, one_line, sparkline
 from support.meteor import meteor
@@ -221,8 +220,6 @@ class Terminal:
 
 
 def test_on_a_terminal_a_run_is_drawn_and_ctrl_c_gives_the_terminal_back(tmp_path):
-    for kind in ("policy", "judge"):
-        builtin_model(kind)  # trained at first use, which takes minutes
     settings = dict(run_dir=tmp_path, env_num=16, total_time_steps=10**6, eval_limit=-1, judge_samples=50)
     # the dialogue of update 1 stays on the screen, however many updates a drawing misses
     terminal = Terminal(sys.executable, "ppo_dialog.py", *flags(**settings, sample_interval=10**6))

@@ -27,7 +27,6 @@ from test_programs import ROOT, SHORT, flags, lines, timeless, trained
 import ppo_dialog
 from ppo_dialog import PPOConfig, load_causal_lm
 from support import checkpoint, signals
-from support.builtin import builtin_model
 from support.config import NOT_COMPUTED, parse_config, save_yaml
 from support.errors import UserError
 from support.launcher import LAUNCHER_ENDED
@@ -199,7 +198,6 @@ def python(code: str, *arguments: str) -> list[str]:
 
 
 def launched(*options: str) -> subprocess.Popen:
-    builtin_model("policy")  # both models are trained at first use, which no time limit of a test includes
     command = [sys.executable, "ppo_dialog.py", *options]
     return forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -39,7 +39,6 @@ from report import (
     write_report,
 )
 from reproduce import results
-from support.builtin import builtin_model
 from support.config import parse_config, plain_values
 from support.errors import UserError
 from support.metric_names import BETTER, LABELS
@@ -55,7 +54,6 @@ def flags(**settings) -> list[str]:
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory) -> tuple[Path, str]:
     """A short run of the built-in models, to its end: its folder and what it printed."""
-    builtin_model("policy")  # trained at first use
     runs = tmp_path_factory.mktemp("runs")
     short = dict(total_time_steps=900, env_num=16, num_mini_batch=2, judge_samples=50, validation_limit=8)
     command = [sys.executable, "ppo_dialog.py", *flags(run_dir=runs, eval_limit=30, save_interval=2, **short)]
