@@ -879,11 +879,11 @@ def update(
     `stream` seeds the order of the replies in each pass.
     """
     model.train()
-    totals: dict[str, torch.Tensor] = {}
+    names, totals = [], torch.zeros((), device=accelerator.device)  # of the statistics; the sum of each
     norms: list[torch.Tensor] = []
     passes = 0
     for mini_batches in plan_update(model, accelerator, batch, config, sizes, stream):
-        kl_before, tokens = totals.get("approx_kl", 0.0), sum(mini_batch.tokens for mini_batch in mini_batches)
+        before, tokens = totals, sum(mini_batch.tokens for mini_batch in mini_batches)
         for mini_batch in mini_batches:
             # count the parts from 0 again
             accelerator.step, accelerator.gradient_accumulation_steps = 0, len(mini_batch.micro_batches)
@@ -896,16 +896,16 @@ def update(
                     if accelerator.sync_gradients:
                         norm = optimizer_step(model, optimizer, accelerator, config.max_grad_norm)
                         norms += [] if norm is None else [norm]
-                for name, value in stats.items():
-                    value = value.detach().float()
-                    totals[name] = totals.get(name, 0.0) + value.where(value.isfinite(), value.new_zeros(()))
+                values = torch.stack(list(stats.values())).detach().float()
+                totals = totals + values.nan_to_num(0.0, 0.0, 0.0)
+                names = list(stats)
         passes += 1
         if config.early_stop_kl is not None:
-            kl_of_pass = accelerator.reduce(totals["approx_kl"] - kl_before, reduction="sum") / tokens
-            if kl_of_pass > config.early_stop_kl:
+            of_pass = accelerator.reduce(totals - before, reduction="sum") / tokens
+            if of_pass[names.index("approx_kl")] > config.early_stop_kl:
                 break
-    summed = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
-    means = dict(zip(totals, (summed / (passes * tokens)).tolist()))
+    summed = accelerator.reduce(totals, reduction="sum")
+    means = dict(zip(names, (summed / (passes * tokens)).tolist()))
     found = torch.stack(norms).tolist() if norms else []
     usable = [norm for norm in found if math.isfinite(norm)]
     grad_norm = sum(usable) / len(usable) if usable else float("nan")

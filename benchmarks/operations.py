@@ -20,6 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate.utils import DynamoBackend
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +40,9 @@ INDEXING = {"index", "index_put", "index_put_"}  # with a mask they need its num
 
 
 # operations that only describe memory
-VIEWS = set("as_strided view resolve_conj empty empty_strided detach t transpose slice unsqueeze squeeze expand".split())
+VIEWS = set(
+    "as_strided view resolve_conj empty empty_strided detach t transpose slice unsqueeze squeeze expand".split()
+)
 
 
 class Operations(TorchDispatchMode):
@@ -111,6 +115,7 @@ def names(waiting: Counter) -> str:
 
 def main() -> None:
     quiet_libraries()
+    inductor.cpp.enable_kernel_profile = True  # else its kernels have no names here
     config, _ = parse_config(PPOConfig, sys.argv[1:], description=__doc__)
     update, collect = ppo_dialog.update, ppo_dialog.collect
 
@@ -122,17 +127,19 @@ def main() -> None:
         return rollout, observations
 
     def counted_update(*args):
-        update(*args)
-        compiled = kernels_of(lambda: update(*args))
-        print(compiled.total() / 8, compiled.most_common(60))
-        with torch.compiler.set_stance("force_eager"):
-            written = kernels_of(lambda: update(*args))
-        print(written.total() / 8, written.most_common(80))
         results = []
         steps = steps_of(lambda: results.append(update(*args)))
         waits = names(sum((waiting for _, waiting in steps), Counter()))
         mean = sum(n for n, _ in steps) / len(steps)
         print(f"update: {len(steps)} optimizer steps, {mean:,.0f} operations each; waited for: {waits}")
+        if args[2].state.dynamo_plugin.backend != DynamoBackend.NO:
+            torch.compiler.reset()  # code that was looked at while operations were counted is never compiled
+            update(*args)
+            compiled = kernels_of(lambda: update(*args))
+            with torch.compiler.set_stance("force_eager"):
+                written = kernels_of(lambda: update(*args))
+            both = [n / len(steps) for n in (written.total(), compiled.total())]
+            print("update: {:,.0f} kernels for each optimizer step as written, {:,.0f} compiled".format(*both))
         return results[0]
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

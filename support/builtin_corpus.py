@@ -102,28 +102,37 @@ def _draw_slots(rng: random.Random, situation: Situation) -> dict[str, str]:
     return drawn
 
 
-def _draw_walk(rng: random.Random, situation: Situation) -> list[Line] | None:
-    """The lines of one dialogue in their order, or None if the walk got stuck or came out too short or too long."""
-    walk, used = [], set()
-    length = _pick(rng, [6, 7, 8, 8, 9, 9, 10, 11])  # to steer for; a goodbye has about four utterances
+def next_line(rng: random.Random, situation: Situation, walk: list[Line], length: int) -> Line | None:
+    """Draw what is said after the lines of `walk`; None if all that could be said has been, or the walk is too long.
+
+    `length` is the number of utterances to steer for.
+    """
     speaker, state = next(iter(situation.lines))
-    states = [state]
-    while "end" not in states or (len(states) > 1 and len(walk) < length):
-        said_next = [line for state in states if state != "end" for line in situation.lines[speaker, state]]
-        pool = [line for line in said_next if line.tag not in used]
-        late = len(walk) + 4 >= length and rng.random() < 0.8  # not always: the last topic may continue
-        wanted = [line for line in pool if (line.state == "close") == late]
-        if not pool or len(walk) == MAX_TURNS:
+    states = walk[-1].next_states if walk else [state]
+    speaker = OTHER[speaker] if len(walk) % 2 else speaker
+    said_next = [line for state in states if state != "end" for line in situation.lines[speaker, state]]
+    used = {line.tag for line in walk}
+    pool = [line for line in said_next if line.tag not in used]
+    late = len(walk) + 4 >= length and rng.random() < 0.8  # not always: the last topic may continue
+    wanted = [line for line in pool if (line.state == "close") == late]
+    return None if not pool or len(walk) == MAX_TURNS else _pick(rng, wanted or pool)
+
+
+def _draw_walk(rng: random.Random, situation: Situation) -> tuple[list[Line], int] | None:
+    """The lines of one dialogue and the length steered for; None if it got stuck or came out too short or too long."""
+    walk: list[Line] = []
+    length = _pick(rng, [6, 7, 8, 8, 9, 9, 10, 11])  # a goodbye has about four utterances
+    while not walk or "end" not in walk[-1].next_states or (len(walk[-1].next_states) > 1 and len(walk) < length):
+        line = next_line(rng, situation, walk, length)
+        if line is None:
             return None
-        line = _pick(rng, wanted or pool)
         walk.append(line)
-        used.add(line.tag)
-        speaker, states = OTHER[speaker], line.next_states
-    return walk if len(walk) >= MIN_TURNS else None
+    return (walk, length) if len(walk) >= MIN_TURNS else None
 
 
-def _say(rng: random.Random, template: str, slots: dict[str, str]) -> str:
-    """Fill in the <phrases> and {slots}, then correct a/an and the capital letters."""
+def say(rng: random.Random, line: Line, slots: dict[str, str]) -> str:
+    """Say a line in one of its ways: fill in <phrases> and {slots}, then correct a/an and the capital letters."""
+    template = _pick(rng, line.texts)
 
     def fill(match: re.Match) -> str:
         return slots[match[1]] if match[1] else _pick(rng, PHRASES[match[2]].split("; "))
@@ -133,15 +142,40 @@ def _say(rng: random.Random, template: str, slots: dict[str, str]) -> str:
     return re.sub(r"(?:^|[.?!] )[a-z]", lambda match: match[0].upper(), text)
 
 
-def _draw_dialogue(rng: random.Random, situation: Situation) -> dict[str, list]:
-    while (walk := _draw_walk(rng, situation)) is None:
+class Draw(NamedTuple):
+    """A dialogue, and what it was made of."""
+
+    row: dict[str, list]
+    situation: Situation
+    walk: list[Line]
+    length: int  # that was steered for
+    slots: list[dict[str, str]]  # their values at each utterance
+
+
+def _draw_dialogue(rng: random.Random, situation: Situation) -> Draw:
+    while (found := _draw_walk(rng, situation)) is None:
         pass
-    slots, dialog = _draw_slots(rng, situation), []
+    walk, length = found
+    slots, dialog, before = _draw_slots(rng, situation), [], []
     for line in walk:
-        dialog.append(_say(rng, _pick(rng, line.texts), slots))
+        before.append(dict(slots))
+        dialog.append(say(rng, line, slots))
         if line.slot:
             slots[line.slot] = slots[line.source]
-    return {"dialog": dialog, "act": [line.act for line in walk], "emotion": [line.emotion for line in walk]}
+    row = {"dialog": dialog, "act": [line.act for line in walk], "emotion": [line.emotion for line in walk]}
+    return Draw(row, situation, walk, length, before)
+
+
+def draw_corpus(seed: int = 0) -> dict[str, list[Draw]]:
+    """Draw the dialogues of generate_corpus."""
+    rng = random.Random(seed)
+    situations = list(parsed_situations().values())
+    draws: dict[str, Draw] = {}  # by their texts
+    while len(draws) < sum(SPLIT_SIZES.values()):
+        draw = _draw_dialogue(rng, situations[len(draws) % len(situations)])  # in turn: each split has its share of all
+        draws.setdefault("\n".join(draw.row["dialog"]), draw)
+    left = iter(draws.values())
+    return {split: list(itertools.islice(left, size)) for split, size in SPLIT_SIZES.items()}
 
 
 def generate_corpus(seed: int = 0) -> dict[str, list[dict]]:
@@ -150,14 +184,7 @@ def generate_corpus(seed: int = 0) -> dict[str, list[dict]]:
     A row is {"dialog": list[str], "act": list[int], "emotion": list[int]}. Each list has MIN_TURNS to MAX_TURNS
     entries, and A and B take turns. The same seed gives the same corpus on every machine.
     """
-    rng = random.Random(seed)
-    situations = list(parsed_situations().values())
-    rows: dict[str, dict] = {}  # by their texts
-    while len(rows) < sum(SPLIT_SIZES.values()):
-        row = _draw_dialogue(rng, situations[len(rows) % len(situations)])  # in turn: each split has its share of all
-        rows.setdefault("\n".join(row["dialog"]), row)
-    left = iter(rows.values())
-    return {split: list(itertools.islice(left, size)) for split, size in SPLIT_SIZES.items()}
+    return {split: [draw.row for draw in draws] for split, draws in draw_corpus(seed).items()}
 
 
 def generate_mistakes(seed: int = 0) -> dict[str, list[dict]]:

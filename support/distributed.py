@@ -35,7 +35,7 @@ from transformers import AttentionInterface
 from support.config import load_deepspeed
 from support.errors import UserError
 from support.options import Placement
-from support.packing import PACKED_SDPA, packed_sdpa
+from support.packing import PACKED_SDPA, TEXT_BY_TEXT, packed_sdpa
 
 # The longest time that a process waits for the others, for example while the main process scores evaluation replies
 PATIENCE = timedelta(hours=2)
@@ -252,8 +252,8 @@ def compiled_layers(accelerator: Accelerator, model: nn.Module) -> Iterator[None
     if backend != DynamoBackend.NO:
         # the number of tokens differs from batch to batch, so code for each number would be compiled again and again
         options = plugin.to_kwargs() | {"backend": backend.value.lower(), "dynamic": True}
-        # a layer is compiled once, not once for each list of lengths
-        AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
+        if accelerator.device.type in TEXT_BY_TEXT:  # else there would be code for each list of lengths
+            AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
         for layer in layers_of(model):
             layer.compile(**options)
     yield

@@ -253,9 +253,11 @@ def packed_sdpa(module, query, key, value, attention_mask, texts: PackedTexts | 
     # the fused kernel needs no mask for plain causal attention
     masks = texts.masks(value.dtype) if by_matmul or texts.owner is not None else None
     if not one_by_one:  # one call for all texts; padding is on the right, so causal attention ignores it
-        padded = (x[0][:, texts.padded].transpose(0, 1) for x in (query, key, value))  # (B, H, L, D)
+        # index_select: its gradient adds up, while that of an index sorts first
+        rows = [x.squeeze(0).index_select(1, texts.padded.flatten()) for x in (query, key, value)]
+        padded = [x.unflatten(1, texts.padded.shape).transpose(0, 1) for x in rows]  # (B, H, L, D)
         output, _ = sdpa_attention_forward(module, *padded, masks, **kwargs)  # (B, L, H, D)
-        return output.flatten(0, 1)[texts.unpadded][None], None
+        return output.flatten(0, 1).index_select(0, texts.unpadded)[None], None
     attend = matmul_attention if by_matmul else sdpa_attention_forward
     outputs = []
     for i, (q, k, v) in enumerate(zip(*(x.split(texts.lengths, dim=2) for x in (query, key, value)))):

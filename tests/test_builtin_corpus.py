@@ -1,7 +1,10 @@
 """The embedded corpus: its size, its reproducibility, and that what is said hangs together."""
 
+import random
 import re
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +15,14 @@ from support.builtin_corpus import (
     PROMPT,
     SITUATIONS,
     SPLIT_SIZES,
+    draw_corpus,
     generate_corpus,
     generate_mistakes,
     parse_situation,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from ceiling import oracle  # noqa: E402
 
 EVERY_SITUATION = "\n".join(SITUATIONS.values())
 
@@ -149,3 +156,10 @@ def test_absent_minded_people_end_a_dialogue_with_an_utterance_of_another(corpus
             replies, wrong = replies + len(row["dialog"]) - PROMPT, wrong + ended
     assert wrong / replies == pytest.approx(MISTAKES, abs=0.02)
     assert generate_mistakes(seed=0) == mistaken
+
+
+def test_the_oracle_says_what_the_script_allows_and_often_what_was_said(corpus):
+    draws, rng = draw_corpus(seed=0)["test"], random.Random(0)
+    assert [draw.row for draw in draws] == corpus["test"]
+    texts = [(draw.row["dialog"][turn], oracle(rng, draw, turn)) for draw in draws[:200] for turn in (4, 5)]
+    assert 0.1 < sum(said == known for said, known in texts) / len(texts) < 0.6
