@@ -118,7 +118,7 @@ class RewardOptions:
 class AlgorithmOptions:
     """PPO: how much is sampled, and how it is learned from."""
 
-    total_time_steps: PositiveInt = 40_000
+    total_time_steps: PositiveInt = 30_000
     """Environment steps (generated tokens) to train for."""
     env_num: PositiveInt | None = None
     """Dialogues at a time, over all processes [128, fewer where texts are long]."""
