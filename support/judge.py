@@ -151,7 +151,14 @@ def judge_sentence(measured: dict[str, float], split: str, what: str = "judge") 
 
 
 def judge_scores(acts: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score  # here, as it takes two seconds to import
+    """Return accuracy and macro F1: the mean over the acts of 2 right / (labelled so + predicted so), 0 for none.
 
-    macro_f1 = f1_score(acts, predicted, average="macro", labels=range(1, len(ACTS) + 1), zero_division=0)
-    return {"accuracy": float(accuracy_score(acts, predicted)), "macro_f1": float(macro_f1)}
+    scikit-learn would compute the same, and importing it takes seconds.
+    """
+    f1 = []
+    for act in range(1, len(ACTS) + 1):
+        right = sum(a == p == act for a, p in zip(acts, predicted))
+        either = sum(a == act for a in acts) + sum(p == act for p in predicted)
+        f1.append(2 * right / either if either else 0.0)
+    accuracy = sum(a == p for a, p in zip(acts, predicted)) / len(acts)
+    return {"accuracy": accuracy, "macro_f1": sum(f1) / len(f1)}

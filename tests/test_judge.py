@@ -32,7 +32,15 @@ from sft_dialog import collate, learned_tokens, window_loss
 from support.builtin import builtin_model
 from support.data import ACTS, load_dialogues
 from support.errors import UserError
-from support.judge import IntentJudge, acts_of_classes, check_judge, encode_pairs, load_classifier, measure_judge
+from support.judge import (
+    IntentJudge,
+    acts_of_classes,
+    check_judge,
+    encode_pairs,
+    judge_scores,
+    load_classifier,
+    measure_judge,
+)
 from support.models import load_codec
 from support.samples import make_samples
 from support.supervised import add_gradients, batches_of_steps
@@ -325,3 +333,9 @@ def test_an_engine_that_supervised_training_lacks_is_refused(tmp_path, monkeypat
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="told to use DeepSpeed; supervised training runs .*ddp.yaml"):
         train_intent(IntentConfig(model_path=str(builtin_model("judge")), output_dir=str(tmp_path / "judge")))
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    # inform: 1 right of 2 labelled and 1 predicted; question: 1 of 1 and 2; directive and commissive: none right
+    scores = judge_scores([1, 1, 2, 3], [1, 2, 2, 4])
+    assert scores == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)}
