@@ -130,13 +130,13 @@ def join_release(config: CompareConfig, folder: Path) -> str:
 
     fmt = DialogueFormat(max_prompt_tokens=config.prompt_tokens, max_new_tokens=config.new_tokens)
     codec = DialogueCodec(load_tokenizer(config.model), fmt)
-    dialogues = load_dialogues(config.inputs, "train", skip_bad_rows=True)
-    rows = join_dialogues(dialogues, codec, folder / "joined.jsonl").read_text(encoding="utf-8").splitlines()
-    utterances = [json.loads(row)["dialog"] for row in rows]
+    for split in ("train", "validation"):
+        dialogues = load_dialogues(config.inputs, split, skip_bad_rows=True)
+        rows = join_dialogues(dialogues, codec, folder / "joined.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = ["".join(f"{text} __eou__ " for text in json.loads(row)["dialog"]) for row in rows]
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as release:
+            release.writestr(f"{split}/dialogues_{split}.txt", "\n".join(lines) + "\n")
     (folder / "joined.jsonl").unlink()
-    with zipfile.ZipFile(folder / "train.zip", "w") as release:
-        lines = ["".join(f"{text} __eou__ " for text in dialogue) for dialogue in utterances]
-        release.writestr("train/dialogues_train.txt", "\n".join(lines) + "\n")
     return str(folder)
 
 
