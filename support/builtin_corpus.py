@@ -49,8 +49,9 @@ class Situation(NamedTuple):
 
 
 OTHER = {"A": "B", "B": "A"}
-# of absent-minded speakers
-MISTAKES, PROMPT = 0.4, 5  # the probability that an utterance begins another conversation, after the first utterances
+# dialogues of absent-minded people
+PROMPT = 5  # utterances without a mistake, at the start
+MISTAKES = 0.4  # probability that a later utterance begins another conversation
 COPIES = 4  # of each training dialogue, with other mistakes
 LINE = re.compile(r"([AB*]) (\w+) +([1-4])([adfhsu]?) (.+) -> ([\w ]+?)(?: (\w+)=(\w+))?(?: !(\w+))?")
 
