@@ -36,6 +36,7 @@ from support.config import load_deepspeed
 from support.errors import UserError
 from support.options import Placement
 from support.packing import PACKED_SDPA, TEXT_BY_TEXT, packed_sdpa
+from support.prepacked import prepacked
 
 # The longest time that a process waits for the others, for example while the main process scores evaluation replies
 PATIENCE = timedelta(hours=2)
@@ -401,5 +402,8 @@ def inference(accelerator: Accelerator, model: nn.Module, frozen: list[Any], onc
     """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     autocast = torch.autocast(accelerator.device.type, half or torch.bfloat16, enabled=half is not None)
-    with eager(accelerator), autocast, gathered_parameters(accelerator, model, once), on_device(*frozen, once=once):
+    whole = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    order = prepacked(model) if whole and half is None else contextlib.nullcontext()
+    gathered = gathered_parameters(accelerator, model, once)
+    with eager(accelerator), autocast, gathered, on_device(*frozen, once=once), order:
         yield
