@@ -18,11 +18,15 @@ ROWS = 32  # of a product that the order is chosen for
 
 
 def can_prepack(module: nn.Module) -> bool:
-    """Return whether a layer is a plain product with a large fp32 weight on a CPU."""
+    """Return whether a layer is a plain product with a large fp32 weight on a CPU, which is trained.
+
+    While replies are sampled, the copy takes the place of the weight's gradient. A frozen weight has none.
+    """
     weight = getattr(module, "weight", None)
     if type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
         return False
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and weight.requires_grad and weight.numel() >= SMALLEST
 
 
 @contextlib.contextmanager

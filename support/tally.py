@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.errors import UserError
+from support.errors import UserError, need_package
 
 COLUMNS = ("prompt", "chosen", "rejected")
 MODEL_COLUMNS = ("chosen_model", "rejected_model", "tie")
@@ -150,6 +150,7 @@ class Tally(Count):
         exact two-sided p-value of "both win equally often"; None for each where nothing is decided."""
         if not self.decided:
             return dict(share=None, interval=None, p_value=None)
+        need_package("scipy", "the interval of a tally")
         from scipy.stats import binomtest  # here, because it takes a second, and --help need not wait
 
         found = binomtest(self.wins, self.decided, 0.5)

@@ -840,7 +840,7 @@ def test_a_run_goes_on_after_its_server_died_and_asks_nothing_twice(server, judg
     file.with_name("judge.answers.jsonl").unlink()
     server.seen.clear()
 
-    server.answer = lambda reply, n: answer(reply, n) if n < 60 else (500, {}, "no memory")
+    server.answer = lambda reply, n: answer(reply, n) if n < 50 else (500, {}, "no memory")
     with pytest.raises(UserError, match="500.*no memory"):
         ppo_dialog.train(PPOConfig(**config, experiment_name="stopped"))
     assert list((tmp_path / "runs/stopped/checkpoints").iterdir())

@@ -177,7 +177,7 @@ def test_the_display_fits_every_terminal(width, tmp_path, monkeypatch):
     assert "\x1b[31m" not in "\n".join(screen) and "\x07" not in "\n".join(screen)
     if width >= 80:
         text = "\n".join(screen)
-        for word in ("update 50", "5,000 of 50,000 steps", "score", "KL, target 0.05", "explained var.", "1,234", "▄"):
+        for word in ("update 50", "5,000 of 30,000 steps", "score", "KL, target 0.05", "explained var.", "1,234", "▄"):
             assert word in text
         assert "[bold]Hello, there" in text  # a model's text is shown, not obeyed
 

@@ -44,6 +44,7 @@ def test_passes_with_gradients_and_other_types_compute_as_before():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(input_ids=IDS)
     assert not products(profiled) and all(p.grad is not None for p in model.parameters())
+    assert can_prepack(torch.nn.Linear(4, 4)) and not can_prepack(torch.nn.Linear(4, 4).requires_grad_(False))
     assert not can_prepack(torch.nn.Linear(4, 4).bfloat16()) and not can_prepack(torch.nn.LayerNorm(4))
 
 
