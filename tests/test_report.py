@@ -478,7 +478,7 @@ def requested(browser) -> list[str]:
     """Every address that was asked for, but for what a new tab of the browser is made of."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith(("chrome:", "data:"))]
+    return [url for url in urls if not url.startswith(("chrome:", "chrome-untrusted:", "data:"))]
 
 
 def brightness(browser, selector: str, what: str) -> float:
