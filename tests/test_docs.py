@@ -330,7 +330,7 @@ def parse_command(words: list[str]) -> None:
             text = (ROOT / script).read_text()
             if "WorkOptions" in text:  # options that benchmarks share
                 text += (ROOT / "benchmarks" / "interleaved.py").read_text()
-            if "parse_known_args" in text:  # further options go to ppo_dialog.py
+            if "parse_known_args" in text or "parse_config(PPOConfig" in text:  # takes options of ppo_dialog.py
                 text += "".join(f"{field.name}: " for field in dataclasses.fields(ppo_dialog.PPOConfig))
             for option in (o for o in options if o.startswith("--")):
                 name = option.removeprefix("--").split("=")[0]
