@@ -34,6 +34,7 @@ PPO |= {"trl": "TRL 1.12", "openrl": "OpenRL 0.2.0"}
 GROUPS = {"grpo": "ours, grpo", "trlnew": "TRL 1.16, GRPOTrainer"}
 NAMES = PPO | GROUPS
 PEERS = {"trl": "trl_bench.py", "openrl": "openrl_bench.py", "trlnew": "trl_grpo_bench.py"}  # their drivers
+THROUGHPUT = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--json"]
 System = Literal[tuple(NAMES)]
 
 
@@ -95,9 +96,6 @@ def command(system: System, config: CompareConfig) -> list[str]:
     run = [*THROUGHPUT, "--size", config.work, "--env-num", str(config.prompts), "--num-mini-batch", mini_batches]
     run += ["--tokenizer-path", str(inputs / "tokenizer"), "--data-path", str(inputs / "daily_dialog")]
     return run + ["--updates", str(updates)] + ["--separate-critic"] * (system == "separate")
-
-
-THROUGHPUT = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--json"]
 
 
 def driver(system: System, config: CompareConfig) -> list[str]:
