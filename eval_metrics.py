@@ -37,6 +37,8 @@ from support.errors import UserError, first_line, run_script
 from support.options import EVAL_SAMPLING, PartnerOptions, SampleOptions, Sampling, TextOptions, check_values
 from support.paths import check_data, check_file_to_write, check_models, check_template
 
+Scoring = Literal["plain", "rl4lms"]
+
 
 @dataclass
 class EvalOptions:
@@ -71,6 +73,9 @@ class EvalOptions:
     """Also compute the perplexity of the human replies, which takes about half of the time."""
     bootstrap: PositiveInt = 1000
     """Resamples for the intervals."""
+    scoring: Scoring = "plain"
+    """What ROUGE, METEOR and SacreBLEU read: 'plain' texts; or texts with the marker that ends an utterance, and ROUGE
+    of word stems, as RL4LMs and the tutorial count ('rl4lms', see docs/published_tables.md)."""
 
     seed: int = 0
     """Seed of the sampling; both models get the same random numbers."""
@@ -179,7 +184,7 @@ from support.samples import (
 from support.scoring import Scores
 from support.text import FORMAT_FILE, DialogueCodec, DialogueFormat
 from support.turn_cache import keep_turns
-from support.words import RougeWords, WordTokenizer, describe, spaced, word_tokenizer_for, words
+from support.words import RougeWords, WordTokenizer, describe, repeats, spaced, word_tokenizer_for, words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of texts. The human replies decide how words are counted (support/words.py)
@@ -187,9 +192,9 @@ from support.words import RougeWords, WordTokenizer, describe, spaced, word_toke
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return F-measures (N,) of each ROUGE by rouge_score, without stemming (Lin, 2004)."""
-    tokenizer = DefaultTokenizer() if word_tokenizer_for(references) == "english" else RougeWords()
+def rouge_scores(predictions: Sequence[str], references: Sequence[str], stems: bool = False) -> dict[str, np.ndarray]:
+    """Return F-measures (N,) of each ROUGE by rouge_score (Lin, 2004), of words or of the stems of English words."""
+    tokenizer = DefaultTokenizer(stems) if word_tokenizer_for(references) == "english" else RougeWords()
     scorer = RougeScorer(ROUGE, tokenizer=tokenizer)  # without a tokenizer it logs a line
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
     return {name: np.array([row[name].fmeasure for row in rows]) for name in ROUGE}
@@ -243,6 +248,11 @@ class NGrams:
         return (len(everywhere) - lost) / np.maximum(1, len(self.ids) - np.bincount(self.owners, minlength=size))
 
 
+def repetitions(texts: Sequence[str], word_tokenizer: WordTokenizer = "unicode") -> np.ndarray:
+    """Return for each text (N,) whether it says the same three words in a row twice: 1 or 0."""
+    return np.array([float(repeats(text, word_tokenizer)) for text in texts])
+
+
 class ReplyMetric(evaluate.Metric):
     """Strings as predictions and references. Data stays in memory, so that processes cannot use the same file."""
 
@@ -288,14 +298,23 @@ class DistinctN(ReplyMetric):
         return {f"distinct{n}": NGrams(predictions, n).distinct(np.ones(len(predictions))) for n in (1, 2)}
 
 
+class Repetition(ReplyMetric):
+    """repetition: the share of predictions that say the same three words in a row twice, 0 to 1."""
+
+    columns = ("predictions",)
+
+    def _compute(self, predictions):
+        return {"repetition": float(repetitions(predictions).mean())}
+
+
 @dataclass
 class Evaluation:
     """The results of one model on N samples, from which metrics and their bootstrap are computed."""
 
     texts: list[str]  # the model's replies
     references: list[str]  # the human replies
-    # (N,) each: ROUGE, meteor, mean_output_length, intent with a judge (NaN if the human reply has no act), and the
-    # scores of reward models
+    # (N,) each: ROUGE, meteor, mean_output_length (NaN if not known), repetition, intent with a judge (NaN if the human
+    # reply has no act), and the scores of reward models
     scores: dict[str, np.ndarray]
     bleu: np.ndarray | None  # (N, 10), see bleu_statistics; None without human replies
     ngrams: dict[str, NGrams]  # distinct1 and distinct2
@@ -333,15 +352,16 @@ class Answers:
     """A model's answers to N samples, before they are scored."""
 
     texts: list[str]  # the replies
-    lengths: list[int]  # tokens sampled for each, with the one that ended it
+    lengths: list[float]  # tokens sampled for each, with the one that ended it; NaN if not known
+    ended: list[bool]  # whether the model ended it, rather than the limit of tokens
     reply_log_likelihoods: list[float]  # of each human reply with its marker, in nats
     reply_tokens: list[int]  # of each human reply with its marker
     seconds: float
 
     def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
         """Write the lengths of the format and a line of JSON for each sample. The file appears when it is complete."""
-        columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
-        names = "text", "length", "reply_log_likelihood", "reply_tokens"
+        columns = self.texts, self.lengths, self.ended, self.reply_log_likelihoods, self.reply_tokens
+        names = "text", "length", "ended", "reply_log_likelihood", "reply_tokens"
         lines = [
             json.dumps(
                 {"dialogue": s.key[0], "utterance": s.key[1], "prompt": s.prompt, "messages": list(s.messages)}
@@ -363,8 +383,8 @@ class Answers:
         """Read the answers in a file, and the samples that they answer. UserError unless `dialogues` has these."""
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-            columns = [[r[n] for r in rows] for n in ("text", "length", "reply_log_likelihood", "reply_tokens")]
-            answers = cls(*columns, first["seconds"])
+            names = "text", "length", "ended", "reply_log_likelihood", "reply_tokens"
+            answers = cls(*([row[name] for row in rows] for name in names), first["seconds"])
             samples = [
                 Sample(tuple(r["messages"]), r["prompt"], r["reply"], r["act"], key=(r["dialogue"], r["utterance"]))
                 for r in rows
@@ -380,7 +400,7 @@ class Answers:
 
     def of(self, indices: Sequence[int]) -> Answers:
         """Return the answers to some of the samples."""
-        columns = self.texts, self.lengths, self.reply_log_likelihoods, self.reply_tokens
+        columns = self.texts, self.lengths, self.ended, self.reply_log_likelihoods, self.reply_tokens
         return Answers(*([column[i] for i in indices] for column in columns), self.seconds)
 
 
@@ -403,8 +423,40 @@ def answer(
         scoring = settings.batch_size, settings.share
         log_likelihoods, tokens = reply_log_likelihoods(model, settings.codec, samples, *scoring)
     model.train(training)
+    ended = [settings.codec.ended(text.token_ids) for text in texts]
     seconds = time.perf_counter() - started
-    return Answers(texts, lengths, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
+    return Answers(texts, lengths, ended, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
+
+
+def shuffled_replies(samples: Sequence[Sample], max_new_tokens: int) -> Answers | None:
+    """Return the human replies in another order: to each sample the reply that belongs half of the samples further on.
+
+    They are what a model scores that says something human to every prompt, without reading it. Long ones are cut to
+    0.9 words for each token that a model may sample, and count as ended. None without two human replies.
+    """
+    half, most = len(samples) // 2, max(1, round(0.9 * max_new_tokens))
+    said = [s.reply.split() for s in [*samples[half:], *samples[:half]]]
+    if not half or not any(said):
+        return None
+    unknown, none = [math.nan] * len(said), [0] * len(said)
+    return Answers([" ".join(reply[:most]) for reply in said], unknown, [True] * len(said), none, none, 0.0)
+
+
+RL4LMS_MARKER = " <EOU>"
+
+
+def scored_texts(answers: Answers, samples: Sequence[Sample], scoring: Scoring) -> tuple[list[str], list[str]]:
+    """Return the N replies and the N human replies that ROUGE, METEOR and SacreBLEU compare.
+
+    RL4LMs' references are utterance + "<EOU>" (`DailyDialog.prepare`). In its replies the marker stays as well: it is
+    plain text for GPT-2, and decoding drops special tokens only (github.com/allenai/RL4LMs, commit 0839060). A reply
+    that the limit of tokens has cut has no marker.
+    """
+    texts, references = list(answers.texts), [s.reply for s in samples]
+    if scoring == "rl4lms":
+        texts = [text + RL4LMS_MARKER * ended for text, ended in zip(texts, answers.ended)]
+        references = [reference + RL4LMS_MARKER for reference in references]
+    return texts, references
 
 
 def score_answers(
@@ -413,18 +465,21 @@ def score_answers(
     judge: IntentJudge | None = None,
     second_judge: IntentJudge | None = None,
     reward_models: Mapping[str, RewardModel] | None = None,
+    scoring: Scoring = "plain",
 ) -> Evaluation:
-    """Compute every metric of these answers.
+    """Compute every metric of these answers. `scoring` is for ROUGE, METEOR and SacreBLEU, see scored_texts.
 
     Intent is computed as in the reward: the share of replies whose act, by the judge, is that of the human reply. An
     empty reply counts as wrong. Samples without an act do not count, and without a judge there is no intent. Without
     human replies there is no ROUGE, METEOR and SacreBLEU.
     """
     started, texts, references = time.perf_counter(), answers.texts, [s.reply for s in samples]
-    scores, has_references = {}, any(references)
+    scores, has_references, word_tokenizer = {}, any(references), word_tokenizer_for(references)
+    compared = scored_texts(answers, samples, scoring)
     if has_references:
-        scores = rouge_scores(texts, references) | {"meteor": meteor_scores(texts, references)}
+        scores = rouge_scores(*compared, stems=scoring == "rl4lms") | {"meteor": meteor_scores(*compared)}
     scores["mean_output_length"] = np.array(answers.lengths, dtype=float)
+    scores["repetition"] = repetitions(texts, word_tokenizer)
     for name, reward_model in (reward_models or {}).items():
         scores[OF_REWARD_MODEL + name] = reward_model.scores([s.messages for s in samples], texts)
     for name, asked in (("intent", judge), ("intent_second_judge", second_judge)):
@@ -434,8 +489,8 @@ def score_answers(
         texts,
         references,
         scores,
-        bleu_statistics(texts, references) if has_references else None,
-        {f"distinct{n}": NGrams(texts, n, word_tokenizer_for(references)) for n in (1, 2)},
+        bleu_statistics(*compared) if has_references else None,
+        {f"distinct{n}": NGrams(texts, n, word_tokenizer) for n in (1, 2)},
         np.array(answers.reply_log_likelihoods),
         np.array(answers.reply_tokens, dtype=float),
         answers.seconds + time.perf_counter() - started,
@@ -502,10 +557,12 @@ def compare(
     baseline: Evaluation | None = None,
     n_bootstrap: int = 1000,
     settings: dict[str, Any] | None = None,
+    shuffled: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of one or two models as one JSON object: policy, baseline, difference, win_rate, settings.
 
-    Without a baseline, baseline and difference are None, and win_rate is empty. `settings` also gets the numbers of
+    Without a baseline, baseline and difference are None, and win_rate is empty. `shuffled` is the evaluation of
+    `shuffled_replies`, whose metrics are a floor for both models. `settings` also gets the numbers of
     samples and resamples, the seconds of each model, the tokenizer of words, and whether METEOR used synonyms.
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
@@ -523,6 +580,7 @@ def compare(
         "settings": (settings or {}) | known,
         "win_rate": win_rates(policy, baseline) if baseline else {},
         "by_turn": metrics_by_turn(policy, baseline),
+        "shuffled": shuffled.metrics() if shuffled else None,
     }
 
 
@@ -590,9 +648,9 @@ OF_REFERENCES = (*ROUGE, "meteor", "sacrebleu", "perplexity")
 
 def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline", "policy")) -> str:
     """Format the result of `compare` as text, a row for each metric. `headings` name the models, the baseline first."""
-    two = result["difference"] is not None
-    rows = [["", *headings, "difference [95% interval]", "relative"] if two else ["", headings[1]]]
-    models = ("baseline", "policy") if two else ("policy",)
+    two, floor = result["difference"] is not None, ["shuffled"] * bool(result.get("shuffled"))
+    rows = [["", *floor, *headings, "difference [95% interval]", "relative"] if two else ["", *floor, headings[1]]]
+    models = (*floor, "baseline", "policy") if two else (*floor, "policy")
     names = [*LABELS, *(name for name in result["policy"] if name not in LABELS)]
     for name in names:
         # without human replies there are no metrics of them
@@ -611,6 +669,8 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
     lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
     note = " * marks an interval that excludes zero." if two else ""
     lines.append(f"{result['settings']['samples']} samples.{note}")
+    if floor:
+        lines.append("shuffled: human replies, each to another prompt. Any reader of prompts should be above them.")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -692,6 +752,7 @@ def score_conversations(talks: Sequence[Conversation], seconds: float) -> Scored
     """Compute the metrics of a run's model over the conversations that it played."""
     scores = {"mean_output_length": np.array([talk.tokens / len(talk.replies) for talk in talks])}
     scores |= {"turns": np.array([len(talk.replies) for talk in talks], float)}
+    scores |= {"repetition": np.array([repetitions(talk.replies).mean() for talk in talks])}
     scores |= {name: np.array(values) for name, values in columns_of(talks, "metrics").items()}
     said = ["\n".join(talk.replies) for talk in talks]
     none = np.zeros(len(talks))
@@ -726,7 +787,9 @@ def score_result(
     return Scored(evaluation, scores)
 
 
-def write_comparison(run: Path, split: str, samples: list[Sample], before: Scored, after: Scored) -> None:
+def write_comparison(
+    run: Path, split: str, samples: list[Sample], before: Scored, after: Scored, shuffled: Evaluation | None = None
+) -> None:
     """Write eval.json and eval_samples.jsonl (each sample with both replies and their scores); print the table."""
     gains = after.scores.total - before.scores.total
     error = float(gains.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
@@ -735,7 +798,7 @@ def write_comparison(run: Path, split: str, samples: list[Sample], before: Score
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     settings = {"split": split, "sampling": dataclasses.asdict(EVAL_SAMPLING)}
     settings |= {"finished": finished, "versions": {"python": platform.python_version()} | versions}
-    result = compare(after.evaluation, before.evaluation, settings=settings)
+    result = compare(after.evaluation, before.evaluation, settings=settings, shuffled=shuffled)
     result["reward"] = {
         "policy": float(after.scores.total.mean()),
         "baseline": float(before.scores.total.mean()),
@@ -831,7 +894,8 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     evaluate_models = evaluate_conversations if config.partner else evaluate_replies
     evaluations, measured = evaluate_models(config, open_codecs(config), device)
     settings = plain_values(config) | {"device": str(device)} | measured
-    result = compare(evaluations["policy"], evaluations.get("baseline"), config.bootstrap, settings)
+    models = evaluations["policy"], evaluations.get("baseline")
+    result = compare(*models, config.bootstrap, settings, evaluations.get("shuffled"))
     print(format_table(result))
     for more in filter(None, (format_win_rates(result), format_turns(result))):
         print(more)
@@ -893,8 +957,11 @@ def evaluate_replies(
         model.cpu()
     if config.replies and "policy" in codecs:
         answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
+    max_new_tokens = codecs["policy"].format.max_new_tokens if "policy" in codecs else max(answers["policy"].lengths)
+    if shuffled := shuffled_replies(samples, max_new_tokens):
+        answers["shuffled"] = shuffled
     asked_judges = judges.get("judge"), judges.get("second judge"), reward_models
-    evaluations = {heading: score_answers(a, samples, *asked_judges) for heading, a in answers.items()}
+    evaluations = {n: score_answers(a, samples, *asked_judges, config.scoring) for n, a in answers.items()}
     return evaluations, {f"{what.replace(' ', '_')}_measured": metrics for what, metrics in measured.items()}
 
 

@@ -80,8 +80,8 @@ class RewardOptions:
     """Reward, KL penalty and length penalty."""
 
     reward: RewardWeights = field(default_factory=lambda: dict(DEFAULT_REWARD))
-    """Parts of the reward, with weights (0: measure only): intent, meteor, consensus, commonplace, a reward model
-    (folder or hub name), a judge (YAML file), your own (my_file.py:name). See docs/reward.md."""
+    """Parts of the reward, with weights (0: measure only): intent, meteor, consensus, commonplace, repetition, copying,
+    a reward model (folder or hub name), a judge (YAML file), your own (my_file.py:name). See docs/reward.md."""
     turn_reward: RewardWeights = field(default_factory=dict)
     """With --partner: parts of the reward for each reply of a conversation; --reward scores the whole at its end."""
     reward_args: NamedValues = field(default_factory=dict)

@@ -49,8 +49,10 @@ from eval_metrics import (
     reward_of_replies,
     sample_conversation,
     sample_dialogue,
+    score_answers,
     score_conversations,
     score_result,
+    shuffled_replies,
     write_comparison,
 )
 from rewards import WeightedSum, make_reward, token_kl
@@ -1513,7 +1515,9 @@ def evaluate_result(parts: Parts, config: PPOConfig, run: Run) -> None:
         if parts.scores_replies:
             (samples, before), (_, after) = results
             if run.main:
-                write_comparison(run.folder, config.eval_split, samples, before, after)
+                shuffled = None if parts.tasks else shuffled_replies(samples, parts.codec.format.max_new_tokens)
+                floor = score_answers(shuffled, samples, parts.judge) if shuffled else None
+                write_comparison(run.folder, config.eval_split, samples, before, after, floor)
             run.log_comparison()
 
 

@@ -552,7 +552,9 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         has_zero = base and not name.startswith(OF_REWARD_MODEL)
         relative = [v / abs(base) for v in (low, value, high)] if has_zero else None
         judged = verdict(low, high, BETTER.get(name, 1))
-        return dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
+        floor = (evaluation.get("shuffled") or {}).get(name)
+        known = dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
+        return known | {"floor": floor if is_number(floor) else None}
 
     rows = []
     of_runs = (name for run in runs for name in run.evaluation.get("difference") or {})

@@ -46,7 +46,7 @@ from support.scoring import (
     is_completion_function,
 )
 from support.text import Prompt
-from support.words import WordTokenizer, words
+from support.words import WordTokenizer, repeats, triples, words
 
 REWARDS: dict[str, Callable[..., Any]] = {}
 
@@ -343,6 +343,27 @@ class CrossPromptOverlap(Reward):
             for i in group:
                 shares[i] = sum(everywhere[pair] > here[pair] for pair in pairs[i]) / max(1, len(pairs[i]))
         return Scores(-shares, metrics={"commonplace": shares})
+
+
+@register_reward("repetition")
+class Repetition(Reward):
+    """Minus 1 for a reply that says the same three words in a row twice, else 0."""
+
+    def __call__(self, prompts, responses, references, acts):
+        repeated = np.array([repeats(response, self.word_tokenizer) for response in responses], float)
+        return Scores(-repeated, metrics={"repetition": repeated})
+
+
+@register_reward("copying")
+class Copying(Reward):
+    """Minus the share of a reply's runs of three words that its prompt has too; 0 for a shorter reply."""
+
+    def __call__(self, prompts, responses, references, acts):
+        shares = np.zeros(len(responses))
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            known, said = set(triples(prompt, self.word_tokenizer)), triples(response, self.word_tokenizer)
+            shares[i] = sum(triple in known for triple in said) / max(1, len(said))
+        return Scores(-shares, metrics={"copying": shares})
 
 
 def replies_to_one_prompt(prompts: Sequence[str], references: Sequence[str]) -> list[list[int]]:

@@ -42,7 +42,7 @@ from support.files import write_json
 from support.text import DialogueFormat
 
 ROOT = Path(__file__).resolve().parents[1]
-QUOTED = {"supervised", "ROUGE-1", "METEOR", "intent", "distinct-2", "test"}  # first words of the lines in README
+QUOTED = {"shuffled", "ROUGE-1", "METEOR", "intent", "distinct-2", "test"}  # first words of the lines in README
 COLUMNS = 104  # of the terminal in the picture
 PAGE_WIDTH, CHARTS, SCALE = 1120, 6, 1.5  # of the page's picture: pixels, charts to be seen, pixels of the file for one
 

@@ -31,7 +31,7 @@ from support.config import command_line
 from support.errors import UserError, run_script
 from support.files import write_json
 from support.metric_names import LABELS
-from support.words import spaced, word_tokenizer_for
+from support.words import repeats, word_tokenizer_for
 
 MARKS = "<!-- made by results.py: begin -->", "<!-- made by results.py: end -->"
 # what the tutorial reports of its own PPO against its own supervised model (docs/quick_start/train_nlp)
@@ -91,17 +91,11 @@ def meteor_elsewhere(rows: list[dict[str, Any]]) -> float:
 
 def habits(file: Path) -> dict[str, float]:
     """Return the shares of a file's replies that end at the limit of tokens, and that repeat three words in a row."""
-    first, *rows = read(file)
+    rows = read(file)[1:]
     word_tokenizer = word_tokenizer_for(row["reply"] for row in rows)
-
-    def repeats(text: str) -> bool:
-        words = spaced(text, word_tokenizer).split()
-        triples = list(zip(words, words[1:], words[2:]))
-        return len(set(triples)) < len(triples)
-
     return {
-        "at_limit": statistics.fmean(row["length"] >= first["format"]["max_new_tokens"] for row in rows),
-        "repeating": statistics.fmean(repeats(row["text"]) for row in rows),
+        "at_limit": statistics.fmean(not row["ended"] for row in rows),
+        "repeating": statistics.fmean(repeats(row["text"], word_tokenizer) for row in rows),
     }
 
 

@@ -16,10 +16,11 @@ LABELS = {  # every metric in the order of all outputs, with its name in tables
     "mean_output_length": "mean output length",
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
+    "repetition": "repetition",
     "perplexity": "perplexity",
 }
 # which way a metric is better: 1 is up, -1 down, 0 neither
-BETTER = dict.fromkeys(LABELS, 1) | {"mean_output_length": 0, "turns": 0, "perplexity": -1}
+BETTER = dict.fromkeys(LABELS, 1) | {"mean_output_length": 0, "turns": 0, "perplexity": -1, "repetition": -1}
 
 
 OF_REWARD_MODEL = "reward_model_"  # begins the name of a metric that is a reward model's mean score

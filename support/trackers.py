@@ -99,8 +99,8 @@ class Log:
         result = json.loads(file.read_text(encoding="utf-8"))
         flat = {
             f"eval/{part}/{name}": value["value"] if isinstance(value, dict) else value
-            for part in ("policy", "baseline", "difference", "reward")
-            for name, value in result[part].items()
+            for part in ("policy", "baseline", "difference", "reward", "shuffled")
+            for name, value in (result[part] or {}).items()
         }
         self({name: value for name, value in flat.items() if value is not None}, step)
 

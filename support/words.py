@@ -8,6 +8,7 @@ run of katakana too). A text whose letters and digits are all ASCII has the same
 
 from __future__ import annotations
 
+import string
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
@@ -22,6 +23,7 @@ WordTokenizer = Literal["english", "unicode"]
 # A letter, a mark on one, or a digit; but no mark that chooses how an emoji is drawn
 BEYOND_ASCII = regex.compile(r"[[\p{L}\p{M}\p{Nd}]--[\p{ASCII}\uFE00-\uFE0F\u20E3]]", regex.V1)
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)  # UAX #29
+PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2026\u3001\u3002\uff01\uff0c\uff1f"
 ROUGE_WORD = regex.compile(r"[\p{L}\p{Nd}][\p{L}\p{Nd}\p{M}\u200c\u200d]*")  # with marks and joiners within it
 
 
@@ -50,6 +52,18 @@ def spaced(text: str, word_tokenizer: WordTokenizer = "unicode") -> str:
 def words(text: str, word_tokenizer: WordTokenizer = "unicode") -> tuple[str, ...]:
     """Split one text into words and punctuation, by NLTK; `preserve_line` needs no sentence model, so no download."""
     return tuple(nltk.word_tokenize(spaced(text, word_tokenizer), preserve_line=True))
+
+
+def triples(text: str, word_tokenizer: WordTokenizer = "unicode") -> list[tuple[str, str, str]]:
+    """Return the runs of three words of one text, in lower case and without punctuation."""
+    said = [bare for word in words(text, word_tokenizer) if (bare := word.lower().strip(PUNCTUATION))]
+    return list(zip(said, said[1:], said[2:]))
+
+
+def repeats(text: str, word_tokenizer: WordTokenizer = "unicode") -> bool:
+    """Return whether one text says the same three words in a row twice."""
+    found = triples(text, word_tokenizer)
+    return len(set(found)) < len(found)
 
 
 class RougeWords(DefaultTokenizer):

@@ -253,7 +253,7 @@ def test_the_curve_of_the_desk_is_drawn(tmp_path):
 def test_habits_of_replies_are_counted_beside_those_of_humans(tmp_path):
     head = {"format": {"max_new_tokens": 9}}
     said = ["Oh , no !", "Oh , yes .", "a b c a b c", ""]
-    rows = [dict(text=text, length=9 - i, reply="Fine .") for i, text in enumerate(said)]
+    rows = [dict(text=text, ended=i > 0, reply="Fine .") for i, text in enumerate(said)]
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
     command = [sys.executable, str(ROOT / "benchmarks" / "habits.py"), str(tmp_path / "one.jsonl")]
     done = forked.run(command, capture_output=True, text=True)

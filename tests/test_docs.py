@@ -427,24 +427,25 @@ def glossary(section: str) -> set[str]:
 def test_the_glossary_has_every_figure_of_a_run_and_no_other(worked, clone):
     common = f"--model-path CAUSAL_LM --intent-coef 0 --data-path DATA {TINY['ppo_dialog.py']} --validation-limit 4"
     for name, own in (
-        ("plain", "--reward my_file.py:brevity --length-rate 0.5"),
+        ("plain", "--reward my_file.py:brevity repetition=0.1 copying=0.1 --length-rate 0.5"),
         ("alike", "--consensus-coef 1 --commonplace-coef 1"),
         ("talk", "--partner my_file.py:Friend --reward partner=1"),
     ):
         execute("ppo_dialog.py", f"{common} --experiment-name {name} {own}".split())
     folders = worked / "runs" / "NAME", *(clone / "runs" / name for name in ("plain", "alike", "talk"))
     rows = [json.loads(line) for f in folders for line in (f / "metrics.jsonl").read_text().splitlines()]
-    names = {re.sub("brevity|partner", "NAME", name) for row in rows for name in row}  # parts
+    parts = "brevity|partner|(?<=_)(repetition|copying)"
+    names = {re.sub(parts, "NAME", name) for row in rows for name in row}
     assert names == glossary("metrics.jsonl")
 
     result = json.loads((worked / "runs" / "NAME" / "eval.json").read_text())
-    assert set(result) == {"policy", "baseline", "difference", "settings", "reward", "win_rate", "by_turn"}
+    assert set(result) == {"policy", "baseline", "difference", "settings", "reward", "win_rate", "by_turn", "shuffled"}
     known = glossary("eval.json")
     assert set(result["policy"]) == set(result["baseline"]) == set(result["difference"])
     assert set(result["policy"]) | {"intent_second_judge"} == set(LABELS)
     parts = {f"difference.*.{part}" for value in result["difference"].values() for part in value}
     parts |= {f"{part}.{name}" for part in ("reward", "settings") for name in result[part]}
-    assert known == set(LABELS) | parts | {"by_turn.*", "win_rate.*", "reward_model_NAME"}
+    assert known == set(LABELS) | parts | {"by_turn.*", "shuffled.*", "win_rate.*", "reward_model_NAME"}
 
 
 def test_the_pages_exit_statuses_are_those_of_the_code():

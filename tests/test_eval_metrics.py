@@ -20,23 +20,28 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from eval_metrics import (
+    Answers,
     DistinctN,
     EvalConfig,
     Evaluation,
     Meteor,
     NGrams,
+    Repetition,
     Rouge,
     SacreBleu,
     answer,
+    bleu_of,
     bleu_statistics,
     compare,
     evaluate_model,
     format_table,
     meteor_scores,
     paired_difference,
+    repetitions,
     rouge_scores,
     run_evaluation,
     score_answers,
+    shuffled_replies,
     win_rates,
 )
 from rewards import words
@@ -46,13 +51,14 @@ from support.errors import UserError
 from support.generation import ReplySettings, generate_replies, reply_log_likelihoods
 from support.metric_names import BETTER, LABELS, verdict
 from support.options import EVAL_SAMPLING
-from support.samples import make_samples
+from support.samples import Sample, make_samples
 from support.text import DialogueCodec, DialogueFormat
+from support.words import word_tokenizer_for
 
 REPOSITORY = Path(__file__).parent.parent
 KEYS = [
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "meteor", "sacrebleu"),
-    *("intent", "mean_output_length", "distinct1", "distinct2", "perplexity"),
+    *("intent", "mean_output_length", "distinct1", "distinct2", "repetition", "perplexity"),
 ]
 PREDICTIONS = [
     "I would like a table for two , please .",
@@ -125,6 +131,7 @@ def evaluation(predictions, references, log_likelihood=-20.0):
     scores = rouge_scores(predictions, references) | {"meteor": meteor_scores(predictions, references)}
     scores["intent"] = np.array([float(bool(p)) for p in predictions])
     scores["mean_output_length"] = np.array([float(len(p.split()) + 1) for p in predictions])
+    scores["repetition"] = repetitions(predictions)
     return Evaluation(
         texts=list(predictions),
         references=list(references),
@@ -205,7 +212,7 @@ def test_adding_in_batches_is_computing_at_once(metric):
 
 def test_metrics_combine_without_files_or_words(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path))
-    together = evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN()])
+    together = evaluate.combine([Rouge(), Meteor(), SacreBleu(), DistinctN(), Repetition()])
     together.add_batch(predictions=PREDICTIONS, references=REFERENCES)
     # a second one at the same time, as in another process
     other = evaluate.combine([SacreBleu(), Rouge()])
@@ -226,7 +233,7 @@ def test_metrics_combine_without_files_or_words(monkeypatch, capfd, tmp_path):
 def test_identical_evaluations_differ_by_exactly_nothing():
     one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(PREDICTIONS, REFERENCES)
     for difference in paired_difference(one, other, n=50).values():
-        assert difference == {"value": 0.0, "ci95": [0.0, 0.0], "relative": 0.0}
+        assert difference in [{"value": 0.0, "ci95": [0.0, 0.0], "relative": x} for x in (0.0, None)]
 
 
 def test_scores_that_are_missing_do_not_count():
@@ -283,11 +290,11 @@ def test_without_a_judge_intent_is_null_everywhere():
     one, other = evaluation(PREDICTIONS, REFERENCES), evaluation(REFERENCES, REFERENCES)
     del other.scores["intent"]
     result = compare(other, one, n_bootstrap=20, settings={"split": "test"})
-    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn", "shuffled"]
     assert result["policy"]["intent"] is None and result["difference"]["intent"] is None
     assert result["settings"]["samples"] == 6 and result["settings"]["split"] == "test"
     table = format_table(result, headings=("supervised", "PPO")).splitlines()
-    assert table[0].split()[:2] == ["supervised", "PPO"] and len(table) == 13
+    assert table[0].split()[:2] == ["supervised", "PPO"] and len(table) == 14
     assert "*" in table[1] and "excludes zero" in table[-1]
     labels = [label for name, label in LABELS.items() if name != "intent_second_judge"]  # no such judge here
     assert [row.split("  ")[0] for row in table[1:-1]] == labels
@@ -368,7 +375,7 @@ def test_without_human_replies_there_is_no_metric_of_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "rows of 'prompt' (a prompt alone); there are no human replies" in printed and "METEOR" not in printed
     known = {name for name, value in result["policy"].items() if value is not None}
-    assert known == {"mean_output_length", "distinct1", "distinct2"}
+    assert known == {"mean_output_length", "distinct1", "distinct2", "repetition"}
 
 
 def test_settings_that_cannot_be_used(tmp_path):
@@ -406,12 +413,13 @@ def test_the_command(tokenizer, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "" or "WordNet" in finished.stderr
     result = json.loads(output.read_text())
-    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn"]
+    assert list(result) == ["policy", "baseline", "difference", "settings", "win_rate", "by_turn", "shuffled"]
     assert list(result["policy"]) == list(result["baseline"]) == list(result["difference"]) == KEYS
     assert all(list(d) == ["value", "ci95", "relative"] for d in result["difference"].values())
     assert result["settings"]["samples"] == 6 and result["settings"]["seconds"]["baseline"] > 0
     assert "policy: 2 of 6 replies" in finished.stdout and "baseline: 6 of 6 replies" in finished.stdout
     assert format_table(result) in finished.stdout
+    assert format_table(result).splitlines()[0].split()[:3] == ["shuffled", "baseline", "policy"]
 
 
 def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(tokenizer, tmp_path, capsys):
@@ -436,9 +444,56 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
         run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings))
 
 
+def test_scored_as_rl4lms_a_reply_to_another_prompt_gains_by_its_marker():
+    """Texts, stems and the marker of the end are those that its ROUGE, METEOR and SacreBLEU read."""
+    samples = [Sample(("Hi .",), "Hi .", reply, 0) for reply in REFERENCES]
+    replies = Answers(PREDICTIONS, [5] * 6, [True, True, True, True, False, True], [0.0] * 6, [0] * 6, 0.0)
+    plain, scored = (score_answers(replies, samples, scoring=scoring).metrics() for scoring in ("plain", "rl4lms"))
+    references = [f"{text} <EOU>" for text in REFERENCES]
+    read = [text if i == 4 else f"{text} <EOU>" for i, text in enumerate(PREDICTIONS)]  # the fifth was cut
+    unicode = word_tokenizer_for(references)
+    assert unicode == "unicode" and scored["meteor"] == pytest.approx(meteor_scores(read, references).mean())
+    assert scored["sacrebleu"] == pytest.approx(bleu_of(bleu_statistics(read, references).sum(0)))
+    same = ("mean_output_length", "distinct1", "distinct2", "repetition")
+    assert {name: scored[name] for name in same} == {name: plain[name] for name in same}
+    english = [(p, r) for p, r in zip(read, references) if p.isascii()]
+    scorer = RougeScorer(["rouge1"], use_stemmer=True)
+    wanted = [scorer.score(reference, prediction)["rouge1"].fmeasure for prediction, reference in english]
+    assert rouge_scores(*zip(*english), stems=True)["rouge1"].tolist() == wanted
+    assert rouge_scores(["tables"], ["table"], stems=True)["rouge1"].tolist() == [1.0]
+    # four human replies, none to its prompt, which share no word: all that they score is the marker
+    others = [Sample(("Hi .",), "Hi .", reply, 0) for reply in ("I see .", "Two tickets ?", "Red wine !", "Tomorrow")]
+    shuffled = shuffled_replies(others, 20)
+    assert shuffled.texts == ["Red wine !", "Tomorrow", "I see .", "Two tickets ?"] and all(shuffled.ended)
+    floors = [score_answers(shuffled, others, scoring=scoring).metrics() for scoring in ("plain", "rl4lms")]
+    assert floors[0]["rouge1"] == floors[0]["meteor"] == 0 and floors[1]["rouge1"] > 0.3 and floors[1]["meteor"] > 0.3
+    assert floors[0]["mean_output_length"] is None
+
+
+def test_shuffled_replies_are_cut_and_need_two():
+    samples = [Sample(("Hi .",), "Hi .", " ".join(["so"] * n), 0) for n in (3, 30)]
+    shuffled = shuffled_replies(samples, 20)
+    assert [len(text.split()) for text in shuffled.texts] == [18, 3] and all(shuffled.ended)
+    assert shuffled_replies(samples[:1], 20) is None
+    assert shuffled_replies([dataclasses.replace(s, reply="") for s in samples], 20) is None
+
+
+def test_repetition_is_three_words_said_twice():
+    texts = [
+        "I'll take it. I'll take it.",
+        "no no no",
+        "no no no no",
+        "I see . You see .",
+        "",
+        "You may go . Can you may go",
+        "好的好的好的",
+    ]
+    assert repetitions(texts).tolist() == [1, 0, 1, 0, 0, 1, 1]
+
+
 def test_a_change_is_judged_by_what_is_better_for_its_metric():
     assert list(BETTER) == [*LABELS, "turns"]
-    assert [name for name in BETTER if BETTER[name] < 1] == ["mean_output_length", "perplexity", "turns"]
+    assert [name for name in BETTER if BETTER[name] < 1] == ["mean_output_length", "repetition", "perplexity", "turns"]
     up, down, open_, touching = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.3), (0.0, 0.2)
     assert [verdict(*up, better) for better in (1, -1, 0)] == ["better", "worse", "changed"]
     assert [verdict(*down, better) for better in (1, -1, 0)] == ["worse", "better", "changed"]

@@ -33,6 +33,7 @@ def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_pat
         for u, text, score in ((1, "harm", 0.1), (4, "the best", 0.9), (8, "the same", 0.5), (12, "better", 0.6))
     ]  # fmt: skip
     evaluation = evaluation_of({name: (0.01, 0.02, 0.03) for name in ("rouge1", "rouge2", "meteor")})
+    evaluation["shuffled"] = {"rouge1": 0.005, "rouge2": None, "meteor": 0.005}
     config = dict(log_interval=1, progress="plain", run_dir="/a/place")
     figures = dict(score=lambda i: 0.5, kl_div=lambda i: 0.01, alpha=lambda i: 0.2)
     run = Run(made_run(tmp_path / "mine", metric_rows(12, **figures), evaluation, samples=rows, config=config))
@@ -50,7 +51,7 @@ def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_pat
     log = f"update 12 ...\n{table}\ntest reward: 0.5\nreport: /a/place/mine/report.html\n{end}\ntalk to it: ...\n"
     quoted = pictures.quoted_output(run, log)
     assert quoted[-1] == end.replace("/a/place", "runs") and quoted[-2] == "test reward: 0.5"
-    assert [line.split()[0] for line in quoted[:-2]] == ["supervised", "ROUGE-1", "METEOR"]
+    assert [line.split()[0] for line in quoted[:-2]] == ["shuffled", "ROUGE-1", "METEOR"]
     for other in (log.replace("+0.0200", "+0.0300"), log.replace("1,200 env", "1,201 env")):
         with pytest.raises(UserError, match="the log is not of the run"):
             pictures.quoted_output(run, other)

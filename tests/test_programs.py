@@ -266,9 +266,8 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
     pairs = [(rows[i]["text"], rows[(i + 16) % 32]["reply"]) for i in range(32)]
     assert scores["ppo-1"]["elsewhere"] == pytest.approx(sum(meteor(*pair) for pair in pairs) / 32)
     assert list(result["habits"]) == list(scores)
-    repeated = [len(set(t)) < len(t) for t in (list(zip(*(r["text"].split()[i:] for i in range(3)))) for r in rows)]
-    assert result["habits"]["ppo-1"]["repeating"] == pytest.approx(sum(repeated) / 32)
-    assert result["habits"]["ppo-1"]["at_limit"] == pytest.approx(sum(r["length"] >= 20 for r in rows) / 32)
+    assert result["habits"]["ppo-1"]["repeating"] == result["ppo"]["1"]["repetition"]
+    assert result["habits"]["ppo-1"]["at_limit"] == pytest.approx(sum(not r["ended"] for r in rows) / 32)
     page = (tmp_path / "results" / "results.md").read_text()
     assert page.count("- supervised: ") == 20 and "| METEOR |" in page
     assert {p.name for p in (tmp_path / "results").glob("*.png")} == {

@@ -300,6 +300,17 @@ def test_consensus_is_meteor_against_the_other_replies_to_the_prompt_and_commonp
     assert statistics["reward_commonplace"] == pytest.approx(0.3 * price)
 
 
+def test_repetition_and_copying_cost_by_runs_of_three_words():
+    prompts = ["May I see your passport ? <EOU>"] * 4
+    responses = ["I'll go. I'll go!", "Yes , may I see yours ?", "may i see your passport", "Yes ."]
+    repetition, copying = (make_reward({name: 2.0}, {}, "cpu", "<EOU>") for name in ("repetition", "copying"))
+    episodes = prompts, responses, [""] * 4, [0] * 4
+    total, statistics = repetition(*episodes)
+    assert total.tolist() == [-2, 0, 0, 0] and statistics["repetition"].tolist() == [1, 0, 0, 0]
+    total, statistics = copying(*episodes)
+    assert statistics["copying"].tolist() == [0, 1 / 3, 1, 0] and total.tolist() == [0, -2 / 3, -2, 0]
+
+
 def test_a_part_with_weight_0_is_measured_alone(no_wordnet):
     reward = make_reward({"meteor": 1.0, "commonplace": 0.0}, {}, "cpu", "<EOU>")
     assert reward.judge is None

@@ -99,7 +99,7 @@ def test_only_letters_and_digits_beyond_ascii_choose_the_tokenizer():
 def evaluated(texts, references):
     samples = [Sample(({"role": "user", "content": "p"},), "p<EOU>", reply) for reply in references]
     n = len(texts)
-    return score_answers(Answers(list(texts), [1] * n, [-1.0] * n, [1] * n, 0.0), samples)
+    return score_answers(Answers(list(texts), [1] * n, [True] * n, [-1.0] * n, [1] * n, 0.0), samples)
 
 
 def test_a_models_stray_letters_change_nothing_of_an_english_table():
@@ -152,8 +152,8 @@ def test_rewards_count_the_words_that_the_run_chose():
 
 
 def test_repetition_in_chinese(tmp_path):
-    head = json.dumps({"seconds": 1, "format": {"max_new_tokens": 20}})
-    rows = [{"text": t, "reply": r, "length": 5} for t, r in (("好的吧好的吧", "好"), ("今天天气很好", "OK"))]
+    head = json.dumps({"seconds": 1})
+    rows = [{"text": t, "reply": r, "ended": True} for t, r in (("好的吧好的吧", "好"), ("今天天气很好", "OK"))]
     file = tmp_path / "replies.jsonl"
     file.write_text("\n".join([head, *(json.dumps(row) for row in rows)]) + "\n")
     assert habits(file) == {"at_limit": 0, "repeating": 0.5}
