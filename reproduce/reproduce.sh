@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The table of docs/notebook/results.md from nothing: two judges, a supervised start, PPO with three seeds and two ablations,
-# evaluation, plots.
+# The tables of docs/notebook/results.md from nothing: two judges, a reward model, a supervised start, three estimators with three
+# seeds each, two ablations, evaluation at several temperatures, tables and figures.
 #
-#   bash reproduce/reproduce.sh            hours on two cores; stopped at any point, the same command goes on from there
+#   bash reproduce/reproduce.sh            a day on two cores; stopped at any point, the same command goes on from there
 #   bash reproduce/reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
 #   bash reproduce/reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
-# Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for the judges).
+# Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
-# SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every PPO run.
+# SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every run of PPO. SPLIT is the
+# split of the evaluation (validation), whose files are in OUT/SPLIT; TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the
+# frontier.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,12 +18,16 @@ DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
 SEEDS=${SEEDS:-0 1 2}
+SPLIT=${SPLIT:-validation}
 sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-2}" --eval-samples 1000) judge=(--epochs 2) eval=() only=()
+pairs=(--pairs 6000 --batch-size 32 --lr 1.5e-4 --epochs 2 --eval-every 80)
 read -ra ppo <<<"${PPO:-}"
 if [[ ${1:-} == --quick ]]; then
     OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
     judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
+    pairs=(--pairs 64 --max-minutes 1 --eval-samples 16)
     ppo+=(--total-time-steps 600 --env-num 16 --validation-limit 0 --judge-samples 200) eval=(--limit 32 --bootstrap 100)
+    TEMPERATURES=${TEMPERATURES:-0.5 1.0 1.5} TOP_PS=${TOP_PS:-1.0} FRONTIER_LIMIT=32
 elif [[ ${1:-} == -* ]]; then
     echo "reproduce.sh takes --quick, names of stages, or nothing; it was given: $*" >&2
     exit 2
@@ -32,8 +38,14 @@ if [[ ${1:-} == --quick && $# -gt 1 ]]; then
     echo "reproduce.sh --quick takes nothing else; it was given: $*" >&2
     exit 2
 fi
-known=" judge second_judge sft eval-sft no-kl no-meteor eval-no-kl eval-no-meteor "
-for seed in $SEEDS; do known+="ppo-$seed eval-ppo-$seed "; done
+read -ra temperatures <<<"${TEMPERATURES:-0.4 0.6 0.8 1.0 1.2 1.4}"
+read -ra top_ps <<<"${TOP_PS:-1.0 0.9}"
+policies=()
+for seed in $SEEDS; do
+    for kind in ppo rloo grpo; do policies+=("$kind-$seed"); done
+done
+known=" judge second_judge sft reward_model eval-sft frontier-sft best-sft no-kl no-meteor eval-no-kl eval-no-meteor "
+for name in "${policies[@]}"; do known+="$name eval-$name frontier-$name matched-$name "; done
 for name in ${only[@]+"${only[@]}"}; do
     if [[ $known != *" $name "* ]]; then
         echo "reproduce.sh has no stage '$name'; it has:$known" >&2
@@ -41,7 +53,8 @@ for name in ${only[@]+"${only[@]}"}; do
     fi
 done
 OUT=${OUT:-runs/reproduce} RESULTS=${RESULTS:-docs/notebook}
-mkdir -p "$OUT/done"
+HERE=$OUT/$SPLIT
+mkdir -p "$OUT/done" "$HERE/done"
 
 # bf16 pays where the hardware computes in it; elsewhere it is slower than fp32. A GPU takes larger batches of pairs in the same time
 precision=no
@@ -52,14 +65,16 @@ elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
     precision=bf16
 fi
 
-stage() { # NAME COMMAND...: runs it unless an earlier call brought it to its end, or others were asked for
-    local name=$1
-    shift
-    if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* || -e $OUT/done/$name ]]; then return; fi
+run() { # DONE NAME COMMAND...: runs a stage unless the file DONE/NAME says that it came to its end, or others were asked for
+    local done=$1/$2 name=$2
+    shift 2
+    if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* || -e $done ]]; then return; fi
     echo "== $name: $*"
     "$@"
-    touch "$OUT/done/$name"
+    touch "$done"
 }
+stage() { run "$OUT/done" "$@"; }    # of training
+measure() { run "$HERE/done" "$@"; } # of a split
 
 whole() { # FOLDER COMMAND...: for programs that write a folder once they are done, and keep what they go on from
     if [[ ! -e $1/config.json ]]; then "${@:2}" --resume --output-dir "$1"; fi
@@ -74,14 +89,59 @@ train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
         --run-dir "$OUT" --experiment-name "$name" ${ppo[@]+"${ppo[@]}"} "$@" ${resume[@]+"${resume[@]}"}
 }
 
-evaluate() { # NAME: replies, which are kept, then their scores
-    local name=$1 replies=$OUT/replies/$1.jsonl evaluation=(python eval_metrics.py --data-path "$DATA" --skip-bad-rows
-        --split validation --no-perplexity --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
-    if [[ ! -e $replies ]]; then
-        "${evaluation[@]}" --model-path "$OUT/$name" --batch-size 128 --bootstrap 1 --replies "$replies"
+evaluation=(python eval_metrics.py --data-path "$DATA" --skip-bad-rows --split "$SPLIT" --no-perplexity --batch-size 128
+    --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
+start=$HERE/replies/sft.jsonl # what the supervised model answers at temperature 1
+
+score() { # OUTPUT MODEL BASELINE OPTIONS...: MODEL may be a file of replies
+    if [[ ! -e $1 ]]; then
+        "${evaluation[@]}" --model-path "$2" --baseline-path "$3" --intent-model "$OUT/judge" \
+            --second-intent-model "$OUT/second_judge" --reward-models "$OUT/reward_model" --output "$1" "${@:4}"
     fi
-    "${evaluation[@]}" --model-path "$replies" --baseline-path "$OUT/replies/sft.jsonl" \
-        --intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --output "$OUT/eval/$name.json"
+}
+
+supervised() { # FILE OPTIONS...: what the supervised model answers, which is kept
+    if [[ ! -e $1 ]]; then "${evaluation[@]}" --model-path "$OUT/sft" --bootstrap 1 --replies "$1" "${@:2}"; fi
+}
+
+evaluate() { # NAME: against the supervised model, and once more as RL4LMs counts
+    local replies=$HERE/replies/$1.jsonl
+    if [[ $1 == sft ]]; then
+        supervised "$replies"
+        score "$HERE/eval/sft.json" "$replies" "$start"
+    else
+        score "$HERE/eval/$1.json" "$OUT/$1" "$start" --replies "$replies"
+    fi
+    score "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
+}
+
+frontier() { # NAME: quality and diversity at several temperatures and top-p
+    local top_p temperature point
+    for top_p in "${top_ps[@]}"; do
+        for temperature in "${temperatures[@]}"; do
+            point=$HERE/frontier/$1/t$temperature-p$top_p
+            score "$point.json" "$OUT/$1" "$start" --temperature "$temperature" --top-p "$top_p" \
+                --limit "${FRONTIER_LIMIT:-1000}"
+        done
+    done
+}
+
+best() { # the supervised model at the temperature that is best for METEOR, and at that for the second judge
+    local metric
+    for metric in meteor intent_second_judge; do
+        supervised "$HERE/replies/best-$metric.jsonl" \
+            --temperature "$(python reproduce/frontier.py "$HERE/frontier/sft" --best "$metric")"
+    done
+}
+
+match() { # NAME: at the temperature where distinct-2 is that of the supervised model; and against that model at its best
+    local metric temperature
+    temperature=$(python reproduce/frontier.py "$HERE/frontier/$1" --like "$HERE/frontier/sft")
+    score "$HERE/eval/$1-matched.json" "$OUT/$1" "$start" --temperature "$temperature" \
+        --replies "$HERE/replies/$1-matched.jsonl"
+    for metric in meteor intent_second_judge; do
+        score "$HERE/eval/$1-over-best-$metric.json" "$HERE/replies/$1.jsonl" "$HERE/replies/best-$metric.jsonl"
+    done
 }
 
 data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
@@ -90,15 +150,23 @@ stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"
 stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --template dialogue --loss-on dialogue --batch-size 16 \
     --lr 2e-4 --warmup-steps 20 --eval-every 200 "${data[@]}" "${sft[@]}"
-stage eval-sft evaluate sft
+stage reward_model whole "$OUT/reward_model" \
+    python reward_model.py --model-path "$ENCODER" --from-dialogues "$OUT/sft" "${data[@]}" "${pairs[@]}"
+measure eval-sft evaluate sft
+measure frontier-sft frontier sft
+measure best-sft best
 for seed in $SEEDS; do
-    stage "ppo-$seed" train "ppo-$seed" --seed "$seed"
-    stage "eval-ppo-$seed" evaluate "ppo-$seed"
+    stage "ppo-$seed" train "ppo-$seed" --seed "$seed" --value-coef 0.5 --gae-lambda 0.95
+    stage "rloo-$seed" train "rloo-$seed" --seed "$seed" --advantage rloo
+    stage "grpo-$seed" train "grpo-$seed" --seed "$seed" --advantage grpo
 done
-stage no-kl train no-kl --kl-coef 0
-stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0
-for name in no-kl no-meteor; do
-    stage "eval-$name" evaluate "$name"
+stage no-kl train no-kl --value-coef 0.5 --gae-lambda 0.95 --kl-coef 0
+stage no-meteor train no-meteor --value-coef 0.5 --gae-lambda 0.95 --meteor-coef 0 --consensus-coef 0
+for name in "${policies[@]}" no-kl no-meteor; do measure "eval-$name" evaluate "$name"; done
+for name in "${policies[@]}"; do
+    measure "frontier-$name" frontier "$name"
+    measure "matched-$name" match "$name"
 done
 if [[ ${#only[@]} -gt 0 ]]; then exit; fi
-python reproduce/results.py "$OUT" --results "$RESULTS" --seeds $SEEDS
+read -ra seeds <<<"$SEEDS"
+python reproduce/results.py "$OUT" --split "$SPLIT" --results "$RESULTS" --seeds "${seeds[@]}"

@@ -2,9 +2,9 @@
 
     python reproduce/results.py runs/reproduce --results docs/notebook --seeds 0 1 2
 
-It reads eval/*.json, replies/*.jsonl, the metrics.jsonl of each run, and the records of the judges and the supervised
-model. It writes results.json, results-*.png and the part of results.md between two marks. The rest of results.md is
-written by hand and stays. The text of that part is results.md.jinja.
+It reads SPLIT/eval/*.json, SPLIT/frontier, SPLIT/replies/*.jsonl, the metrics.jsonl of each run, and the records of the
+judges and the supervised model. It writes results.json, results-*.png and the part of results.md between two marks. The
+rest of results.md is written by hand and stays. The text of that part is results.md.jinja.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
+import numpy as np
 import tyro
 from jinja2.environment import TemplateModule
 from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval_metrics import meteor_scores
 from report import charts_of, draw_curves, load_runs
+from reproduce.frontier import best_temperature, read_points
 from support.config import command_line
 from support.errors import UserError, run_script
 from support.files import write_json
@@ -37,9 +39,17 @@ MARKS = "<!-- made by results.py: begin -->", "<!-- made by results.py: end -->"
 # what the tutorial reports of its own PPO against its own supervised model (docs/quick_start/train_nlp)
 TUTORIAL = {"rouge1": 0.10, "rougeLsum": 0.12, "meteor": 0.25, "sacrebleu": 0.43, "intent": 0.019}
 TUTORIAL["mean_output_length"] = -0.014
+PUBLISHED = {  # its absolute figures, which RL4LMs' scoring gave
+    "tutorial, supervised": {"rouge1": 0.164, "rougeLsum": 0.137, "meteor": 0.234, "sacrebleu": 0.063},
+    "tutorial, PPO": {"rouge1": 0.181, "rougeLsum": 0.153, "meteor": 0.292, "sacrebleu": 0.090},
+}
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
 # panels of report.py, by their first figures
 CURVES = "episode_reward intent reward_* validation_reward kl_div alpha mean_output_length clipfrac entropy".split()
+ESTIMATORS = {"ppo": "PPO (critic)", "rloo": "RLOO", "grpo": "GRPO"}
+IN_TABLE = "meteor rouge1 sacrebleu intent_second_judge distinct2 repetition mean_output_length".split()
+QUALITIES = {"meteor": "METEOR, gain in %", "intent_second_judge": "intent by the unseen judge, gain in %"}
+DIVERSITIES = {"distinct2": "distinct-2", "repetition": "replies that say three words twice"}
 ABLATIONS = {
     "no-kl": "without KL (`--kl-coef 0`)",
     "no-meteor": "without METEOR (`--meteor-coef 0 --consensus-coef 0`)",
@@ -52,6 +62,8 @@ class ResultsConfig:
 
     out: tyro.conf.Positional[str]
     """Folder of reproduce.sh."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Split of the evaluations."""
     results: str = "docs/notebook"
     """Folder for results.md, results.json and the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,13 +111,76 @@ def habits(file: Path) -> dict[str, float]:
     }
 
 
-def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return the content of results.json. An ablation that has not been evaluated is left out."""
-    evaluations = {f"ppo-{s}": read(out / "eval" / f"ppo-{s}.json") for s in seeds}
-    ablations = {n: read(file) for n in ABLATIONS if (file := out / "eval" / f"{n}.json").exists()}
-    first, policies = evaluations[f"ppo-{seeds[0]}"], {n: e["policy"] for n, e in (evaluations | ablations).items()}
+def read_all(here: Path, names: Iterable[str], ending: str = "") -> dict[str, dict[str, Any]]:
+    """Return the evaluations of some models that are there, by name."""
+    return {name: read(file) for name in names if (file := here / "eval" / f"{name}{ending}.json").exists()}
+
+
+def win_rate(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how often the reward model that training never saw prefers a model's reply; None if none was asked."""
+    return next(iter(evaluation["win_rate"].values()), None)
+
+
+def frontier_of(here: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return what was measured at several temperatures, and what follows from it.
+
+    `points` are evaluations of each model. `matched` compares a policy with the supervised model at the temperature
+    where their distinct-2 is the same. `best` is the supervised model at the temperature that is best for a metric, and
+    `over_best` compares a policy at temperature 1 with it. `above` is the smallest distance of a policy's points from
+    the supervised model's curve at the same distinct-2, in units of the metric.
+    """
+    points = {name: read_points(folder) for name in ("sft", *names) if (folder := here / "frontier" / name).is_dir()}
+    if "sft" not in points:
+        return {}
+    found: dict[str, Any] = {"points": points, "best": {}, "over_best": {}}
+    matched = read_all(here, names, "-matched")
+    found["matched"] = {name: gains(e) | matched_settings(e) for name, e in matched.items()}
+    for metric in ("meteor", "intent_second_judge"):
+        compared = read_all(here, names, f"-over-best-{metric}")
+        if compared:
+            temperature = best_temperature(points["sft"], metric)
+            metrics = next(iter(compared.values()))["baseline"]
+            found["best"][metric] = {"temperature": temperature, "metrics": metrics}
+        found["over_best"][metric] = {name: gains(e) for name, e in compared.items()}
+    found["above"] = {
+        name: {metric: least_distance(points["sft"], curve, metric) for metric in QUALITIES}
+        for name, curve in points.items()
+        if name != "sft"
+    }
+    return found
+
+
+def matched_settings(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return repetition and win rate of a policy whose distinct-2 is that of the supervised model."""
+    both = {name: evaluation[of]["repetition"] for name, of in (("policy", "policy"), ("supervised", "baseline"))}
+    return {"repetition": both, "win_rate": win_rate(evaluation)}
+
+
+def least_distance(start: list[dict[str, Any]], curve: list[dict[str, Any]], metric: str) -> float | None:
+    """Return the smallest difference between a policy's points and the start's curve at the same distinct-2.
+
+    Only points at top-p 1 count, and of these only those between the start's ends. None if there is no such point, or
+    no such metric.
+    """
+    ends = sorted((p["metrics"]["distinct2"], p["metrics"].get(metric)) for p in start if p["top_p"] == 1.0)
+    mine = [(p["metrics"]["distinct2"], p["metrics"].get(metric)) for p in curve if p["top_p"] == 1.0]
+    if not ends or any(value is None for _, value in (*ends, *mine)):
+        return None
+    x, y = zip(*ends)
+    return min((v - float(np.interp(d, x, y)) for d, v in mine if x[0] <= d <= x[-1]), default=None)
+
+
+def summarize(out: Path, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Return the content of results.json. A run that has not been evaluated is left out, except PPO's."""
+    here = out / split
+    evaluations = {f"ppo-{s}": read(here / "eval" / f"ppo-{s}.json") for s in seeds}
+    others = read_all(here, [f"{kind}-{s}" for kind in ESTIMATORS if kind != "ppo" for s in seeds])
+    ablations = read_all(here, ABLATIONS)
+    trained = evaluations | others
+    first, policies = evaluations[f"ppo-{seeds[0]}"], {n: e["policy"] for n, e in (trained | ablations).items()}
     per_seed = [{"seed": s} | gains(evaluations[f"ppo-{s}"]) for s in seeds]
-    replies = {n: out / "replies" / f"{n}.jsonl" for n in ("sft", *policies)}
+    replies = {n: here / "replies" / f"{n}.jsonl" for n in ("sft", *policies)}
+    scored = read_all(here, ("sft", *policies), "-rl4lms")
     return {
         "samples": first["settings"]["samples"],
         "supervised": first["baseline"],
@@ -122,6 +197,12 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
         },
         "habits": {name: habits(file) for name, file in replies.items()},
         "ablations": {name: gains(evaluation) for name, evaluation in ablations.items()},
+        "estimators": {
+            name: {"metrics": e["policy"], "win_rate": win_rate(e)} | gains(e) for name, e in trained.items()
+        },
+        "shuffled": {"plain": first["shuffled"], "rl4lms": next(iter(scored.values()))["shuffled"] if scored else None},
+        "scoring_rl4lms": {name: evaluation["policy"] for name, evaluation in scored.items()},
+        "frontier": frontier_of(here, trained),
         "environment_steps": {name: read(out / name / "metrics.jsonl")[-1]["env_steps"] for name in policies},
         "judges": {n: read(out / n / "intent.json")["validation"] for n in ("judge", "second_judge")},
         "supervised_curve": [
@@ -131,10 +212,10 @@ def summarize(out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def shown_dialogues(out: Path, seed: int, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
+def shown_dialogues(here: Path, seed: int, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
     """Pick dialogues by a generator that starts at 0: their number, context, and the replies by model."""
     shown = {"supervised": "sft", "PPO": f"ppo-{seed}"} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
-    replies = {label: read(out / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
+    replies = {label: read(here / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
     first, dialogues = replies["supervised"], []
 
     def plain(text):
@@ -152,11 +233,72 @@ def write_text(summary: dict[str, Any], config: ResultsConfig) -> TemplateModule
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:+.1%}"
-    dialogues = shown_dialogues(Path(config.out), config.seeds[0], config.dialogues, summary["ablations"])
+    dialogues = shown_dialogues(
+        Path(config.out) / config.split, config.seeds[0], config.dialogues, summary["ablations"]
+    )
     names = dict(labels=LABELS, ablation_labels=ABLATIONS, reported=REPORTED, tutorial=TUTORIAL)
+    counted = {"human replies, shuffled": summary["shuffled"]["rl4lms"]} | summary["scoring_rl4lms"] | PUBLISHED
+    names |= dict(systems=systems_of(summary), in_table=IN_TABLE, counted=counted)
     return environment.get_template("results.md.jinja").make_module(
         summary | names | {"config": config, "dialogues": dialogues}
     )
+
+
+def systems_of(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Return the rows of the table: the values of each metric, one for each seed, by what was measured."""
+
+    def values(metrics: list[dict[str, Any]], rates: list[dict[str, Any] | None]) -> dict[str, list[float]]:
+        found = {name: [m[name] for m in metrics if m.get(name) is not None] for name in IN_TABLE}
+        return found | {"win_rate": [rate["value"] for rate in rates if rate]}
+
+    rows = {"human replies, shuffled": values([summary["shuffled"]["plain"]], [])}
+    rows["supervised"] = values([summary["supervised"]], [])
+    if best := summary["frontier"].get("best", {}).get("meteor"):
+        rows[f"supervised, T = {best['temperature']:g}"] = values([best["metrics"]], [])
+    for kind, label in ESTIMATORS.items():
+        of_kind = [row for name, row in summary["estimators"].items() if name.startswith(f"{kind}-")]
+        if of_kind:
+            rows[label] = values([row["metrics"] for row in of_kind], [row["win_rate"] for row in of_kind])
+    return rows
+
+
+def draw_frontier(frontier: dict[str, Any], file: Path) -> None:
+    """Draw quality against diversity: a line for each model and top-p, a point for each temperature."""
+    panels = {**QUALITIES, "win_rate": "win rate by the unseen reward model"}
+    figure = Figure((12, 7.5), layout="tight")
+    all_axes = figure.subplots(len(DIVERSITIES), len(panels))
+    kinds = list(dict.fromkeys(name.rpartition("-")[0] or name for name in frontier["points"]))
+    for row, (diversity, of_x) in zip(all_axes, DIVERSITIES.items()):
+        for axes, (quality, of_y) in zip(row, panels.items()):
+            for name, points in frontier["points"].items():
+                kind = name.rpartition("-")[0] or name
+                color = "black" if kind == "sft" else f"C{kinds.index(kind)}"
+                for top_p in dict.fromkeys(point["top_p"] for point in points):
+                    curve = [point for point in points if point["top_p"] == top_p]
+                    heights = [height_of(point, quality) for point in curve]
+                    if any(height is None for height in heights):
+                        continue
+                    x, (y, low, high) = [point["metrics"][diversity] for point in curve], zip(*heights)
+                    label = f"{ESTIMATORS.get(kind, 'supervised')}, top-p {top_p:g}"
+                    shown = label not in axes.get_legend_handles_labels()[1]
+                    errors = [np.subtract(y, low), np.subtract(high, y)]
+                    style = dict(linestyle="-" if top_p == 1.0 else "--", linewidth=1, elinewidth=0.5)
+                    axes.errorbar(x, y, errors, None, color=color, marker=".", label=label if shown else None, **style)
+            axes.set(xlabel=of_x, ylabel=of_y)
+    all_axes[0][0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
+def height_of(point: dict[str, Any], quality: str) -> tuple[float, float, float] | None:
+    """Return a point's value and its 95% interval: a gain over the supervised model at temperature 1, or a win rate."""
+    if quality == "win_rate":
+        rate = next(iter(point["win_rate"].values()), None)
+        return rate and (rate["value"], *rate["ci95"])
+    difference = point["difference"].get(quality)
+    if not difference or difference["relative"] is None:
+        return None
+    base = point["metrics"][quality] - difference["value"]
+    return tuple(100 * value / base for value in (difference["value"], *difference["ci95"]))
 
 
 def draw_gains(summary: dict[str, Any], file: Path) -> None:
@@ -188,10 +330,12 @@ def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
 def main() -> None:
     config = command_line(ResultsConfig, __doc__)
     out, results = Path(config.out), Path(config.results)
-    summary = summarize(out, config.seeds)
+    summary = summarize(out, config.split, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
     draw_gains(summary, results / "results-gains.png")
+    if summary["frontier"]:
+        draw_frontier(summary["frontier"], results / "results-frontier.png")
     runs = load_runs(out / name for name in summary["environment_steps"])
     charts = [chart for section in charts_of(runs)[0].values() for chart in section]
     charts = [chart for chart in charts if chart.panel.names.split()[0] in CURVES]
@@ -204,8 +348,8 @@ def main() -> None:
     head, rest = text.split(MARKS[0])
     made = write_text(summary, config)
     page.write_text(f"{head}{MARKS[0]}\n\n{str(made).strip()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
-    print(made.gain_table().strip())
-    print(f"written to {page}, results.json and three figures beside it")
+    print(made.systems_table().strip())
+    print(f"written to {page}, results.json and figures beside it")
 
 
 if __name__ == "__main__":
