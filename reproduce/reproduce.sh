@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of docs/notebook/results.md from nothing: two judges, a reward model, a supervised start, three estimators with three
+# The tables of docs/notebook/results.md from nothing: two judges, a reward model, a supervised start, four estimators with three
 # seeds each, two ablations, evaluation at several temperatures, tables and figures.
 #
 #   bash reproduce/reproduce.sh            a day on two cores; stopped at any point, the same command goes on from there
@@ -42,7 +42,7 @@ read -ra temperatures <<<"${TEMPERATURES:-0.4 0.6 0.8 1.0 1.2 1.4}"
 read -ra top_ps <<<"${TOP_PS:-1.0 0.9}"
 policies=()
 for seed in $SEEDS; do
-    for kind in ppo rloo grpo; do policies+=("$kind-$seed"); done
+    for kind in ppo critic rloo grpo; do policies+=("$kind-$seed"); done
 done
 known=" judge second_judge sft reward_model eval-sft frontier-sft best-sft no-kl no-meteor eval-no-kl eval-no-meteor "
 for name in "${policies[@]}"; do known+="$name eval-$name frontier-$name matched-$name "; done
@@ -156,12 +156,13 @@ measure eval-sft evaluate sft
 measure frontier-sft frontier sft
 measure best-sft best
 for seed in $SEEDS; do
-    stage "ppo-$seed" train "ppo-$seed" --seed "$seed" --value-coef 0.5 --gae-lambda 0.95
+    stage "ppo-$seed" train "ppo-$seed" --seed "$seed" # the baseline is the mean of the prompt's other replies
+    stage "critic-$seed" train "critic-$seed" --seed "$seed" --value-coef 0.5 --gae-lambda 0.95
     stage "rloo-$seed" train "rloo-$seed" --seed "$seed" --advantage rloo
     stage "grpo-$seed" train "grpo-$seed" --seed "$seed" --advantage grpo
 done
-stage no-kl train no-kl --value-coef 0.5 --gae-lambda 0.95 --kl-coef 0
-stage no-meteor train no-meteor --value-coef 0.5 --gae-lambda 0.95 --meteor-coef 0 --consensus-coef 0
+stage no-kl train no-kl --kl-coef 0
+stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0
 for name in "${policies[@]}" no-kl no-meteor; do measure "eval-$name" evaluate "$name"; done
 for name in "${policies[@]}"; do
     measure "frontier-$name" frontier "$name"

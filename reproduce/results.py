@@ -46,7 +46,7 @@ PUBLISHED = {  # its absolute figures, which RL4LMs' scoring gave
 REPORTED = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
 # panels of report.py, by their first figures
 CURVES = "episode_reward intent reward_* validation_reward kl_div alpha mean_output_length clipfrac entropy".split()
-ESTIMATORS = {"ppo": "PPO (critic)", "rloo": "RLOO", "grpo": "GRPO"}
+ESTIMATORS = {"ppo": "PPO", "critic": "PPO with a critic", "rloo": "RLOO", "grpo": "GRPO"}
 IN_TABLE = "meteor rouge1 sacrebleu intent_second_judge distinct2 repetition mean_output_length".split()
 QUALITIES = {"meteor": "METEOR, gain in %", "intent_second_judge": "intent by the unseen judge, gain in %"}
 DIVERSITIES = {"distinct2": "distinct-2", "repetition": "replies that say three words twice"}
@@ -336,7 +336,9 @@ def main() -> None:
     draw_gains(summary, results / "results-gains.png")
     if summary["frontier"]:
         draw_frontier(summary["frontier"], results / "results-frontier.png")
-    runs = load_runs(out / name for name in summary["environment_steps"])
+    runs = load_runs(
+        out / name for name in summary["environment_steps"] if name.startswith("ppo-") or name in ABLATIONS
+    )
     charts = [chart for section in charts_of(runs)[0].values() for chart in section]
     charts = [chart for chart in charts if chart.panel.names.split()[0] in CURVES]
     draw_curves(charts, runs, results / "results-curves.png")

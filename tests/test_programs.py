@@ -259,7 +259,10 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
         assert result["gain_mean"][name] == pytest.approx(sum(gains) / 2)
         for row in result["seeds"]:
             assert row["ci95"][name][0] <= row["gain"][name] <= row["ci95"][name][1]
-    scores, trained = result["meteor"], ["ppo-0", "ppo-1", "rloo-0", "rloo-1", "grpo-0", "grpo-1"]
+    scores, trained = (
+        result["meteor"],
+        [f"{kind}-{seed}" for kind in ("ppo", "critic", "rloo", "grpo") for seed in (0, 1)],
+    )
     assert list(scores) == ["sft", *trained, "no-kl", "no-meteor"] and list(result["estimators"]) == trained
     assert scores["sft"]["own"] == result["supervised"]["meteor"]
     rows = [json.loads(line) for line in (tmp_path / "out/validation/replies/ppo-1.jsonl").read_text().splitlines()[1:]]
