@@ -259,10 +259,8 @@ def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp
         assert result["gain_mean"][name] == pytest.approx(sum(gains) / 2)
         for row in result["seeds"]:
             assert row["ci95"][name][0] <= row["gain"][name] <= row["ci95"][name][1]
-    scores, trained = (
-        result["meteor"],
-        [f"{kind}-{seed}" for kind in ("ppo", "critic", "rloo", "grpo") for seed in (0, 1)],
-    )
+    trained = [f"{kind}-{seed}" for kind in ("ppo", "critic", "rloo", "grpo") for seed in (0, 1)]
+    scores = result["meteor"]
     assert list(scores) == ["sft", *trained, "no-kl", "no-meteor"] and list(result["estimators"]) == trained
     assert scores["sft"]["own"] == result["supervised"]["meteor"]
     rows = [json.loads(line) for line in (tmp_path / "out/validation/replies/ppo-1.jsonl").read_text().splitlines()[1:]]
