@@ -357,6 +357,7 @@ class Answers:
     reply_log_likelihoods: list[float]  # of each human reply with its marker, in nats
     reply_tokens: list[int]  # of each human reply with its marker
     seconds: float
+    max_new_tokens: int  # the limit of tokens
 
     def save(self, file: Path, samples: Sequence[Sample], fmt: DialogueFormat) -> None:
         """Write the lengths of the format and a line of JSON for each sample. The file appears when it is complete."""
@@ -383,8 +384,10 @@ class Answers:
         """Read the answers in a file, and the samples that they answer. UserError unless `dialogues` has these."""
         try:
             first, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+            limit = first["format"]["max_new_tokens"]
+            rows = [{"ended": row["length"] < limit} | row for row in rows]  # earlier files do not say it
             names = "text", "length", "ended", "reply_log_likelihood", "reply_tokens"
-            answers = cls(*([row[name] for row in rows] for name in names), first["seconds"])
+            answers = cls(*([row[name] for row in rows] for name in names), first["seconds"], limit)
             samples = [
                 Sample(tuple(r["messages"]), r["prompt"], r["reply"], r["act"], key=(r["dialogue"], r["utterance"]))
                 for r in rows
@@ -401,7 +404,7 @@ class Answers:
     def of(self, indices: Sequence[int]) -> Answers:
         """Return the answers to some of the samples."""
         columns = self.texts, self.lengths, self.ended, self.reply_log_likelihoods, self.reply_tokens
-        return Answers(*([column[i] for i in indices] for column in columns), self.seconds)
+        return Answers(*([column[i] for i in indices] for column in columns), self.seconds, self.max_new_tokens)
 
 
 def answer(
@@ -424,8 +427,9 @@ def answer(
         log_likelihoods, tokens = reply_log_likelihoods(model, settings.codec, samples, *scoring)
     model.train(training)
     ended = [settings.codec.ended(text.token_ids) for text in texts]
-    seconds = time.perf_counter() - started
-    return Answers(texts, lengths, ended, log_likelihoods.double().tolist(), tokens.long().tolist(), seconds)
+    scores = log_likelihoods.double().tolist(), tokens.long().tolist()
+    limit = settings.codec.format.max_new_tokens
+    return Answers(texts, lengths, ended, *scores, time.perf_counter() - started, limit)
 
 
 def shuffled_replies(samples: Sequence[Sample], max_new_tokens: int) -> Answers | None:
@@ -438,8 +442,8 @@ def shuffled_replies(samples: Sequence[Sample], max_new_tokens: int) -> Answers 
     said = [s.reply.split() for s in [*samples[half:], *samples[:half]]]
     if not half or not any(said):
         return None
-    unknown, none = [math.nan] * len(said), [0] * len(said)
-    return Answers([" ".join(reply[:most]) for reply in said], unknown, [True] * len(said), none, none, 0.0)
+    texts, unknown, none = [" ".join(reply[:most]) for reply in said], [math.nan] * len(said), [0] * len(said)
+    return Answers(texts, unknown, [True] * len(said), none, none, 0.0, max_new_tokens)
 
 
 RL4LMS_MARKER = " <EOU>"
@@ -562,8 +566,8 @@ def compare(
     """Return the metrics of one or two models as one JSON object: policy, baseline, difference, win_rate, settings.
 
     Without a baseline, baseline and difference are None, and win_rate is empty. `shuffled` is the evaluation of
-    `shuffled_replies`, whose metrics are a floor for both models. `settings` also gets the numbers of
-    samples and resamples, the seconds of each model, the tokenizer of words, and whether METEOR used synonyms.
+    `shuffled_replies`. `settings` also gets the numbers of samples and resamples, the seconds of each model, the
+    tokenizer of words, and whether METEOR used synonyms.
     """
     seconds = {"policy": policy.seconds, "baseline": baseline.seconds if baseline else None}
     known = {"samples": len(policy.texts), "bootstrap": n_bootstrap, "seconds": seconds}
@@ -670,7 +674,7 @@ def format_table(result: dict[str, Any], headings: tuple[str, str] = ("baseline"
     note = " * marks an interval that excludes zero." if two else ""
     lines.append(f"{result['settings']['samples']} samples.{note}")
     if floor:
-        lines.append("shuffled: human replies, each to another prompt. Any reader of prompts should be above them.")
+        lines.append("shuffled: human replies, each to another prompt. A model that reads its prompts scores more.")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -957,8 +961,7 @@ def evaluate_replies(
         model.cpu()
     if config.replies and "policy" in codecs:
         answers["policy"].save(Path(config.replies), samples, codecs["policy"].format)
-    max_new_tokens = codecs["policy"].format.max_new_tokens if "policy" in codecs else max(answers["policy"].lengths)
-    if shuffled := shuffled_replies(samples, max_new_tokens):
+    if shuffled := shuffled_replies(samples, answers["policy"].max_new_tokens):
         answers["shuffled"] = shuffled
     asked_judges = judges.get("judge"), judges.get("second judge"), reward_models
     evaluations = {n: score_answers(a, samples, *asked_judges, config.scoring) for n, a in answers.items()}

@@ -70,7 +70,16 @@ from support.conversations import (
     turns_of,
 )
 from support.data import SPLITS
-from support.distributed import inference, make_accelerator, max_over_processes, on_device, own_engine, place, prepare
+from support.distributed import (
+    compiled,
+    inference,
+    make_accelerator,
+    max_over_processes,
+    on_device,
+    own_engine,
+    place,
+    prepare,
+)
 from support.generation import (
     ReplySettings,
     cached_pass,
@@ -881,6 +890,7 @@ def update(
     `stream` seeds the order of the replies in each pass.
     """
     model.train()
+    compute = compiled(accelerator, token_stats)
     names, totals = [], torch.zeros((), device=accelerator.device)  # of the statistics; the sum of each
     norms: list[torch.Tensor] = []
     passes = 0
@@ -891,7 +901,7 @@ def update(
             accelerator.step, accelerator.gradient_accumulation_steps = 0, len(mini_batch.micro_batches)
             for micro_batch in drain(mini_batch.micro_batches):
                 with accelerator.accumulate(model):
-                    stats = token_stats(model, batch, micro_batch, config)
+                    stats = compute(*model(micro_batch.texts), batch, micro_batch, config)
                     loss = stats["policy_loss"] + config.value_coef * stats["value_loss"]
                     loss = loss - config.entropy_coef * stats["entropy"]
                     accelerator.backward(loss * mini_batch.scale)
@@ -936,15 +946,16 @@ def optimizer_step(
     return norm
 
 
-def token_stats(model: nn.Module, batch: Batch, some: MicroBatch, config: PPOConfig) -> dict[str, torch.Tensor]:
-    """Make one forward pass over some episodes. Return losses and statistics, each summed over their tokens."""
+def token_stats(
+    logits: torch.Tensor, values: torch.Tensor, batch: Batch, some: MicroBatch, config: PPOConfig
+) -> dict[str, torch.Tensor]:
+    """Return losses and statistics of some episodes, each summed over their n tokens: logits (n, V), values (n,)."""
     rollout = batch.rollout
 
     def at_tokens(x):
         return x.flatten(0, 1)[some.places]  # (N, T, ...) -> (n, ...)
 
     candidates = None if rollout.candidates is None else at_tokens(rollout.candidates)
-    logits, values = model(some.texts)
     logprobs = token_log_probs(logits, some.ids, config.temperature, candidates)
     old_logprobs = at_tokens(rollout.logprobs)
     losses, stats = policy_loss(logprobs, old_logprobs, at_tokens(batch.advantages), config.clip_range)

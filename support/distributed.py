@@ -20,7 +20,14 @@ from typing import Any, Protocol, get_args
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    gather_object,
+)
 from accelerate.utils.other import get_free_port
 from torch import nn
 from torch.distributed.fsdp import (
@@ -241,6 +248,20 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     return model, optimizer
 
 
+def compile_options(plugin: TorchDynamoPlugin, backend: DynamoBackend) -> dict[str, Any]:
+    """Return the options of torch.compile that Accelerate's setting means."""
+    # the number of tokens differs from batch to batch, so code for each number would be compiled again and again
+    return plugin.to_kwargs() | {"backend": backend.value.lower(), "dynamic": True}
+
+
+def compiled(accelerator: Accelerator, function: Callable) -> Callable:
+    """Return a function of tensors compiled, if the setting of compiled_layers asks for compilation."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return function
+    return torch.compile(function, **compile_options(plugin, plugin.backend))
+
+
 @contextlib.contextmanager
 def compiled_layers(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Compile each layer in place, if `accelerate config` or the launcher's --dynamo_backend asks for compilation.
@@ -251,8 +272,7 @@ def compiled_layers(accelerator: Accelerator, model: nn.Module) -> Iterator[None
     plugin = accelerator.state.dynamo_plugin
     backend, plugin.backend = plugin.backend, DynamoBackend.NO
     if backend != DynamoBackend.NO:
-        # the number of tokens differs from batch to batch, so code for each number would be compiled again and again
-        options = plugin.to_kwargs() | {"backend": backend.value.lower(), "dynamic": True}
+        options = compile_options(plugin, backend)
         if accelerator.device.type in TEXT_BY_TEXT:  # else there would be code for each list of lengths
             AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
         for layer in layers_of(model):

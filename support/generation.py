@@ -19,6 +19,7 @@ from support.distributed import Report, map_batches
 from support.options import EVAL_SAMPLING, Sampling
 from support.packing import Array, TextBatch, get_conventions, logits_at, pack, position_ids, send
 from support.pretrained import positions_of
+from support.roomy_cache import give_room
 from support.samples import Sample
 from support.text import DialogueCodec
 
@@ -54,8 +55,10 @@ def token_log_probs(
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    if candidates is None:
+    if candidates is None and not torch.compiler.is_compiling():
         return _TokenLogProbs.apply(logits, tokens)
+    if candidates is None:  # compiled code has no buffer to save
+        return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - keep_candidates(logits, candidates).logsumexp(-1)
 
@@ -257,7 +260,7 @@ def cached_pass(
         inputs[conventions.cache] = past
     out = model(**inputs, use_cache=bool(conventions.cache))
     if conventions.cache:
-        past = getattr(out, conventions.cache)
+        past = give_room(getattr(out, conventions.cache))
         if packed:
             packing.unpack_cache(past, attention_mask)
     return last(out.logits), past, last

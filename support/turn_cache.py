@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from support.generation import DecodeStep
 from support.packing import Array, send
+from support.roomy_cache import RoomyLayer
 from support.text import DialogueCodec
 
 Row = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer the keys and values (H, n, D) of n tokens
@@ -52,7 +53,7 @@ class TurnCache:
         if not any(starts):
             self.known = {}
             logits, values, past = self.step(tokens, attention, None)
-            if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
+            if not isinstance(past, DynamicCache) or any(type(layer) is not RoomyLayer for layer in past.layers):
                 return logits, values, past  # it has no keys and values of each token
             self.last = Turns(self.known, past, attention, prompts)
             return logits, values, self.last

@@ -437,6 +437,11 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     assert again["policy"] == again["baseline"] == result["baseline"]
     assert result["policy"]["intent_second_judge"] == result["policy"]["intent"]
     assert "intent, second judge" in capsys.readouterr().out
+    head, *rows = map(json.loads, (tmp_path / "b.jsonl").read_text().splitlines())
+    earlier = [{name: value for name, value in row.items() if name != "ended"} for row in rows]
+    (tmp_path / "earlier.jsonl").write_text("\n".join(map(json.dumps, [head, *earlier])))
+    settings_of_old = settings | dict(model_path=str(tmp_path / "earlier.jsonl"), scoring="rl4lms")
+    assert run_evaluation(EvalConfig(**settings_of_old))["policy"]["distinct2"] == result["baseline"]["distinct2"]
     with pytest.raises(UserError, match="answer other samples"):
         run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | dict(split="test")))
     (tmp_path / "b.jsonl").write_text("not json")
@@ -447,7 +452,7 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
 def test_scored_as_rl4lms_a_reply_to_another_prompt_gains_by_its_marker():
     """Texts, stems and the marker of the end are those that its ROUGE, METEOR and SacreBLEU read."""
     samples = [Sample(("Hi .",), "Hi .", reply, 0) for reply in REFERENCES]
-    replies = Answers(PREDICTIONS, [5] * 6, [True, True, True, True, False, True], [0.0] * 6, [0] * 6, 0.0)
+    replies = Answers(PREDICTIONS, [5] * 6, [True, True, True, True, False, True], [0.0] * 6, [0] * 6, 0.0, 5)
     plain, scored = (score_answers(replies, samples, scoring=scoring).metrics() for scoring in ("plain", "rl4lms"))
     references = [f"{text} <EOU>" for text in REFERENCES]
     read = [text if i == 4 else f"{text} <EOU>" for i, text in enumerate(PREDICTIONS)]  # the fifth was cut

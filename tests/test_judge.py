@@ -235,7 +235,7 @@ def test_intent_is_of_the_labelled_replies_alone_and_both_numbers_are_said(mixed
 
     def made(rows):
         n = len(rows)
-        sampled = eval_metrics.Answers(answers[:n], [2] * n, [True] * n, [0.0] * n, [0] * n, 0.0)
+        sampled = eval_metrics.Answers(answers[:n], [2] * n, [True] * n, [0.0] * n, [0] * n, 0.0, 20)
         return eval_metrics.score_answers(sampled, rows, judge)
 
     of_all, of_labelled = made(samples), made([s for s in samples if s.act])

@@ -127,7 +127,7 @@ SLOW_LAUNCHER = """
 """
 TWO = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 # long updates, so that the signal comes during one
-LONG = RUN | dict(total_time_steps=10**6, save_interval=10**6, sample_interval=0, env_num=128, intent_coef=0.0)
+LONG = RUN | dict(total_time_steps=10**6, save_interval=10**6, sample_interval=0, env_num=512, intent_coef=0.0)
 
 
 def real(tmp_path: Path, processes: int, **environment: str) -> Terminal:

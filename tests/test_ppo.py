@@ -348,7 +348,7 @@ def test_sampled_log_probabilities_and_values_are_those_of_the_training_forward(
     with torch.no_grad():
         batch = Batch(rollout, zeros, rollout.values, rollout.values, rollout.values, None)
         places = send([token_places(mask.numpy(), rows), rollout.texts.sampled_ids(rows)], CPU)
-        stats = token_stats(model, batch, MicroBatch(texts, *places), config)
+        stats = token_stats(*model(texts), batch, MicroBatch(texts, *places), config)
         logits, values = model(texts)
         candidates = None if rollout.candidates is None else rollout.candidates[mask]
         logprobs = token_log_probs(logits, rollout.response_ids[mask], sampling.temperature, candidates)

@@ -99,7 +99,7 @@ def test_only_letters_and_digits_beyond_ascii_choose_the_tokenizer():
 def evaluated(texts, references):
     samples = [Sample(({"role": "user", "content": "p"},), "p<EOU>", reply) for reply in references]
     n = len(texts)
-    return score_answers(Answers(list(texts), [1] * n, [True] * n, [-1.0] * n, [1] * n, 0.0), samples)
+    return score_answers(Answers(list(texts), [1] * n, [True] * n, [-1.0] * n, [1] * n, 0.0, 20), samples)
 
 
 def test_a_models_stray_letters_change_nothing_of_an_english_table():
