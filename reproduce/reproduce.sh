@@ -8,7 +8,7 @@
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
-# SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every run of PPO. SPLIT is the
+# KINDS the estimators (ppo, which is always there, critic, rloo, grpo), SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every run of PPO. SPLIT is the
 # split of the evaluation (validation), whose files are in OUT/SPLIT; TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the
 # frontier.
 set -euo pipefail
@@ -17,7 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
-SEEDS=${SEEDS:-0 1 2}
 SPLIT=${SPLIT:-validation}
 sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-2}" --eval-samples 1000) judge=(--epochs 2) eval=() only=()
 pairs=(--pairs 6000 --batch-size 32 --lr 1.5e-4 --epochs 2 --eval-every 80)
@@ -27,7 +26,7 @@ if [[ ${1:-} == --quick ]]; then
     judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
     pairs=(--pairs 64 --max-minutes 1 --eval-samples 16)
     ppo+=(--total-time-steps 600 --env-num 16 --validation-limit 0 --judge-samples 200) eval=(--limit 32 --bootstrap 100)
-    TEMPERATURES=${TEMPERATURES:-0.5 1.0 1.5} TOP_PS=${TOP_PS:-1.0} FRONTIER_LIMIT=32
+    SEEDS=${SEEDS:-0 1} KINDS=${KINDS:-ppo rloo} TEMPERATURES=${TEMPERATURES:-0.5 1.0 1.5} TOP_PS=${TOP_PS:-1.0} FRONTIER_LIMIT=32
 elif [[ ${1:-} == -* ]]; then
     echo "reproduce.sh takes --quick, names of stages, or nothing; it was given: $*" >&2
     exit 2
@@ -38,11 +37,13 @@ if [[ ${1:-} == --quick && $# -gt 1 ]]; then
     echo "reproduce.sh --quick takes nothing else; it was given: $*" >&2
     exit 2
 fi
+SEEDS=${SEEDS:-0 1 2}
+read -ra kinds <<<"${KINDS:-ppo critic rloo grpo}"
 read -ra temperatures <<<"${TEMPERATURES:-0.4 0.6 0.8 1.0 1.2 1.4}"
 read -ra top_ps <<<"${TOP_PS:-1.0 0.9}"
 policies=()
 for seed in $SEEDS; do
-    for kind in ppo critic rloo grpo; do policies+=("$kind-$seed"); done
+    for kind in "${kinds[@]}"; do policies+=("$kind-$seed"); done
 done
 known=" judge second_judge sft reward_model eval-sft frontier-sft best-sft no-kl no-meteor eval-no-kl eval-no-meteor "
 for name in "${policies[@]}"; do known+="$name eval-$name frontier-$name matched-$name "; done
@@ -155,11 +156,13 @@ stage reward_model whole "$OUT/reward_model" \
 measure eval-sft evaluate sft
 measure frontier-sft frontier sft
 measure best-sft best
-for seed in $SEEDS; do
-    stage "ppo-$seed" train "ppo-$seed" --seed "$seed" # the baseline is the mean of the prompt's other replies
-    stage "critic-$seed" train "critic-$seed" --seed "$seed" --value-coef 0.5 --gae-lambda 0.95
-    stage "rloo-$seed" train "rloo-$seed" --seed "$seed" --advantage rloo
-    stage "grpo-$seed" train "grpo-$seed" --seed "$seed" --advantage grpo
+for name in "${policies[@]}"; do
+    kind=${name%-*} options=(--seed "${name##*-}") # of PPO the baseline is the mean of the prompt's other replies
+    case $kind in
+    critic) options+=(--value-coef 0.5 --gae-lambda 0.95) ;;
+    rloo | grpo) options+=(--advantage "$kind") ;;
+    esac
+    stage "$name" train "$name" "${options[@]}"
 done
 stage no-kl train no-kl --kl-coef 0
 stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0

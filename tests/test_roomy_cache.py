@@ -5,7 +5,6 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from support.roomy_cache import ROOM, RoomyLayer, give_room
 
-
 CHOSEN = {7: [3, 0, 0, 1], 17: [2, 1, 0], 40: [1]}  # rows, after so many tokens
 
 
