@@ -8,9 +8,9 @@
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
-# KINDS the estimators (ppo, which is always there, critic, rloo, grpo), SFT_EPOCHS how long the supervised start is trained (2; two hours at most), PPO options for every run of PPO. SPLIT is the
-# split of the evaluation (validation), whose files are in OUT/SPLIT; TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the
-# frontier.
+# KINDS the estimators (ppo critic rloo grpo; ppo has to be among them), SFT_EPOCHS how long the supervised start is trained (2; two
+# hours at most), PPO options for every run of PPO. SPLIT is the split of the evaluation (validation), whose files are in OUT/SPLIT.
+# TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
