@@ -1,6 +1,9 @@
 """How cost grows: with the prompt, with the rollout, with the reply.
 
-python benchmarks/scaling.py --size S
+    python benchmarks/scaling.py --size S
+    python benchmarks/scaling.py --model-path SMOLLM2 --prompts 128 500 1000 2000 --rollouts 8 32 --replies 64 128 256 512
+
+With a pretrained policy the work is G of compare.py, with 8 replies to one prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from support.errors import run_script
 class ScalingConfig(WorkOptions):
     """What is run."""
 
+    model_path: str = ""
+    """A pretrained policy, in place of random weights."""
     prompts: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Prompt lengths, in tokens."""
     rollouts: tuple[int, ...] = (16, 64, 256)
@@ -31,10 +36,15 @@ class ScalingConfig(WorkOptions):
 
 def scale(config: ScalingConfig) -> str:
     """Return three tables. `positions/s` counts every position of prompt and reply once for each generated reply."""
+    few = ["--env-num", "16"]
+    if config.model_path:
+        groups = "--advantage grpo --samples-per-prompt 8 --ppo-epoch 1 --num-mini-batch 1 --env-num 8".split()
+        few = ["--model-path", config.model_path, *groups]
+    many = few if config.model_path else []
     axes = {
-        "prompt tokens": {str(n): ["--full-prompts", "--max-prompt-tokens", str(n)] for n in config.prompts},
-        "dialogues": {str(n): ["--env-num", str(n)] for n in config.rollouts},
-        "reply tokens": {str(n): ["--max-new-tokens", str(n), "--env-num", "16"] for n in config.replies},
+        "prompt tokens": {str(n): [*many, "--full-prompts", "--max-prompt-tokens", str(n)] for n in config.prompts},
+        "dialogues": {str(n): [*many, "--env-num", str(n)] for n in config.rollouts},
+        "reply tokens": {str(n): [*few, "--max-new-tokens", str(n)] for n in config.replies},
     }
     tables = []
     for axis, options in axes.items():
