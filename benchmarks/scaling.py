@@ -1,7 +1,7 @@
 """How cost grows: with the prompt, with the rollout, with the reply.
 
     python benchmarks/scaling.py --size S
-    python benchmarks/scaling.py --model-path SMOLLM2 --prompts 128 500 1000 2000 --rollouts 8 32 --replies 64 128 256 512
+    python benchmarks/scaling.py --model-path SMOLLM2 --prompts 128 512 1024 2000 --rollouts 8 --replies 64 128 256 512
 
 With a pretrained policy the work is G of compare.py, with 8 replies to one prompt.
 """
