@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -139,6 +140,7 @@ def real(tmp_path: Path, processes: int, **environment: str) -> Terminal:
     # as on a real terminal, a shell leads the session; else the terminal would close with the launcher
     terminal = RealTerminal("bash", "-c", f"{command} && echo went on; exit $?", TORCH_NUM_THREADS="1", **environment)
     terminal.read_until("update   2 ")
+    time.sleep(1)  # else the signal may come before that update is done with
     return terminal
 
 
