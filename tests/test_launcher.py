@@ -98,8 +98,11 @@ def test_a_run_can_be_suspended_continued_and_then_interrupted(tmp_path):
         terminal.read_until("saved\r\n", seconds=1)
         if "saved\r\n" in terminal.written:
             break
-    time.sleep(2)  # the shell throws away what is typed while it takes the terminal back
-    terminal.type("echo the shell has the terminal again ; exit 7\n")
+    for _ in range(20):  # the shell throws away what is typed while it takes the terminal back
+        terminal.type("echo the shell has the terminal again ; exit 7\n")
+        time.sleep(1)
+        if terminal.process.poll() is not None:
+            break
     assert terminal.end() == 7
     assert "Traceback" not in terminal.written and "\r\nwent on" not in terminal.written, terminal.written
     assert terminal.written.rindex("saved") < terminal.written.rindex("the shell has the terminal again")
