@@ -31,7 +31,7 @@ ESTIMATORS = {  # name -> options
 AS_FAST = 0.05  # relative difference of speeds that needs no run of its own
 DESK = f"--config {ROOT}/configs/desk.yaml --total-time-steps 450000 --validation-limit 0 --sample-interval 0"
 TASKS = {  # what all runs of a task have, and what those without a critic have
-    "replies": ([], []),
+    "replies": (["--total-time-steps", "50000"], []),
     "desk": (DESK.split(), ["--value-coef", "0"]),
 }
 
