@@ -2,6 +2,7 @@
 
     python report.py runs/ppo_dialog                              # runs/ppo_dialog/report.html and curves.png
     python report.py runs/one runs/two --output comparison.html   # curves in the same charts, tables side by side
+    python report.py runs/sweep/*/                                # runs that differ by the seed alone are one curve
 
 The page is one file: it opens from disk, loads nothing, follows the reader's light or dark setting, and prints. It says
 so if a run is not finished or lacks a file. The page's own text is support/report.html.jinja.
@@ -28,7 +29,7 @@ import tyro
 import yaml
 
 from support.config import check_command_line, command_line
-from support.errors import UserError, first_line, run_script
+from support.errors import UserError, first_line, need_package, run_script
 from support.paths import check_run
 
 
@@ -65,6 +66,7 @@ from support.data import ACTS
 from support.files import is_number
 from support.live_display import clock
 from support.metric_names import BETTER, LABELS, OF_REWARD_MODEL, label_of, verdict
+from support.seeds import MANY, centre_of, differing_settings, group_by_settings, over_seeds
 
 SUPPORT = Path(__file__).parent / "support"
 DIALOGUES = 20  # shown on the page, picked by a fixed seed
@@ -183,9 +185,45 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
     while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
         depth += 1
     names = ["/".join(path[-depth:]) for path in parts]
-    for k, (run, name, short) in enumerate(zip(runs, names, shorten(names))):
-        run.name, run.short, run.color = name, short, LIGHT[k % len(LIGHT)]
+    for run, name, short in zip(runs, names, shorten(names)):
+        run.name, run.short = name, short
+    for k, places in enumerate(group_by_settings([run.config for run in runs])):
+        for place in places:
+            runs[place].color = LIGHT[k % len(LIGHT)]
     return runs
+
+
+@dataclass
+class Group:
+    """Runs that differ by their seed alone, or a single run: one curve of a chart, one row for each metric."""
+
+    name: str
+    """The settings that tell the group from the others, or the run's name."""
+    short: str
+    """The name for legends and tables."""
+    color: str
+    runs: list[Run]
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """Return the runs by their settings. Without two runs that differ by their seed alone, each is its own group."""
+    groups = [[runs[i] for i in places] for places in group_by_settings([run.config for run in runs])]
+    if len(groups) == len(runs):
+        return [Group(run.name, run.short, run.color, [run]) for run in runs]
+    need_package("scipy", "the report of runs that differ by their seed alone")
+    differ = differing_settings([group[0].config for group in groups])
+    texts = [", ".join(f"{name}={short_value(value)}" for name, value in values.items()) for values in differ]
+    names = [
+        (text if texts.count(text) == 1 else "") or (group[0].name if len(group) == 1 else f"{len(group)} seeds")
+        for text, group in zip(texts, groups)
+    ]
+    named = zip(names, shorten(names), groups)
+    return [Group(name, short, group[0].color, group) for name, short, group in named]
+
+
+def short_value(value: Any) -> str:
+    """Return a setting in few characters: 1e-4, 0.1, or as YAML writes it."""
+    return re.sub(r"e-0?", "e-", f"{value:g}") if is_number(value) else written({"": value}, "")
 
 
 def shorten(names: Sequence[str], most: int = NAME_LENGTH) -> list[str]:
@@ -225,13 +263,16 @@ class Line:
     y: list[float]
     start: tuple[float, float] | None
     """What the supervised model reached, see `start_of`."""
+    band: tuple[list[float], list[float]] | None = None
+    """Of several seeds: the lowest and the highest, or an interval, see `centre_of`. Then `y` is smooth already."""
 
 
 class Chart:
     """What a panel shows of these figures."""
 
-    def __init__(self, panel: Panel, names: Sequence[str], runs: Sequence[Run]):
-        self.panel, self.names, self.lines = panel, names, lines_of(names, runs)
+    def __init__(self, panel: Panel, names: Sequence[str], groups: Sequence[Group]):
+        self.panel, self.names, self.lines = panel, names, lines_of(names, groups)
+        runs = [run for group in groups for run in group.runs]
         self.end = max((row["env_steps"] for run in runs for row in run.metrics), default=1) or 1
         levels = {run.config.get(panel.level) for run in runs}
         self.level = levels.pop() if len(levels) == 1 and all(map(is_number, levels)) else None  # a dashed line
@@ -244,7 +285,7 @@ class Chart:
         self.starts = starts  # dotted lines: a value, half of its interval, and a colour
         self.legend = {}  # colour and dashes by label
         if len(names) > 1:
-            self.legend = {x.figure: (SOFT if len(runs) > 1 else x.color, x.dash) for x in self.lines}
+            self.legend = {x.figure: (SOFT if len(groups) > 1 else x.color, x.dash) for x in self.lines}
 
     @property
     def title(self) -> str:
@@ -303,19 +344,33 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[i - w : i + w + 1]) for i, w in enumerate(windows)]
 
 
-def lines_of(names: Sequence[str], runs: Sequence[Run]) -> list[Line]:
-    """Return a line for each figure of each run. Colours tell runs apart, or the figures of a single run."""
-    lines, several = [], len(runs) > 1
+def lines_of(names: Sequence[str], groups: Sequence[Group]) -> list[Line]:
+    """Return a line for each figure of each group. Colours tell groups apart, or the figures of a single one."""
+    lines, several = [], len(groups) > 1
     prefix = os.path.commonprefix(names).rpartition("_")[0] + "_"  # reward_intent and reward_kl: intent and kl
-    for run in runs:
+    for group in groups:
         for j, name in enumerate(names):
-            x, y = points(run, name)
+            curves = [curve for run in group.runs if (curve := points(run, name))[0]]
             figure = name.removeprefix(prefix) if len(names) > 1 else name
-            label = figure if not several else run.short if len(names) == 1 else f"{run.short}, {figure}"
-            look = (run.color, DASHES[j % len(DASHES)]) if several else (LIGHT[j % len(LIGHT)], None)
-            if x:
-                lines.append(Line(label, figure, *look, x, y, start_of(run, name)))
+            label = figure if not several else group.short if len(names) == 1 else f"{group.short}, {figure}"
+            look = (group.color, DASHES[j % len(DASHES)]) if several else (LIGHT[j % len(LIGHT)], None)
+            starts = [start for run in group.runs if (start := start_of(run, name))]
+            start = starts[0] if len(starts) == 1 else (statistics.fmean(v for v, _ in starts), 0.0) if starts else None
+            if len(curves) == 1:
+                lines.append(Line(label, figure, *look, *curves[0], start))
+            elif curves:
+                x, centre, *band = curve_over_seeds(curves)
+                lines.append(Line(label, figure, *look, x, centre, start, band))
     return lines
+
+
+def curve_over_seeds(curves: Sequence[tuple[list[float], list[float]]]) -> tuple[list[float], ...]:
+    """Return steps, centre, low and high of the smooth curves of several seeds, at the steps that all have reached."""
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    inside = [v for v in max((x for x, _ in curves), key=len) if first < v < last]
+    steps = [first, *inside, last] if first < last else [last]
+    values = np.array([np.interp(steps, x, running_mean(y)) for x, y in curves])
+    return steps, *(found.tolist() for found in centre_of(values))
 
 
 def charts_of(runs: Sequence[Run]) -> tuple[dict[str, list[Chart]], dict[str, float]]:
@@ -323,6 +378,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[dict[str, list[Chart]], dict[str, fl
 
     Figures that no panel knows (a reward's or the user's own) come last, each in a chart of its own.
     """
+    groups = groups_of(runs)
     rows = [row for run in runs for row in run.metrics]
     names = dict.fromkeys(n for row in rows for n, v in row.items() if is_number(v) and n not in COUNTERS)
     values = {n: [row[n] for row in rows if is_number(row.get(n))] for n in names}
@@ -335,9 +391,9 @@ def charts_of(runs: Sequence[Run]) -> tuple[dict[str, list[Chart]], dict[str, fl
             shown = [n for n in left if any(n == w or (w[-1] == "*" and n.startswith(w[:-1])) for w in wanted)]
             left = [n for n in left if n not in shown]
             if not set(shown) <= set(constant):
-                sections.setdefault(section, []).append(Chart(panel, shown, runs))
+                sections.setdefault(section, []).append(Chart(panel, shown, groups))
                 drawn |= set(shown)
-    own = [Chart(Panel(n, title=n, start=True), [n], runs) for n in left if n not in constant]
+    own = [Chart(Panel(n, title=n, start=True), [n], groups) for n in left if n not in constant]
     return sections | ({"Your own figures": own} if own else {}), {n: v for n, v in constant.items() if n not in drawn}
 
 
@@ -351,10 +407,16 @@ def tick_label(value: float, position: int | None = None) -> str:
 
 
 def draw_chart(axes: Axes, chart: Chart) -> None:
-    """Draw lines pale and their running means strong, starts dotted with their intervals, the level dashed."""
+    """Draw lines pale and their running means strong, starts dotted with their intervals, the level dashed.
+
+    Of several seeds, draw the centre strong, and its band.
+    """
     for line in chart.lines:
-        smooth = running_mean(line.y)
-        if smooth != line.y:
+        smooth = line.y if line.band else running_mean(line.y)
+        if line.band:
+            low, high = line.band
+            axes.fill([*line.x, *line.x[::-1]], [*high, *low[::-1]], color=line.color, alpha=0.16, linewidth=0)
+        elif smooth != line.y:
             axes.plot(line.x, line.y, color=line.color, linewidth=1, alpha=0.28)
         style = dict(linestyle=(0, line.dash), marker="o" if len(line.x) < 12 else None, markersize=5)
         axes.plot(line.x, smooth, color=line.color, linewidth=1.8, **style)
@@ -386,8 +448,9 @@ def svg_of(title: str, draw: Callable[..., None], *arguments: Any) -> str:
 
 
 def draw_curves(charts: Sequence[Chart], runs: Sequence[Run], file: Path) -> Figure:
-    """Write charts as one picture, with a legend on top if there are several runs."""
-    rows, inches = max(1, -(-len(charts) // 4)), 0.3 * -(-len(runs) // 4)  # of charts; of the legend
+    """Write charts as one picture, with a legend on top if there are several settings or runs."""
+    groups = groups_of(runs)
+    rows, inches = max(1, -(-len(charts) // 4)), 0.3 * -(-len(groups) // 4)  # of charts; of the legend
     figure = Figure((4 * WIDTH / 72, rows * (HEIGHT + 30) / 72 + inches), layout="constrained")
     grid = figure.subplots(rows, 4, squeeze=False)
     for axes in grid.flat[len(charts) :]:
@@ -398,9 +461,9 @@ def draw_curves(charts: Sequence[Chart], runs: Sequence[Run], file: Path) -> Fig
         if chart.legend:
             keys = [Line2D([], [], color=color, linestyle=(0, dash)) for color, dash in chart.legend.values()]
             axes.legend(keys, chart.legend)
-    if len(runs) > 1:
-        keys = [Line2D([], [], color=run.color, label=run.short) for run in runs]
-        figure.legend(handles=keys, loc="outside upper center", ncols=min(4, len(runs)), fontsize=12)
+    if len(groups) > 1:
+        keys = [Line2D([], [], color=group.color, label=group.short) for group in groups]
+        figure.legend(handles=keys, loc="outside upper center", ncols=min(4, len(groups)), fontsize=12)
     figure.supxlabel("environment steps", x=1, ha="right", fontsize=11, color=SOFT)
     figure.savefig(file, dpi=72)
     return figure
@@ -540,26 +603,48 @@ def facts(run: Run) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each metric of the closing comparison, with a cell for each run (None: it lacks the metric)."""
+def cell_of(group: Group, name: str) -> dict[str, Any] | None:
+    """Return one metric of a group in the closing comparison. None if no run of it has the metric.
 
-    def cell(evaluation: dict[str, Any], name: str) -> dict[str, Any] | None:
-        difference = (evaluation.get("difference") or {}).get(name)
-        if not difference:
-            return None
-        (low, high), value = difference["ci95"], difference["value"]
-        base, after = evaluation["baseline"][name], evaluation["policy"][name]
-        has_zero = base and not name.startswith(OF_REWARD_MODEL)
-        relative = [v / abs(base) for v in (low, value, high)] if has_zero else None
-        judged = verdict(low, high, BETTER.get(name, 1))
-        floor = (evaluation.get("shuffled") or {}).get(name)
-        known = dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
-        return known | {"floor": floor if is_number(floor) else None}
+    Of several seeds, each value is the centre of the seeds', and the interval covers seeds and samples.
+    """
+    evaluations = [run.evaluation for run in group.runs if (run.evaluation.get("difference") or {}).get(name)]
+    if not evaluations:
+        return None
+    differences = [evaluation["difference"][name] for evaluation in evaluations]
+    values = [difference["value"] for difference in differences]
+    bases, afters = ([evaluation[side][name] for evaluation in evaluations] for side in ("baseline", "policy"))
+    if len(evaluations) == 1:
+        (low, high), value, base, after = differences[0]["ci95"], values[0], bases[0], afters[0]
+    else:
+        value, low, high = over_seeds(values, ((high - low) / 2 for low, high in (d["ci95"] for d in differences)))
+        base, after = over_seeds(bases)[0], over_seeds(afters)[0]
+    has_zero = base and not name.startswith(OF_REWARD_MODEL)
+    relative = [v / abs(base) for v in (low, value, high)] if has_zero else None
+    judged = verdict(low, high, BETTER.get(name, 1))
+    floor = (evaluations[0].get("shuffled") or {}).get(name)
+    known = dict(before=base, after=after, value=value, low=low, high=high, verdict=judged, relative=relative)
+    return known | {"floor": floor if is_number(floor) else None, "seeds": values, "color": group.color}
 
+
+def reward_cell(group: Group) -> dict[str, Any] | None:
+    """Return what a group gained in the reward of the held-out samples, with its interval. None if it is not known."""
+    rewards = [run.evaluation.get("reward") or {} for run in group.runs]
+    rewards = [reward for reward in rewards if is_number(reward.get("difference"))]
+    if not rewards:
+        return None
+    errors = [error for reward in rewards if is_number(error := reward.get("standard_error"))]
+    values = [reward["difference"] for reward in rewards]
+    value, low, high = over_seeds(values, [1.96 * error for error in errors])
+    return dict(value=value, low=low, high=high, seeds=values, color=group.color)
+
+
+def table_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return a row for each metric of the closing comparison, with a cell for each group (None: not measured)."""
     rows = []
-    of_runs = (name for run in runs for name in run.evaluation.get("difference") or {})
+    of_runs = (name for group in groups for run in group.runs for name in run.evaluation.get("difference") or {})
     for name in dict.fromkeys([*LABELS, *of_runs]):
-        cells = [cell(run.evaluation, name) for run in runs]
+        cells = [cell_of(group, name) for group in groups]
         if any(cells):
             arrow = {1: "\u2191", -1: "\u2193", 0: ""}[BETTER.get(name, 1)]
             rows.append({"label": label_of(name), "arrow": arrow, "cells": cells})
@@ -570,6 +655,33 @@ def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for c in shown:  # percent of the column
         c["place"] = [round(50 + 50 * max(-1.0, min(1.0, v / scale)), 1) for v in c["relative"]]
     return rows
+
+
+def draw_by_setting(axes: Axes, cells: Sequence[dict[str, Any] | None]) -> None:
+    """Draw the difference of each group: a pale dot for each seed, and the centre with its interval."""
+    for k, cell in enumerate(cells):
+        if cell:
+            axes.plot([k - 0.18] * len(cell["seeds"]), cell["seeds"], "o", color=cell["color"], markersize=4, alpha=0.4)
+            axes.plot([k, k], [cell["low"], cell["high"]], color=cell["color"], linewidth=2)
+            axes.plot([k], [cell["value"]], "o", color=cell["color"], markersize=6)
+    axes.axhline(0, color=SOFT, linewidth=1.2, linestyle=(0, (1.5, 3)))
+    axes.set_xlim(-0.6, len(cells) - 0.4)
+    axes.set_xticks([])
+    axes.locator_params(axis="y", nbins=5)
+    axes.yaxis.set_major_formatter(tick_label)
+
+
+def charts_by_setting(groups: Sequence[Group], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a chart for each metric of the table if there are several settings, one of them with several seeds."""
+    if len(groups) < 2 or all(len(group.runs) == 1 for group in groups):
+        return []
+    panel = Panel("", note="difference from the supervised start")
+    rows = {"reward": [reward_cell(group) for group in groups]} | {row["label"]: row["cells"] for row in table}
+    return [
+        dict(title=title, svg=svg_of(title, draw_by_setting, cells), panel=panel, starts=[])
+        for title, cells in rows.items()
+        if any(cells)
+    ]
 
 
 def settings_of(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -619,6 +731,8 @@ def make_page(runs: Sequence[Run]) -> str:
     columns = replies_of(runs)
     cards, sorts, total = shown_dialogues(columns)
     changed, usual = settings_of(runs)
+    groups = groups_of(runs)
+    table = table_of(groups)
     told = {run.name: facts(run) for run in runs}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SUPPORT), autoescape=True, trim_blocks=True)
     environment.filters |= {"readable": readable, "percent": lambda v: f"{v:+.1%}", "quote": shlex.quote}
@@ -627,9 +741,12 @@ def make_page(runs: Sequence[Run]) -> str:
     return environment.get_template("report.html.jinja").render(
         runs=runs,
         several=len(runs) > 1,
+        groups=groups,
+        many=MANY,
+        by_setting=charts_by_setting(groups, table),
         facts=told,
         labels=list(dict.fromkeys(label for tiles in told.values() for label in tiles)),
-        table=table_of(runs),
+        table=table,
         sections=sections,
         constant=constant,
         scores={name: LABELS.get(name, name) for name in describe_scores(columns)},

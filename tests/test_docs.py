@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = "python accelerate pip pytest bash srun export alias source tensorboard".split()
+PROGRAMS = "python accelerate pip pytest bash srun sbatch export alias source tensorboard".split()
 CONFIGS = {f"{script.__name__.replace('.', '/')}.py": config for script, config in SCRIPTS.items()}
 CONFIGS["benchmarks/agreement.py"] = agreement.AgreementConfig
 FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
@@ -67,7 +67,9 @@ NOT_RUN = {
     r"^(srun|export)\b": "several machines",
     r"-m timeit": "it measures: tests/test_rewards.py has what it calls",
     r"benchmarks/": "minutes to hours, and other systems' environments: tests/test_benchmarks.py",
-    r"examples/(own_dataset|sweep)\.py": "minutes: tests/test_examples.py runs it",
+    r"examples/own_dataset\.py": "minutes: tests/test_examples.py runs it",
+    r"^python sweep\.py": "several runs: tests/test_sweep.py makes some",
+    r"^sbatch": "a cluster: tests/test_sweep.py runs the script",
     r"--web\b": "it serves until it is stopped: the tests of the page run it",
     r"^tensorboard": "it serves until it is stopped",
     r"nltk\.downloader": "it downloads",

@@ -153,24 +153,6 @@ def test_a_csv_without_the_columns_is_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_fills_its_table_goes_on_and_shows_what_failed(tmp_path):
-    command = ["examples/sweep.py", "--output", tmp_path, *TINY]
-    said = run(*command, "--lr", "1e-4", "--seeds", 0, 1)
-    assert said.count("== lr") == 2
-    files = [tmp_path / f"lr1e-4-seed{seed}" / "eval.json" for seed in (0, 1)]
-    gains = [json.loads(file.read_text())["reward"]["difference"] for file in files]
-    heading, row = (line.split() for line in (tmp_path / "table.txt").read_text().splitlines())
-    assert heading == ["0", "1", "mean", "sd"] and row[0] == "1e-4"
-    assert [float(g) for g in row[1:4]] == pytest.approx([*gains, sum(gains) / 2], abs=1e-4)
-
-    said = run(*command, "--lr", "1e-4", "-1", "--seeds", 0)  # -1 is no rate: its run fails, and what is done stays
-    assert said.count("== lr") == 1 and "lr is -1" in said
-    assert (tmp_path / "table.txt").read_text().splitlines()[2].split() == ["-1", "-", "-", "-"]
-    said = run(*command, "--ppo-epoch", 1, status=1)
-    assert "holds a sweep with other options" in said and "Traceback" not in said
-
-
-@pytest.mark.slow
 def test_the_tutorials_file_trains_where_models_and_data_are_at_hand(tmp_path):
     here = {"--model-path": "builtin", "--data-path": "builtin", "--intent-model": "builtin", "--ref-model": ""}
     here |= {"--tokenizer-path": "", "--run-dir": tmp_path, "--lr": "1e-6"}

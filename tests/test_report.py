@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ from report import (
     Run,
     charts_of,
     draw_curves,
+    groups_of,
     load_runs,
     make_page,
     points,
@@ -42,6 +44,7 @@ from reproduce import results
 from support.config import parse_config, plain_values
 from support.errors import UserError
 from support.metric_names import BETTER, LABELS
+from support.seeds import over_seeds
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'> & \"quotes\" </script>\u2028 end"
@@ -305,7 +308,7 @@ def test_the_table_marks_what_excludes_zero_and_cuts_off_what_is_far_out(tmp_pat
     evaluation = evaluation_of(difference | {"sacrebleu": (-4.0, 3.0, 9.0)})
     evaluation["difference"]["perplexity"] = None
     run = Run(made_run(tmp_path / "run", metric_rows(10, score=float), evaluation))
-    cells = {row["label"]: row["cells"][0] for row in table_of([run])}
+    cells = {row["label"]: row["cells"][0] for row in table_of(groups_of([run]))}
     assert list(cells) == ["ROUGE-1", "METEOR", "SacreBLEU", "intent"]
     assert [cells[name]["verdict"] for name in cells] == ["better", "", "", "worse"]
     assert cells["SacreBLEU"]["place"] == [0, 100, 100]
@@ -443,6 +446,54 @@ def test_runs_beside_each_other(tmp_path):
     assert (tmp_path / "a" / "comparison.png").exists() and len(LIGHT) >= 2
 
 
+@pytest.fixture
+def sweep(tmp_path) -> list[Path]:
+    """Two rates with three seeds each; the rate 0.1 gains 0.1, 0.2 and 0.3 of METEOR, the rate 0.2 the double."""
+    folders = []
+    for lr in (0.1, 0.2):
+        for seed in (0, 1, 2):
+            gain = 10 * lr * (seed + 1) / 10
+            evaluation = evaluation_of({"meteor": (gain - 0.04, gain, gain + 0.04)})
+            rows = metric_rows(9 + seed, score=lambda i, lr=lr, seed=seed: 10 * lr * (i + seed))
+            folders.append(made_run(tmp_path / f"lr{lr}-{seed}", rows, evaluation, config=dict(lr=lr, seed=seed)))
+    return folders
+
+
+def test_runs_that_differ_by_their_seed_alone_are_one_curve_with_a_band(sweep):
+    runs = load_runs(sweep)
+    assert [(group.name, len(group.runs)) for group in groups_of(runs)] == [("lr=0.1", 3), ("lr=0.2", 3)]
+    assert len({run.color for run in runs}) == 2
+    slow, fast = charts_by_title(runs)["Score"].lines
+    assert slow.x == [100.0 * (i + 1) for i in range(9)]  # as far as all seeds are
+    assert slow.y == pytest.approx([i + 1 for i in range(9)])
+    low, high = slow.band
+    assert low == pytest.approx([i for i in range(9)]) and high == pytest.approx([i + 2 for i in range(9)])
+    assert fast.y == pytest.approx([2 * v for v in slow.y]) and slow.label == "lr=0.1"
+    alone = load_runs(sweep[::3])  # a seed of each
+    assert [line.band for line in charts_by_title(alone)["Score"].lines] == [None, None]
+    same_seed = load_runs([sweep[0], made_run(sweep[0].parent / "again", metric_rows(3, score=float))])
+    assert len(groups_of(same_seed)) == 2
+
+
+def test_the_table_of_settings_has_an_interval_over_seeds_and_samples(sweep):
+    page = page_of(*sweep)
+    assert "<h1>2 settings compared in 6 runs</h1>" in page and page.count("(3 seeds)") == 2
+    (row,) = table_of(groups_of(load_runs(sweep)))
+    cell = row["cells"][0]
+    half = math.hypot(4.303 * 0.1 / math.sqrt(3), 0.04)  # Student's t with two degrees of freedom; of the samples
+    assert (cell["value"], cell["before"], cell["after"]) == pytest.approx((0.2, 0.5, 0.7))
+    assert (cell["low"], cell["high"]) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-4) and not cell["verdict"]
+    assert "By setting" in page and "By setting" not in page_of(*sweep[:3], output=sweep[0].parent / "one.html")
+
+
+def test_from_five_seeds_on_the_middle_half_counts():
+    gains = [0.1, 0.11, 0.12, 0.13, 5.0]
+    centre, low, high = over_seeds(gains)
+    assert centre == pytest.approx(0.12) and 0.1 <= low < centre < high <= 5.0
+    assert over_seeds([0.2] * 6, [0.05] * 6) == pytest.approx((0.2, 0.15, 0.25))
+    assert over_seeds([0.2], [0.05]) == pytest.approx((0.2, 0.15, 0.25))
+
+
 def test_long_names_are_cut_in_the_middle_and_told_apart():
     assert shorten(["ppo", "a" * NAME_LENGTH]) == ["ppo", "a" * NAME_LENGTH]
     (short,) = shorten(["begin" + "x" * 80 + "end"])
@@ -552,13 +603,17 @@ def test_a_real_run_in_a_browser(real_run, browser):
 
 @pytest.fixture(scope="module")
 def many_runs(tmp_path_factory) -> list[Path]:
-    """Ten runs of long names, with all that a page can show; some names differ only in their middle."""
+    """Ten runs of long names, with all that a page can show; some names differ only in their middle.
+
+    The last four differ by their seed alone.
+    """
     place, folders = tmp_path_factory.mktemp("many"), []
     for k in range(10):
         name = f"run_{k}_{'x' * 70}" if k % 2 else f"smollm2_daily_dialog_kl_target_0.0{k}_samples_per_prompt_4_seeds"
         figures = dict.fromkeys(("score", "intent", "meteor", "reward_kl", "p" * 90), lambda i: i % 5)
         change = dict.fromkeys(LABELS, (0.1, 0.2, 0.3) if k % 3 else (-0.3, -0.2, -0.1))
-        lines = dict(config=dict(lr=k / 10, data_path="d" * 90), eval_samples=held_out(4, reward=float, meteor=float))
+        config = dict(lr=min(k, 6) / 10, seed=k, data_path="d" * 90)
+        lines = dict(config=config, eval_samples=held_out(4, reward=float, meteor=float))
         warned = [{"update": 1, "text": "w" * 90}]
         rows = metric_rows(9, **figures)
         folders.append(made_run(place / name, rows, evaluation_of(change), warnings=warned, **lines))
@@ -570,7 +625,7 @@ def test_the_legend_of_the_curves_is_within_the_picture(many_runs, tmp_path):
     figure = draw_curves([charts_by_title(runs)["Score"]], runs, tmp_path / "curves.png")
     (legend,) = figure.legends
     box, whole = legend.get_window_extent(), figure.bbox
-    assert len(legend.texts) == 10 and whole.x0 <= box.x0 < box.x1 <= whole.x1 and box.y1 <= whole.y1
+    assert len(legend.texts) == 7 and whole.x0 <= box.x0 < box.x1 <= whole.x1 and box.y1 <= whole.y1
     assert box.y0 > figure.axes[0].get_window_extent().y1  # above the curves
 
 

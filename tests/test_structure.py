@@ -13,7 +13,7 @@ SCRIPTS = {file.stem: file for file in ROOT.glob("*.py")}
 SUPPORT = {f"support.{file.stem}": file for file in (ROOT / "support").glob("*.py")}
 HEAVY = "torch transformers accelerate datasets evaluate sklearn peft gradio matplotlib deepspeed wandb nltk".split()
 HEAVY += ["scipy"]
-COMMANDS = "ppo_dialog sft_dialog intent_classifier reward_model eval_metrics chat report estimate tally".split()
+COMMANDS = "ppo_dialog sft_dialog intent_classifier reward_model eval_metrics chat report estimate tally sweep".split()
 
 
 def imports_of(file: Path) -> set[str]:
