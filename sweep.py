@@ -39,24 +39,7 @@ from support.options import check_values
 ROOT = Path(__file__).resolve().parent
 DONE = "sweep-done"  # file in the folder of a run that came to its end
 PLACE = {"seed": "--seeds", "run_dir": "--output", "experiment_name": "--settings", "resume": "the same command again"}
-SBATCH = """\
-#!/bin/bash
-#SBATCH --job-name=sweep
-#SBATCH --array=0-{last}
-#SBATCH --output={output}/slurm-%a.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=B:TERM@120
-# Clusters differ: add your partition and account, and change these four to what a run needs.
-# Runs that the limit of time stopped have saved: submit the script again.
-#SBATCH --gpus=1
-#SBATCH --cpus-per-task=4
-#SBATCH --mem=32G
-#SBATCH --time=04:00:00
-set -euo pipefail
-cd {here}
-exec {command} --only "$SLURM_ARRAY_TASK_ID"{of_runs}
-"""
+SBATCH = ROOT / "support" / "sweep.sbatch"  # {NAME} stands for what differs between sweeps
 
 
 @dataclass
@@ -228,7 +211,7 @@ def write_sbatch(config: SweepConfig, runs: Sequence[Planned]) -> Path:
     own += ["--output", str(config.output.resolve())]
     file = config.output / "sweep.sbatch"
     file.write_text(
-        SBATCH.format(
+        SBATCH.read_text(encoding="utf-8").format(
             last=len(runs) - 1,
             output=config.output.resolve(),
             here=shlex.quote(os.getcwd()),

@@ -37,6 +37,7 @@ from support.builtin import builtin_model
 from support.config import command_line, parse_config
 from support.metric_names import LABELS
 from support.text import messages_of
+from sweep import parse_sweep
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -240,6 +241,7 @@ def clone(worked, tmp_path, monkeypatch) -> Path:
         (tmp_path / name).write_text("model_path: CAUSAL_LM\nintent_model: ENCODER\ndata_path: DATA\n")
     choice = dict(prompt="Hello.", chosen="Hi.", rejected="No.", chosen_model="A", rejected_model="B", tie=False)
     (tmp_path / "blind.jsonl").write_text(json.dumps(choice) + "\n")
+    (tmp_path / "settings.yaml").write_text("plain:\nfirm: {kl_coef: 0.4, reward: {intent: 1, meteor: 2}}\n")
     (tmp_path / "lines.txt").write_text("Hello, what would you like to drink?\nFor here or to go?\n")
     pages = ["README.md", "docs/reward.md", "docs/conversations.md", "docs/notebook/chat_models.md"]
     code = [block.text for page in map(ROOT.joinpath, pages) for block in blocks_of(page) if block.is_python]
@@ -313,7 +315,7 @@ def parse_command(words: list[str]) -> None:
         case "srun":
             inner = words[words.index("-c") + 1]
             parse_command(shlex.split(re.sub(r"\$\w+", "0", inner)))
-        case "export" | "alias" | "source":
+        case "export" | "alias" | "source" | "sbatch":
             pass
         case "tensorboard":
             assert shutil.which("tensorboard") and words[1] == "--logdir"
@@ -322,6 +324,9 @@ def parse_command(words: list[str]) -> None:
         case _:
             script, options = script_of(words)
             options = ["CAUSAL_LM" if option == "gpt2" else option for option in options]
+            if script == "sweep.py":
+                parse_sweep(CONFIGS[script], options, "")[0].check()
+                return
             if script in CONFIGS:
                 config = CONFIGS[script]
                 takes_file = issubclass(config, ppo_dialog.PPOConfig)

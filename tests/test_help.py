@@ -16,6 +16,7 @@ import ppo_dialog
 import report
 import reward_model
 import sft_dialog
+import sweep
 import tally
 from reproduce import results
 from support.config import command_line
@@ -31,6 +32,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
     tally: (tally.TallyConfig, []),
+    sweep: (sweep.SweepConfig, []),
     results: (results.ResultsConfig, []),
 }
 CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}

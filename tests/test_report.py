@@ -490,6 +490,8 @@ def test_from_five_seeds_on_the_middle_half_counts():
     gains = [0.1, 0.11, 0.12, 0.13, 5.0]
     centre, low, high = over_seeds(gains)
     assert centre == pytest.approx(0.12) and 0.1 <= low < centre < high <= 5.0
+    seven = [0.1, 0.12, 0.11, 0.2, 0.05, 0.3, 0.15]
+    assert over_seeds(seven) == pytest.approx((0.136, 0.09, 0.21), abs=0.005)  # rliable 1.2.0, with 20,000 resamples
     assert over_seeds([0.2] * 6, [0.05] * 6) == pytest.approx((0.2, 0.15, 0.25))
     assert over_seeds([0.2], [0.05]) == pytest.approx((0.2, 0.15, 0.25))
 
