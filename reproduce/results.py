@@ -252,9 +252,10 @@ def systems_of(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
         return found | {"win_rate": [rate["value"] for rate in rates if rate]}
 
     rows = {"human replies, shuffled": values([summary["shuffled"]["plain"]], [])}
-    rows["supervised"] = values([summary["supervised"]], [])
-    if best := summary["frontier"].get("best", {}).get("meteor"):
-        rows[f"supervised, T = {best['temperature']:g}"] = values([best["metrics"]], [])
+    rows["supervised, T = 1"] = values([summary["supervised"]], [])
+    best = summary["frontier"].get("best", {}).get("meteor")
+    if best and best["temperature"] != 1:
+        rows[f"supervised, T = {best['temperature']:g}, its best METEOR"] = values([best["metrics"]], [])
     for kind, label in ESTIMATORS.items():
         of_kind = [row for name, row in summary["estimators"].items() if name.startswith(f"{kind}-")]
         if of_kind:
