@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from support.config import OF_ONES_OWN, name_of_hidden
 from support.errors import UserError, need_package
+from support.hub import check_hub
 from support.llm_judge import JudgeConfig
 from support.options import (
     Above0,
@@ -268,6 +269,8 @@ class PPOConfig(
                 JudgeConfig.load(name)
         check_data(self.data_path)
         check_template(self.template)
+        if self.push_to_hub:
+            check_hub(self.push_to_hub)
 
     def check_partner(self) -> None:
         """UserError for settings of conversations that do not fit together."""

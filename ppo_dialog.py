@@ -90,9 +90,11 @@ from support.generation import (
     shifted_inputs,
     token_log_probs,
 )
+from support.hub import push
 from support.judge import IntentJudge, check_judge, judge_sentence, measure_judge
 from support.libraries import quiet_libraries
 from support.machine import peak_memory_mb
+from support.model_card import write_model_card
 from support.models import (
     ReferenceWithoutAdapter,
     add_lora,
@@ -1586,6 +1588,15 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     }
 
 
+def publish(run: Path, name_on_hub: str) -> None:
+    """Write the closing comparison into the model card of the result and of the merged model. Upload the result."""
+    for model in (run / "policy", run / "merged"):
+        if model.exists():
+            write_model_card(run, model, with_result=True)
+    if name_on_hub:
+        push(run / "policy", name_on_hub)
+
+
 def show_results(run: Path) -> None:
     """Write the run's report and print its path. A report that cannot be drawn is a warning."""
     try:
@@ -1662,6 +1673,7 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
         if run.main and config.lora_merge:
             save_merged(run.folder)
         if run.main:
+            publish(run.folder, config.push_to_hub)
             show_results(run.folder)
         run.close()
     return run.folder

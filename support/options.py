@@ -282,6 +282,8 @@ class RunOptions:
     """Samples of the final comparison (0: all; negative: no comparison)."""
     stats: str = ""
     """Import path of your own statistics: a function (or class, made once) of (rollout, metrics) -> dict of numbers."""
+    push_to_hub: str = ""
+    """USER/NAME on the Hugging Face hub: policy/ is uploaded there at the end, as a private model if it is new."""
     track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Trackers that get the metrics as well as metrics.jsonl."""
     wandb_project: str = "ppo_dialog"

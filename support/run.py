@@ -35,6 +35,7 @@ from support.judge import WEAK_JUDGE
 from support.launcher import launcher
 from support.live_display import Monitor, Shown
 from support.machine import peak_memory_mb, use_all_cores
+from support.model_card import write_model_card
 from support.pretrained import count_parameters
 from support.signals import StopSignals
 from support.text import DialogueCodec
@@ -228,6 +229,7 @@ class Run:
             with fail_together(self.accelerator):
                 for folder in (self.folder, self.folder / "best")[: 1 + best] if self.main else ():
                     save_policy(self.actor_critic, self.codec, self.state.value_scale, folder, weights)
+                    write_model_card(self.folder, folder / "policy")
             # Save the checkpoint last. If the run is killed before it, the resumed run repeats this update and best/.
             state = self.state.state_dict()
             save_checkpoint(self.accelerator, self.folder, self.state.updates, state, self.config.keep_checkpoints)

@@ -71,6 +71,7 @@ NOT_RUN = {
     r"examples/own_dataset\.py": "minutes: tests/test_examples.py runs it",
     r"^python sweep\.py": "several runs: tests/test_sweep.py makes some",
     r"^sbatch": "a cluster: tests/test_sweep.py runs the script",
+    r"--push-to-hub": "it needs an account: tests/test_hub.py uploads to a local server",
     r"--web\b": "it serves until it is stopped: the tests of the page run it",
     r"^tensorboard": "it serves until it is stopped",
     r"nltk\.downloader": "it downloads",
