@@ -1588,13 +1588,16 @@ def rollout_metrics(batch: Batch, alpha: float, reduce: Callable) -> dict[str, f
     }
 
 
-def publish(run: Path, name_on_hub: str) -> None:
-    """Write the closing comparison into the model card of the result and of the merged model. Upload the result."""
+def publish(run: Path, config: PPOConfig) -> None:
+    """Merge the adapter if asked, write the closing comparison into the model cards, upload the result, and report."""
+    if config.lora_merge:
+        save_merged(run)
     for model in (run / "policy", run / "merged"):
         if model.exists():
             write_model_card(run, model, with_result=True)
-    if name_on_hub:
-        push(run / "policy", name_on_hub)
+    if config.push_to_hub:
+        push(run / "policy", config.push_to_hub)
+    show_results(run)
 
 
 def show_results(run: Path) -> None:
@@ -1670,11 +1673,8 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
 
         # 5. compare with the start on dialogues that were not trained on
         evaluate_result(parts, config, run)
-        if run.main and config.lora_merge:
-            save_merged(run.folder)
         if run.main:
-            publish(run.folder, config.push_to_hub)
-            show_results(run.folder)
+            publish(run.folder, config)
         run.close()
     return run.folder
 
