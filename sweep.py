@@ -72,7 +72,12 @@ class SweepConfig:
         if self.only is not None and self.only >= len(runs):
             raise UserError(f"only is {self.only}; the sweep has {len(runs)} runs, numbered from 0.")
         for run in runs:
-            parse_config(PPOConfig, run.words(self.output), "")[0].check()
+            made = parse_config(PPOConfig, run.words(self.output), "")[0]
+            if made.push_to_hub:
+                raise UserError(
+                    "push_to_hub would upload every run to one name; upload the best: hf upload NAME FOLDER."
+                )
+            made.check()
         check_earlier(self.output, runs)
         need_package("scipy", "the page of several seeds")
 
