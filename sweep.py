@@ -74,9 +74,7 @@ class SweepConfig:
         for run in runs:
             made = parse_config(PPOConfig, run.words(self.output), "")[0]
             if made.push_to_hub:
-                raise UserError(
-                    "push_to_hub would upload every run to one name; upload the best: hf upload NAME FOLDER."
-                )
+                raise UserError("an upload of every run would go to one name; upload the best: hf upload NAME FOLDER.")
             made.check()
         check_earlier(self.output, runs)
         need_package("scipy", "the page of several seeds")

@@ -59,7 +59,7 @@ def test_every_combination_is_a_setting_and_each_seed_makes_the_round(tmp_path):
         (["--grid", "lr=1e-4,-1"], "lr is -1.0; expected a number greater"),
         (["--grid", "model_path=./nowhere"], "./nowhere"),
         (["--settings", "nowhere.yaml"], "settings is 'nowhere.yaml', which cannot be read"),
-        (["--", "--push-to-hub", "me/talker"], "push_to_hub would upload every run to one name"),
+        (["--", "--push-to-hub", "me/talker"], "an upload of every run would go to one name"),
         (["--only", "3"], "only is 3; the sweep has 3 runs"),
         (["--jobs", "0"], "jobs is 0"),
     ],
