@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from support.config import NOT_COMPUTED
+from support.errors import first_line
 from support.metric_names import label_of
 from support.paths import EMBEDDED_MODELS, is_adapter
 
@@ -24,8 +25,16 @@ TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 def write_model_card(run: Path, model: Path, with_result: bool = False) -> None:
     """Write README.md into `model`, a folder with weights that the run made. `with_result` adds the comparison.
 
-    PEFT's card, which is a form to fill in, is replaced.
+    PEFT's card, which is a form to fill in, is replaced. A card that cannot be written is a warning: the weights count.
     """
+    try:
+        make_card(run, model, with_result).save(model / "README.md")
+    except Exception as error:  # a full disk, files that another program has changed, metadata that the hub refuses
+        print(f"WARNING: the model card of {model} could not be written ({first_line(error)})", flush=True)
+
+
+def make_card(run: Path, model: Path, with_result: bool) -> ModelCard:
+    """Return the card, see `write_model_card`."""
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     result = run / "eval.json"
     evaluation = json.loads(result.read_text(encoding="utf-8")) if with_result and result.exists() else {}
@@ -61,7 +70,7 @@ def write_model_card(run: Path, model: Path, with_result: bool = False) -> None:
         changed=changed_settings(run, settings),
         last=last_steps(run),
     )
-    ModelCard(text.rstrip("\n") + "\n").save(model / "README.md")
+    return ModelCard(text.rstrip("\n") + "\n")
 
 
 def chain_of(name: str) -> list[str]:
@@ -99,7 +108,10 @@ def license_of(base: str) -> str | None:
 
 def shown(name: str) -> str:
     """Return a hub name, or the last part of a path: folders of one's machine are nobody's business."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+    try:
+        return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    except (OSError, ValueError):  # a text that is too long for a path
+        return name
 
 
 def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -58,6 +58,15 @@ def test_the_licence_is_that_of_the_base_models_card_and_never_invented(tmp_path
     assert card_of(run_from(tmp_path / "c", model_path=str(base))).data.license is None
 
 
+def test_long_texts_are_kept_and_a_card_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    run = run_from(tmp_path, template_args={"system": "Be brief. " * 60})
+    assert "Be brief. Be brief." in card_of(run).text
+    (run / "config.yaml").write_text("lr: 1")  # without model and data
+    write_model_card(run, run / "policy")
+    assert "WARNING: the model card of" in capsys.readouterr().out
+    assert "Be brief." in (run / "policy" / "README.md").read_text()
+
+
 def test_an_adapter_says_that_it_is_one_and_how_to_merge_it(tmp_path):
     run = run_from(tmp_path)
     (run / "policy").mkdir()
