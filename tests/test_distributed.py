@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,37 @@ def test_a_launcher_that_is_terminated_takes_its_only_process_along_which_saves(
     assert "stopped after update" in ended(process)  # the pipe closes when the last process ends
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert len(checkpoints(cut)) > 0
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_gives_the_numbers_of_two_processes_on_one_machine(whole, tmp_path):
+    """`srun` is a stub that starts the tasks of two machines here; their launchers meet by TCP all the same."""
+    stubs = {
+        "srun": 'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\nwait $first && wait $second\n',
+        "scontrol": 'echo "scontrol $*" >&2; echo 127.0.0.1; echo other\n',
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    engine = tmp_path / "ddp.yaml"
+    engine.write_text((ROOT / "configs/accelerate/ddp.yaml").read_text().replace("bf16", "'no'"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    slurm = dict(SLURM_JOB_NODELIST="machine[1-2]", SLURM_JOB_NUM_NODES="2", ENGINE=str(engine), PORT=port)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = PLAIN | slurm | {"PATH": path, "TORCH_NUM_THREADS": "1"}
+
+    def submit(**more: str) -> str:
+        command = ["bash", "configs/slurm.sbatch", *flags(run_dir=tmp_path / "runs", **RUN)]
+        done = subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    assert "scontrol show hostnames machine[1-2]" in submit()
+    run = tmp_path / "runs" / "ppo_dialog"
+    assert timeless(lines(run)) == timeless(lines(whole))
+    last = len(lines(run))
+    again = submit(SLURM_RESTART_COUNT="1")  # Slurm has put the job back into the queue
+    assert f"resumed after update {last}" in again
+    assert len(lines(run)) == last
