@@ -222,7 +222,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 
 def short_value(value: Any) -> str:
-    """Return a setting in few characters: 1e-4, 0.1, or as YAML writes it."""
+    """Return a setting in few characters: 1e-5, 0.1, or as YAML writes it."""
     return re.sub(r"e-0?", "e-", f"{value:g}") if is_number(value) else written({"": value}, "")
 
 

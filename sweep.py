@@ -100,7 +100,7 @@ def parse_sweep(cls: type, argv: Sequence[str], description: str) -> tuple[Sweep
 
 
 def plan(config: SweepConfig) -> list[Planned]:
-    """Return the runs, all settings with the first seed first: the page soon says something."""
+    """Return the runs, all settings with the first seed first, so that an early page compares all settings."""
     settings = [
         (" ".join(filter(None, (name, *(f"{k}{v}" for k, v in chosen.items())))), given | chosen)
         for name, given in read_settings(config.settings).items()

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 def write_model_card(run: Path, model: Path, with_result: bool = False) -> None:
     """Write README.md into `model`, a folder with weights that the run made. `with_result` adds the comparison.
 
-    PEFT's card, which is a form to fill in, is replaced. A card that cannot be written is a warning: the weights count.
+    PEFT's card, which is a form to fill in, is replaced. If the card cannot be written, print a warning.
     """
     try:
         make_card(run, model, with_result).save(model / "README.md")
@@ -107,7 +107,7 @@ def license_of(base: str) -> str | None:
 
 
 def shown(name: str) -> str:
-    """Return a hub name, or the last part of a path: folders of one's machine are nobody's business."""
+    """Return a hub name, or the last part of a path, so that the card does not tell the folders of this machine."""
     try:
         return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
     except (OSError, ValueError):  # a text that is too long for a path

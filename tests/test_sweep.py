@@ -109,7 +109,8 @@ def test_two_runs_beside_each_other_and_the_page_of_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_saves_and_the_same_command_continues(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_saves_and_the_same_command_continues(number, tmp_path):
     longer = ["--total-time-steps", 3000, *TINY[2:]]
     command = ["--grid", "lr=1e-4", "--seeds", 0, 1, "--output", tmp_path, "--", *longer]
     process = sweep(*command)
@@ -117,8 +118,9 @@ def test_a_stopped_sweep_saves_and_the_same_command_continues(tmp_path):
     while not (first / "metrics.jsonl").exists() or len(lines(first)) < 2:
         time.sleep(0.1)
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    assert "Traceback" not in said(process, status=130)
+    # Ctrl-C reaches the sweep and its runs, SIGTERM of a scheduler the sweep alone
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert "Traceback" not in said(process, status=128 + number)
     done = len(lines(first))
     assert list(first.glob("checkpoints/update-*")) and not (tmp_path / "lr1e-4-seed1").exists()
     printed = said(sweep(*command))
