@@ -2,6 +2,7 @@
 
 - Set up: `make_accelerator`, then `prepare` for the network that is trained, and `place` for each frozen one.
 - Compute without gradients: `inference`. It gathers sharded networks once, instead of in each pass.
+- Several machines: `meet_other_machines` checks that they have the same code, and watches that they answer.
 - Share work: `map_batches`; `max_over_processes` for a decision that all processes must make alike.
 - Save: `full_state_dict`, all weights of a sharded network.
 """
@@ -9,12 +10,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, get_args
 
 import torch
@@ -26,6 +29,7 @@ from accelerate.utils import (
     DynamoBackend,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
+    broadcast_object_list,
     gather_object,
 )
 from accelerate.utils.other import get_free_port
@@ -43,6 +47,7 @@ from support.config import load_deepspeed
 from support.errors import UserError
 from support.options import Placement
 from support.packing import PACKED_SDPA, TEXT_BY_TEXT, packed_sdpa
+from support.peers import Watch, differences, listen, machines, network_card, versions
 from support.prepacked import prepacked
 
 # The longest time that a process waits for the others, for example while the main process scores evaluation replies
@@ -122,6 +127,7 @@ def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
     if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported; set fsdp_version to 2 (configs/accelerate/fsdp2.yaml does).")
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # `update` splits a mini-batch itself
+    choose_network_card()
     accelerator = Accelerator(
         cpu=several_on_cpus() and not deepspeed and not fsdp,
         mixed_precision=mixed_precision,
@@ -131,6 +137,7 @@ def make_accelerator(config: EngineConfig, run: Path) -> Accelerator:
         kwargs_handlers=[groups],
     )
     keep_process_group()
+    meet_other_machines(vars(config))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         complete_deepspeed_config(accelerator, config)
     return accelerator
@@ -160,7 +167,52 @@ def several_on_cpus() -> bool:
 
 def join_processes() -> PartialState:
     """Connect the processes that a launcher started, on CPUs too."""
-    return PartialState(cpu=several_on_cpus())
+    choose_network_card()
+    state = PartialState(cpu=several_on_cpus())
+    meet_other_machines()
+    return state
+
+
+def choose_network_card() -> None:
+    """Name gloo the network card that reaches the main machine, unless the user has named one.
+
+    By itself gloo takes the address of the machine's name, which often is that of the loopback.
+    """
+    if machines() > 1 and (card := network_card(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
+
+
+def meet_other_machines(options: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """If this run has several machines, check that they agree, and end the run if one no longer answers.
+
+    UserError on every process if their code or packages differ, or those `options` that are numbers or switches.
+    """
+    if machines() == 1:
+        return
+    mine = versions() | {f"--{name}": str(x) for name, x in options.items() if isinstance(x, (bool, int, float))}
+    found = dict(gather_object([(int(os.environ["GROUP_RANK"]), mine)]))
+    for machine, other in sorted(found.items()):
+        if different := differences(found[0], other):
+            raise UserError(
+                f"machine {machine} differs from machine 0 in {different}; all machines of a run need the same files, "
+                "packages and options."
+            )
+    _watch_machines()
+
+
+@functools.cache  # once in a process
+def _watch_machines() -> None:
+    """Connect one process of each machine with the main process, for signs of life."""
+    state, address, watch = PartialState(), os.environ["MASTER_ADDR"], Watch()
+    listener = listen() if state.is_main_process else None
+    [port] = broadcast_object_list([listener and listener.getsockname()[1]])
+    if listener:
+        watch.serve(listener, machines() - 1)
+    elif state.is_local_main_process:
+        try:
+            watch.connect(address, port, int(os.environ["GROUP_RANK"]))
+        except OSError as error:
+            print(f"note: this run would not notice a lost link: port {port} of {address}: {error}", flush=True)
 
 
 def let_fsdp_run_on_cpus() -> None:

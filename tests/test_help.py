@@ -12,6 +12,7 @@ import chat
 import estimate
 import eval_metrics
 import intent_classifier
+import machines
 import ppo_dialog
 import report
 import reward_model
@@ -32,6 +33,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     chat: (chat.ChatConfig, ["conversation", "text", "agent"]),
     report: (report.ReportConfig, []),
     tally: (tally.TallyConfig, []),
+    machines: (machines.MachinesConfig, []),
     sweep: (sweep.SweepConfig, []),
     results: (results.ResultsConfig, []),
 }
@@ -134,6 +136,7 @@ SPEAKERS = {  # the scripts whose options a module's messages name: of a script 
     "live_display": PPO,
     "models": PPO,
     "partners": PPO,
+    "peers": ("ppo_dialog", "sft_dialog", "intent_classifier", "reward_model"),
     "preferences": ("reward_model",),
     "report": PPO,  # it names commands that go on with a run
     "results": PPO,
