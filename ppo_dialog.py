@@ -1621,6 +1621,7 @@ def show_results(run: Path) -> None:
 @own_engine()  # so that a process can call it twice
 def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
     """Train, then compare with the model that training began from. Return the run's folder."""
+    quiet_libraries()
     config.check()
     accelerator = make_accelerator(config, config.run_folder)
     with Run(config, accelerator, notes) as run:
@@ -1680,7 +1681,6 @@ def train(config: PPOConfig, notes: Sequence[str] = ()) -> Path:
 
 
 def main() -> None:
-    quiet_libraries()
     config, notes = parse_config(PPOConfig, sys.argv[1:], description=__doc__)
     train(config, notes)
 

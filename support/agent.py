@@ -33,6 +33,7 @@ from support.data import ACTS
 from support.errors import UserError, first_line
 from support.generation import token_log_probs
 from support.judge import IntentJudge
+from support.libraries import quiet_libraries
 from support.models import load_codec
 from support.options import AgentConfig, Sampling, TextOptions
 from support.pretrained import check_vocabulary, first_position, load_pretrained, positions_of
@@ -47,6 +48,7 @@ class Agent:
     """
 
     def __init__(self, path: str, **settings: Any):
+        quiet_libraries()
         self.path, settings = path, AgentConfig(path, **settings)
         self.spaced, self.seed = settings.spaced, settings.seed
         sampling = Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)})

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -67,6 +68,9 @@ def own_engine() -> Iterator[None]:
     Accelerate stores device, precision and gradient accumulation for the whole process, and refuses a second precision.
     It and `make_accelerator` also set environment variables, which would choose the next engine. The block starts
     without all that; afterwards the caller's state, such as an Accelerator of its own, is restored.
+
+    A notebook keeps its last error, and so the variables of the calls that it ended, such as networks. For an error
+    that is shown without traceback they are cleared, so that the next run has the memory.
     """
     states = [state._shared_state for state in (AcceleratorState, GradientState, PartialState)]
     before = [dict(state) for state in states]
@@ -75,6 +79,12 @@ def own_engine() -> Iterator[None]:
         state.clear()
     try:
         yield
+    except (UserError, KeyboardInterrupt) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
     finally:
         PartialState._prepare_backend = prepare_backend
         groups = sys.modules.get("deepspeed.utils.groups")

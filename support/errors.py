@@ -23,6 +23,21 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 class UserError(Exception):
     """The user gave something that cannot be used. The message, one or two sentences, is shown without traceback."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython calls it for the lines that a notebook shows
+        return [f"error: {self}"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's interrupt, has ended a run. The message says what is saved."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"interrupted: {self}"]
+
+
+def is_interactive() -> bool:
+    """Return whether a person types Python, in a notebook or at a prompt: the session must outlive what they call."""
+    return hasattr(sys, "ps1")
+
 
 def need_package(name: str, what: str) -> None:
     """UserError if a package that not everybody needs is not installed; `what` needs it."""

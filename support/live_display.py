@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, plain lines anywhere else, and warnings.
+"""What a person sees of a run: a live display on a terminal or in a notebook, plain lines elsewhere, and warnings.
 
     with Monitor(config) as monitor:
         monitor.start(main)                        # from here on the display is drawn
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
+from rich.jupyter import JUPYTER_HTML_FORMAT
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress_bar import ProgressBar
@@ -48,13 +50,14 @@ WIDEST, TWO_COLUMNS = 110, 76  # characters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing on a terminal
+# Drawing on a terminal and in a notebook
 
 
 def can_draw(mode: ProgressMode = "auto", main: bool = True) -> bool:
     """Decide whether to draw a display rather than print lines. Only the main process draws.
 
-    `auto` draws on a terminal that can move its cursor, and not in CI. $PPO_DIALOG_PROGRESS replaces `auto`.
+    `auto` draws in a notebook and on a terminal that can move its cursor, and not in CI. $PPO_DIALOG_PROGRESS replaces
+    `auto`.
     """
     if mode == "auto":
         mode = os.environ.get("PPO_DIALOG_PROGRESS", "auto")
@@ -64,8 +67,15 @@ def can_draw(mode: ProgressMode = "auto", main: bool = True) -> bool:
     utf8 = "utf" in (getattr(stdout, "encoding", None) or "").lower()
     if mode == "live":
         return utf8
+    if os.environ.get("CI"):
+        return False
     dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") and os.name != "nt"
-    return stdout.isatty() and utf8 and not dumb and not os.environ.get("CI")
+    return in_notebook() or (stdout.isatty() and utf8 and not dumb)
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    return Console().is_jupyter
 
 
 @functools.cache
@@ -76,12 +86,18 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def live_drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Iterator[Live]:
+def live_drawing(
+    renderable: Callable[[], RenderableType], transient: bool = False
+) -> Iterator[Live | NotebookDrawing]:
     """Draw what `renderable` returns below all other prints. stderr is left alone unless it is a terminal.
 
-    SIGTERM becomes SystemExit, so that the terminal gets its cursor back, unless it has a handler already, such as
-    signals.StopSignals.
+    In a notebook the drawing is an output of the cell. On a terminal, SIGTERM becomes SystemExit, so that the terminal
+    gets its cursor back, unless it has a handler already, such as signals.StopSignals.
     """
+    if in_notebook():
+        with NotebookDrawing(renderable, transient) as drawing:
+            yield drawing
+        return
 
     def stop(number: int, frame: Any) -> None:
         sys.exit(128 + number)
@@ -102,6 +118,46 @@ def live_drawing(renderable: Callable[[], RenderableType], transient: bool = Fal
     finally:
         if unhandled and signal.getsignal(signal.SIGTERM) == stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class NotebookDrawing:
+    """Draws what `renderable` returns in one output of a notebook's cell, anew REFRESH times a second.
+
+    rich's Live would need the package ipywidgets, and a saved notebook would not show its last drawing.
+    """
+
+    def __init__(self, renderable: Callable[[], RenderableType], transient: bool):
+        from IPython.display import DisplayHandle
+
+        self.renderable, self.transient = renderable, transient
+        self.output, self.ended = DisplayHandle(), threading.Event()
+        self.thread = threading.Thread(target=self._draw_again, daemon=True)
+
+    def __enter__(self) -> NotebookDrawing:
+        self.output.display(self._drawn(), raw=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.output.update({"text/plain": ""} if self.transient else self._drawn(), raw=True)
+
+    def refresh(self) -> None:
+        self.output.update(self._drawn(), raw=True)
+
+    def _draw_again(self) -> None:
+        while not self.ended.wait(1 / REFRESH):
+            self.refresh()
+
+    def _drawn(self) -> dict[str, str]:
+        """Return the drawing by its types: HTML, and text for what shows no HTML."""
+        page = Console(
+            file=io.StringIO(), record=True, width=WIDEST, force_terminal=True, force_jupyter=False, highlight=False
+        )
+        page.print(self.renderable())
+        html = page.export_html(code_format=JUPYTER_HTML_FORMAT, inline_styles=True, clear=False)
+        return {"text/html": html, "text/plain": page.export_text()}
 
 
 @contextlib.contextmanager
@@ -387,7 +443,7 @@ class Monitor(contextlib.AbstractContextManager):
         table.add_column(no_wrap=True, justify="right", width=8, style=HEADING)
         table.add_column(no_wrap=True, width=trend, style=TREND)
         for label, name, form in lines:
-            values = [row.get(name) for row in self.recent]
+            values = [row.get(name) for row in tuple(self.recent)]  # an update may come while this is drawn
             shown = form.format(values[-1]) if is_number(values[-1]) else "-"
             table.add_row(Text(label), shown, sparkline(values, trend) if trend else "")
         return table

@@ -261,7 +261,8 @@ class RunOptions:
     experiment_name: str = "ppo_dialog"
     """Name of this run's folder in run_dir; an earlier run of that name is kept under another."""
     progress: ProgressMode = "auto"
-    """A live display, or plain lines; auto: the display on a terminal, lines in a pipe, a file and CI."""
+    """A live display, or plain lines; auto: the display on a terminal and in a notebook, lines in a pipe, a
+    file and CI."""
     log_interval: PositiveInt = 1
     """Updates between two printed and tracked lines; metrics.jsonl has every update."""
     sample_interval: NonNegativeInt = 10

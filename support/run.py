@@ -29,7 +29,7 @@ from support.checkpoint import (
 from support.config import save_yaml
 from support.diagnostics import warn_of_judge
 from support.distributed import full_state_dict, is_peer_failure, max_over_processes
-from support.errors import UserError, describe_exception, import_path
+from support.errors import EXIT_INTERRUPTED, Interrupted, UserError, describe_exception, import_path, is_interactive
 from support.files import nan_to_none
 from support.judge import WEAK_JUDGE
 from support.launcher import launcher
@@ -90,6 +90,15 @@ class Run:
                 "another process of this run has ended, and the others cannot continue without it; its message is "
                 "above or in its own log. Continue from the last checkpoint with --resume."
             ) from error
+        if isinstance(error, KeyboardInterrupt) and is_interactive():
+            raise Interrupted(self.after_interrupt()) from None
+
+    def after_interrupt(self) -> str:
+        """Return what is saved, and how to go on from Python."""
+        if not self.last_saved_update:
+            return "no update is saved, so the next call begins again."
+        saved = f"'{self.folder}' is saved up to update {self.last_saved_update}"
+        return f"{saved}; go on with train(dataclasses.replace(config, resume=True))."
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
@@ -166,7 +175,10 @@ class Run:
         return bool(self.exit_status)
 
     def finish(self) -> None:
-        """Save the last update if it is not saved, and end the display. Exit if a signal requested it."""
+        """Save the last update if it is not saved, and end the display. Exit if a signal requested it.
+
+        In a notebook, or at Python's prompt, raise KeyboardInterrupt after Ctrl-C.
+        """
         if self.state.updates > self.last_saved_update:
             self.checkpoint()
         self.signals.close()
@@ -176,6 +188,8 @@ class Run:
             if launcher():
                 launcher().all_saved = True
             self.trackers.close()
+            if is_interactive() and self.exit_status == EXIT_INTERRUPTED:
+                raise KeyboardInterrupt
             self.say(f"stopped after update {self.state.updates}; go on with --resume")
             sys.exit(self.exit_status)
 

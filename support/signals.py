@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from support.errors import EXIT_INTERRUPTED
+from support.errors import EXIT_INTERRUPTED, is_interactive
 from support.launcher import LAUNCHER_ENDED, Launcher, launcher, signals_come_twice
 
 
@@ -40,9 +40,9 @@ class OptionalOutput:
 class StopSignals:
     """Context manager that stores a request to stop: Ctrl-C, SIGTERM, and the end of launcher or terminal (SIGHUP).
 
-    The first request asks for a stop after the current update; a second Ctrl-C or SIGTERM exits immediately. The end of
-    `accelerate launch` or of the terminal never counts as a second request, because the signal that ended them often
-    reaches this process too.
+    The first request asks for a stop after the current update; a second Ctrl-C or SIGTERM exits immediately. In a
+    notebook, or at Python's prompt, a second Ctrl-C raises KeyboardInterrupt. The end of `accelerate launch` or of the
+    terminal never counts as a second request, because the signal that ended them often reaches this process too.
     """
 
     def __init__(self):
@@ -77,12 +77,15 @@ class StopSignals:
                 return
             else:
                 self._say("stopping at once; the last checkpoint is kept")
+                if is_interactive() and number == signal.SIGINT:
+                    raise KeyboardInterrupt
                 sys.exit(self.asked)
         if not self.asked:
             self.asked = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + signal.SIGTERM
             # Ctrl-C also ends `tee`; SIGHUP means that the terminal is closed
             sys.stdout, sys.stderr = OptionalOutput(sys.stdout), OptionalOutput(sys.stderr)
-            self._say("stopping after this update, which is saved; a second Ctrl-C or SIGTERM stops at once")
+            second = "interrupt" if is_interactive() else "Ctrl-C or SIGTERM"
+            self._say(f"stopping after this update, which is saved; a second {second} stops at once")
             self._handle_launcher(number)
 
     def _handle_launcher(self, number: int) -> None:
