@@ -86,9 +86,7 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def live_drawing(
-    renderable: Callable[[], RenderableType], transient: bool = False
-) -> Iterator[Live | NotebookDrawing]:
+def live_drawing(renderable: Callable[[], RenderableType], transient: bool = False) -> Iterator[Live | NotebookDrawing]:
     """Draw what `renderable` returns below all other prints. stderr is left alone unless it is a terminal.
 
     In a notebook the drawing is an output of the cell. On a terminal, SIGTERM becomes SystemExit, so that the terminal
