@@ -183,8 +183,8 @@ def show_bar(label: str, draw: bool, done: float = 0.0, transient: bool = False)
     progress = Progress(
         TextColumn("{task.description}", style=HEADING, markup=False),
         BarColumn(24, style=GROUND, complete_style=TREND, finished_style=TREND),
-        TaskProgressColumn(style="default"),
-        TextColumn("{task.fields[times]}  {task.fields[note]}", style="default", markup=False),
+        TaskProgressColumn(style="none"),
+        TextColumn("{task.fields[times]}  {task.fields[note]}", style="none", markup=False),
     )
     task = progress.add_task(label, total=1.0, completed=done, note="", times="")
     started, before = time.monotonic(), done
@@ -465,5 +465,5 @@ class Monitor(contextlib.AbstractContextManager):
             reply = Text(one_line(row[name]) or "(nothing)", style=HEADING if name == "now" else "")
             values = [row["scores"].get(name, {}).get(figure) for figure in figures]
             table.add_row(name, reply, *(f"{v:.2f}" if is_number(v) else "" for v in values))
-        rule = Rule(f"validation dialogue after update {row['update']:,}", style="default", align="left")
+        rule = Rule(f"validation dialogue after update {row['update']:,}", style="none", align="left")
         return Constrain(Group(rule, table), width)

@@ -52,6 +52,9 @@ class StopSignals:
         self.timer: threading.Timer | None = None  # ends the launcher before it kills this process
 
     def __enter__(self) -> StopSignals:
+        self.before = {}
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread alone
+            return self
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)

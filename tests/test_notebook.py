@@ -3,8 +3,10 @@
 import base64
 import os
 import re
+import signal
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -12,6 +14,8 @@ import pytest
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from test_programs import ROOT, lines, timeless
+
+from support.signals import StopSignals
 
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
@@ -74,6 +78,17 @@ def test_the_notebook_runs_from_its_own_folder_and_shows_what_it_says(clone, env
     replies = re.findall(r"^agent: (.+)$", printed(cells["talk"]), re.M)
     assert len(replies) == 2 and all(re.search("[a-z]", reply) for reply in replies)
     assert printed(cells["play"]).endswith("Thank you, that is kind.\nNo.\n[1. 0.]\n")
+
+
+def test_a_run_in_a_thread_leaves_the_signals_alone():
+    def handlers() -> list:
+        with StopSignals() as stop:
+            assert not stop.asked
+            return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(handlers).result() == before
 
 
 class Kernel:
