@@ -96,7 +96,7 @@ class Run:
     def after_interrupt(self) -> str:
         """Return what is saved, and how to go on from Python."""
         if not self.last_saved_update:
-            return "no update is saved, so the next call begins again."
+            return "this call has saved no update; call train again."
         saved = f"'{self.folder}' is saved up to update {self.last_saved_update}"
         return f"{saved}; go on with train(dataclasses.replace(config, resume=True))."
 
