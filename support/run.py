@@ -194,8 +194,9 @@ class Run:
             sys.exit(self.exit_status)
 
     def close(self) -> None:
-        """Close the trackers, and print speed, memory and the folder of the results."""
+        """Send the results to the trackers, close them, and print speed, memory and the folder of the results."""
         self.accelerator.wait_for_everyone()
+        self.trackers.files(self.folder)
         self.trackers.close()
         steps, seconds = self.state.env_steps, self.state.training_seconds
         self.say(
@@ -229,7 +230,7 @@ class Run:
     def log_comparison(self) -> None:
         """Send eval.json to the trackers."""
         if self.main:
-            self.trackers.summary(self.folder / "eval.json", self.state.updates)
+            self.trackers.comparison(self.folder / "eval.json", self.state.updates)
 
     def checkpoint_due(self) -> bool:
         """Return whether to save this update: every save_interval-th, and the last."""

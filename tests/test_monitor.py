@@ -1,6 +1,8 @@
 """What a run shows: the display on a real terminal, lines elsewhere, sample dialogues, warnings, trackers."""
 
+import contextlib
 import fcntl
+import html
 import io
 import json
 import os
@@ -20,13 +22,14 @@ import forked
 import pytest
 from rich.console import Console
 from test_programs import ROOT, SHORT, flags, lines, trained
-from test_reliability import RUN, digest, resumed
+from test_reliability import RUN, digest, launched, resumed, wait_for
 
 from ppo_dialog import PPOConfig
 from support import live_display
 from support.diagnostics import FIRST, VALUE_AFTER, WINDOW, find_warnings
 from support.live_display import Monitor, can_draw, clock, follow, one_line, sparkline
 from support.meteor import meteor
+from support.trackers import MAKE_OPTIONS
 
 CONFIG = PPOConfig(env_num=128, lr=2e-4, critic_lr=3e-3)
 HEALTHY = dict(score=0.5, score_std=0.33, intent=0.7, meteor=0.3, kl_div=0.07, alpha=0.2, entropy=1.0)
@@ -276,77 +279,175 @@ def test_small_parts():
 
 
 NAMES = {"alpha", "kl_div", "intent", "meteor", "FPS", "episode_reward", "eval/policy/meteor", "eval/difference/intent"}
+TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
-def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def trackio_folder(tmp_path, monkeypatch):
+    """Let trackio write below tmp_path, in this process and in others."""
+    import trackio.sqlite_storage
+
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")  # it reads the environment once
+
+
+def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_path, trackio_folder, capfd):
     meteor("any", "any")  # prints at its first use if WordNet is missing
     capfd.readouterr()
     settings = SHORT | dict(total_time_steps=900, eval_limit=8, sample_interval=1, run_dir=str(tmp_path))
-    folder = trained(**settings, track=("wandb", "tensorboard", "trackio"), wandb_mode="offline")
+    folder = trained(**settings, track=TRACKERS, wandb_mode="offline")
     printed = capfd.readouterr()
     assert "WARNING" not in printed.out and not [line for line in printed.out.splitlines() if line.startswith("*")]
     assert printed.err == ""
     rows, result = lines(folder), json.loads((folder / "eval.json").read_text())
+    low, high = result["difference"]["meteor"]["ci95"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    for read in (read_tensorboard, read_wandb, read_trackio):
+    for read in READERS:
         scalars, tables = read(folder, tmp_path)
         assert NAMES <= set(scalars), (read.__name__, sorted(scalars))
-        assert len(scalars["alpha"]) == len(rows) > 1
+        assert [step for step, _ in scalars["alpha"]] == [row["update"] for row in rows] and len(rows) > 1
         for mine, theirs in (("fps", "FPS"), ("kl_div", "kl_div"), ("episode_reward", "episode_reward")):
-            assert [scalars[theirs][r["update"]] for r in rows] == pytest.approx([r[mine] for r in rows], rel=1e-4)
-        assert list(scalars["eval/policy/meteor"].values()) == pytest.approx([result["policy"]["meteor"]], rel=1e-4)
-        assert samples[-1]["now"] in tables[-1] and samples[-1]["human"] in tables[-1], read.__name__
+            assert [x for _, x in scalars[theirs]] == pytest.approx([r[mine] for r in rows], rel=1e-4)
+        last = rows[-1]["update"]
+        numbers = {"policy": result["policy"]["meteor"], "difference_low": low, "difference_high": high}
+        for part, value in numbers.items():
+            assert scalars[f"eval/{part}/meteor"] == [(last, pytest.approx(value, rel=1e-4))], read.__name__
+        assert len(tables["samples"]) == len(samples)
+        assert [samples[-1][name] for name in ("before", "now", "human")] == tables["samples"][-1][-1][2:5]
+        (table,) = tables["comparison"]
+        (row,) = [row for row in table if row[0] == "METEOR"]
+        expected = [result["baseline"]["meteor"], numbers["policy"], result["difference"]["meteor"]["value"], low, high]
+        assert [float(x) for x in row[1:]] == pytest.approx(expected, abs=1e-4), read.__name__
+    (artifact,) = [r.artifact for r in wandb_records(folder) if r.artifact.type == "results"]
+    kept = {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
+    assert kept == {name: (folder / name).read_bytes() for name in ("report.html", "eval.json", "eval_samples.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_each_tracker_without_a_step_twice(tmp_path, trackio_folder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = RUN | dict(total_time_steps=10**9, env_num=48, save_interval=5, sample_interval=1)
+    settings |= dict(lr_schedule="constant")
+    folder = tmp_path / "ppo_dialog"
+    process = launched(*flags(**SHORT | settings, run_dir=tmp_path), "--track", *TRACKERS)
+    wait_for(process, folder, updates=9)  # trackers write a moment later: all of them have update 6 by now
+    process.kill()
+    process.communicate()
+    first = lines(folder)
+    for read in READERS:
+        assert {5, 6} <= {step for step, _ in read(folder, tmp_path)[0]["FPS"]}, read.__name__
+    resumed(folder, total_time_steps=first[6]["env_steps"])
+    rows = lines(folder)
+    assert len(rows) == 7 and rows[5]["fps"] != first[5]["fps"]
+    for read in READERS:
+        scalars, tables = read(folder, tmp_path)
+        expected = [(row["update"], pytest.approx(row["fps"], rel=1e-4)) for row in rows]
+        assert scalars["FPS"] == expected, read.__name__
+        if read is not read_wandb:  # the tables of its updates 6 and 7 stay as files, which no step names
+            assert len(tables["samples"]) == 7, read.__name__
+    assert len({file.name.split("-")[-1] for file in (folder / "wandb").glob("offline-run-*")}) == 1
+
+
+def test_what_a_resumed_run_logs_again_is_removed_from_its_own_trackio_run_alone(tmp_path, trackio_folder):
+    import trackio
+
+    config, ids = PPOConfig(track=("trackio",), resume=True), []
+    for _ in ("the run that is resumed", "another of its name, in another folder"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = trackio.init(project=config.wandb_project, name="mine", embed=False)
+            for step in (1, 2, 3):
+                run.log({"FPS": step}, step=step)
+            trackio.finish()
+        ids.append(run.id)
+
+    def resume(id: str) -> str:
+        return MAKE_OPTIONS["trackio"](config, tmp_path / "mine", {"trackio": id}, 2)["resume"]
+
+    assert resume(ids[0]) == "never"  # trackio would go on in the other one
+    assert trackio_steps(tmp_path) == {ids[0]: [1, 2, 3], ids[1]: [1, 2, 3]}
+    assert resume(ids[1]) == "allow"
+    assert trackio_steps(tmp_path) == {ids[0]: [1, 2, 3], ids[1]: [1, 2]}
+
+
+def markdown(text: str) -> list[list[str]]:
+    return [[html.unescape(cell.strip()) for cell in line.split("|")[1:-1]] for line in text.splitlines()][2:]
 
 
 def read_tensorboard(folder: Path, _: Path):
+    """Read as TensorBoard does: what a later file purges is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    scalars, texts = {}, []
-    for file in sorted(folder.rglob("events.out.tfevents*")):
-        events = EventAccumulator(str(file), size_guidance={"tensors": 0, "scalars": 0})
+    scalars, tables = {}, {}
+    for place in sorted({file.parent for file in folder.rglob("events.out.tfevents*")}):
+        events = EventAccumulator(str(place), size_guidance={"tensors": 0, "scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+            scalars[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["tensors"]:
-            if tag.startswith("samples"):
-                texts += [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
-    return scalars, texts
+            if tag.endswith("/text_summary"):
+                texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
+                tables[tag.split("/")[0]] = [markdown(text) for text in texts]
+    return scalars, tables
+
+
+def wandb_records(folder: Path):
+    """Yield what is in the offline files, in LevelDB's log format: 7 bytes, then blocks of 32 KiB with parts."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, at, part = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:  # no head fits: the next block
+                at += 32768 - at % 32768
+                continue
+            length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+            part += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a whole record, or the end of one
+                record, part = Record.FromString(part), b""
+                yield record
 
 
 def read_wandb(folder: Path, _: Path):
-    """Read the offline file, in LevelDB's log format: blocks of 32 KiB, and a head of 7 bytes before each record."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    tables: dict[str, list] = {}
+    for record in wandb_records(folder):
+        for item in record.history.item:
+            value = json.loads(item.value_json)
+            if isinstance(value, (int, float)):
+                name = item.key or "/".join(item.nested_key)
+                scalars.setdefault(name, []).append((record.history.step.num, value))
+    for file in sorted(folder.glob("wandb/offline-run-*/files/media/table/*.json"), key=lambda f: f.stat().st_mtime_ns):
+        tables.setdefault(file.name.split("_")[0], []).append(json.loads(file.read_text())["data"])
+    return scalars, tables
 
-    scalars: dict[str, dict[int, float]] = {}
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, at, part = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no head fits: the next block
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the end of one
-            record, part = Record.FromString(part), b""
-            for item in record.history.item:
-                value = json.loads(item.value_json)
-                if isinstance(value, (int, float)):
-                    scalars.setdefault(item.key or "/".join(item.nested_key), {})[record.history.step.num] = value
-    tables = sorted(folder.glob("wandb/offline-run-*/files/media/table/*.json"), key=lambda f: f.stat().st_mtime_ns)
-    return scalars, [" ".join(str(c) for row in json.loads(f.read_text())["data"] for c in row) for f in tables]
+
+def trackio_rows(tmp_path: Path) -> list[tuple[str, int, dict]]:
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select run_id, step, metrics from metrics order by id").fetchall()
+    return [(run, step, json.loads(text)) for run, step, text in rows]
+
+
+def trackio_steps(tmp_path: Path) -> dict[str, list[int]]:
+    steps: dict[str, list[int]] = {}
+    for run, step, values in trackio_rows(tmp_path):
+        steps.setdefault(run, []).extend([step] * ("FPS" in values))
+    return steps
 
 
 def read_trackio(_: Path, tmp_path: Path):
-    scalars: dict[str, dict[int, float]] = {}
-    tables = []
-    (file,) = (tmp_path / "trackio").glob("*.db")
-    with sqlite3.connect(file) as database:
-        for step, text in database.execute("select step, metrics from metrics order by id"):
-            for name, value in json.loads(text).items():
-                if name == "samples":
-                    tables.append(" ".join(str(c) for row in value["_value"] for c in row.values()))
-                else:
-                    scalars.setdefault(name, {})[step] = value
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    tables: dict[str, list] = {}
+    rows = trackio_rows(tmp_path)
+    assert len({run for run, _, _ in rows}) == 1
+    for _, step, values in rows:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                tables.setdefault(name, []).append([list(row.values()) for row in value["_value"]])
+            else:
+                scalars.setdefault(name, []).append((step, value))
     return scalars, tables
+
+
+READERS = (read_tensorboard, read_wandb, read_trackio)

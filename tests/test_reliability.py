@@ -556,19 +556,22 @@ def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_pat
         assert not checkpoint.latest_valid_checkpoint(folder)[1]
 
 
-def test_a_tracker_that_fails_does_not_end_the_run_and_what_it_misses_is_said(capsys):
+def test_a_tracker_that_fails_ends_neither_the_run_nor_the_others_and_what_it_misses_is_said(capsys):
     def broken(metrics, step):
         if step > 1:
             raise ConnectionError("no route to host\nand more")
 
-    accelerator = SimpleNamespace(log=broken, print=print, end_training=lambda: broken({}, 2))
-    log = Log(accelerator)
+    written = []
+    one = SimpleNamespace(name="one", log=broken, finish=lambda: broken({}, 2))
+    two = SimpleNamespace(name="two", log=lambda _, step: written.append(step), finish=lambda: written.append("end"))
+    log = Log(SimpleNamespace(trackers=[one, two], print=print, end_training=lambda: None))
     for step in (1, 2, 3):
         log({"score": 1.0}, step)
     log.close()
     printed = capsys.readouterr().out
-    assert printed.count("a tracker failed (no route to host)") == 1
-    assert "could not be closed" in printed and "2 updates are missing from a tracker" in printed
+    assert printed.count("the tracker one failed (no route to host)") == 1
+    assert "tracker one could not be closed" in printed and "2 records are missing from one" in printed
+    assert written == [1, 2, 3, "end"] and "two" not in printed
 
 
 @pytest.mark.slow
@@ -584,7 +587,7 @@ def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path, monkeypatch)
         server.kill()
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
-    assert "WARNING: a tracker failed" in printed and "missing from a tracker" in printed
+    assert "WARNING: the tracker wandb failed" in printed and "records are missing from wandb" in printed
     assert lines(folder)[-1]["env_steps"] >= 8000 and (folder / "policy" / "model.safetensors").exists()
 
 
