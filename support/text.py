@@ -24,11 +24,12 @@ from jinja2 import TemplateError
 from pydantic import PositiveInt
 
 from support.errors import UserError, first_line
-from support.options import TEMPLATE_NEW_TOKENS, TEMPLATE_PROMPT_TOKENS, check_values
+from support.options import EVAL_SAMPLING, TEMPLATE_NEW_TOKENS, TEMPLATE_PROMPT_TOKENS, check_values
 
 FORMAT_FILE = "dialogue_format.json"
 TEMPLATE_FILE = "chat_template.jinja"
 JOINED = ("context_utterances", "eou_marker")  # settings of the dialogue format alone
+DEFAULTS_END = "{#- end of the defaults #}"  # what precedes it in a saved template is of `with_defaults`
 HIDDEN = 0xF0000  # the first of Unicode's private characters, which replace text that spells a special token
 
 Message = Mapping[str, str]  # {"role": "user", "content": ...}, as chat templates and TRL have them
@@ -72,7 +73,8 @@ class DialogueFormat:
         try:
             saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if saved.get("template"):
-                saved["template"] = (file.parent / TEMPLATE_FILE).read_text(encoding="utf-8")
+                template = (file.parent / TEMPLATE_FILE).read_text(encoding="utf-8")
+                saved["template"] = template.split(DEFAULTS_END, 1)[-1]
             fmt = cls(**saved)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"'{file}' is not a dialogue format that can be read: {error}") from error
@@ -169,6 +171,24 @@ def joined_template(fmt: DialogueFormat, prefix: str = "") -> str:
 {{%- endfor -%}}
 {{%- if answered -%}}{{{{- messages[-1]['content'] + marker -}}}}{{%- endif -%}}
 """
+
+
+def with_defaults(template: str, args: Mapping[str, Any], system: str) -> str:
+    """Return a chat template with defaults for its arguments, and for the system message if there is one.
+
+    Other programs, such as `transformers serve`, read the template alone. So they write the same prompts.
+    """
+    given = {name: value for name, value in args.items() if name.isidentifier()}
+    lines = [
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}\n"
+        for name, value in given.items()
+    ]
+    if system:
+        lines.append(
+            "{%- if messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = [{{'role': 'system', 'content': {system!r}}}] + messages -%}}{{%- endif -%}}\n"
+        )
+    return "".join([*lines, DEFAULTS_END, template]) if lines else template
 
 
 class Prompt(str):
@@ -396,10 +416,15 @@ class DialogueCodec:
         return other
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer, chat template, text format, and the ends of replies in generation_config.json."""
+        """Write tokenizer, chat template, text format, and generation_config.json.
+
+        The latter has the ends of replies, and the sampling of the evaluation and of chat.py.
+        """
         from transformers import GenerationConfig
 
-        own, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
+        fmt, own = self.format, self.tokenizer.chat_template
+        system = fmt.system_prompt or fmt.common_system
+        self.tokenizer.chat_template = with_defaults(self.chat_template, fmt.template_args, system)
         try:
             self.tokenizer.save_pretrained(folder)
         finally:
@@ -411,6 +436,8 @@ class DialogueCodec:
             eos_token_id=sorted(self.end_ids) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             max_new_tokens=self.format.max_new_tokens,
+            do_sample=True,
+            **{name: getattr(EVAL_SAMPLING, name) for name in ("temperature", "top_k", "top_p")},
             stop_strings=[self.stop] if self.stop and self.turn_end_id is None else None,
         )
         generation.save_pretrained(folder)

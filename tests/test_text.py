@@ -432,9 +432,35 @@ def test_a_saved_codec_needs_nothing_of_this_project(tmp_path):
         assert set(generation.eos_token_id) == codec.end_ids
         assert generation.stop_strings == ([codec.stop] if name.endswith("text") else None)
         assert generation.max_new_tokens == codec.format.max_new_tokens
+        assert (generation.do_sample, generation.top_k, generation.temperature) == (True, 20, 1.0)
         again = load_codec(str(folder))
         assert again.format == codec.format and again.end_ids == codec.end_ids and again.stop == codec.stop
         assert again.chat_template == codec.chat_template
+
+
+@pytest.mark.parametrize("kept", ["system_prompt", "common_system"])
+@pytest.mark.parametrize("name", ["Qwen3", "ChatML", "Llama 3", "Mistral"])
+def test_a_saved_template_alone_writes_the_system_message_and_arguments_of_the_format(name, kept, tmp_path):
+    system = "Say \"yes\",\nor 'no' {{ 1 }} \\n é 😀"
+    args = {"enable_thinking": False, "date_string": "1 Jan 2026", "n": [1, None]}
+    codec = codec_of(name).with_format(template_args=args, **{kept: system})
+    codec.save(tmp_path)
+    tokenizer, talk = AutoTokenizer.from_pretrained(tmp_path), messages_of(["Hi .", "Hello .", "How are you ?"])
+
+    def ids(messages: list, **given) -> list[int]:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **given)
+
+    whole = [{"role": "system", "content": system}, *talk]
+    assert ids(talk) == ids(whole) == codec.prompt_ids([whole])[0]
+    other = [{"role": "system", "content": "No ."}, *talk]
+    assert ids(other) == codec.prompt_ids([other])[0] != ids(talk)
+    thinking = codec.with_format(template_args=args | {"enable_thinking": True})
+    assert ids(talk, enable_thinking=True) == thinking.prompt_ids([whole])[0]
+    again = load_codec(str(tmp_path))
+    assert again.format == codec.format and again.chat_template == codec.chat_template
+    before = (tmp_path / "chat_template.jinja").read_bytes()
+    again.save(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_bytes() == before
 
 
 @pytest.mark.parametrize("form", ["ChatML", "marker token", "marker text"])
