@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = "python accelerate pip pytest bash sbatch alias source tensorboard".split()
+PROGRAMS = "python accelerate pip pytest bash sbatch alias source tensorboard transformers".split()
 CONFIGS = {f"{script.__name__.replace('.', '/')}.py": config for script, config in SCRIPTS.items()}
 CONFIGS["benchmarks/agreement.py"] = agreement.AgreementConfig
 FIT = "--epochs 0.01 --eval-samples 8 --mixed-precision no"
@@ -73,6 +73,7 @@ NOT_RUN = {
     r"--push-to-hub": "it needs an account: tests/test_hub.py uploads to a local server",
     r"--web\b": "it serves until it is stopped: the tests of the page run it",
     r"^tensorboard": "it serves until it is stopped",
+    r"^transformers (serve|chat)": "tests/test_served.py runs them",
     r"nltk\.downloader": "it downloads",
     r"^(alias|source)\b": "test_completion_in_bash",
 }
