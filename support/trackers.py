@@ -138,7 +138,7 @@ class Log:
     def dialogues(self, rows: Sequence[dict[str, Any]], step: int) -> None:
         """Log sample dialogues (lines of samples.jsonl) as a table `samples`, in TensorBoard as a text."""
         data = [
-            [row["update"], "\n".join(row["context"]), *(row[name] for name in ("before", "now", "human"))]
+            [row["update"], "\n".join(row["context"]), *(str(row[name]) for name in ("before", "now", "human"))]
             + [row["scores"][name].get("score") for name in ("before", "now")]
             for row in rows
         ]
