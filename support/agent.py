@@ -196,6 +196,14 @@ class Agent:
         how += f", after the system message '{shorten(self.system, 80)}'" if self.system else ""
         return f"{self.model.num_parameters():,} parameters, through {how}"
 
+    def sampling(self) -> str:
+        """How the words of a reply are drawn."""
+        how = self.generation_config
+        if not how.do_sample:
+            return "greedy (always the most likely token)"
+        top_k = f"top-k {how.top_k}" if how.top_k else "no top-k"
+        return f"temperature {how.temperature:g}, {top_k}, top-p {how.top_p:g}"
+
     def view(self) -> str:
         """What the model is shown of a conversation, and how long its replies may be, in words."""
         fmt = self.codec.format

@@ -9,12 +9,14 @@ says what to want, and at the end whether it was got.
 
 Only this machine can open the page, and it works without a network. Each tab has its own conversation; a reload begins
 a new one. A choice becomes one line of the file of `--preferences`, {"prompt", "chosen", "rejected"}, which
-`datasets.load_dataset("json", data_files=...)` and TRL's DPOTrainer read. The values are strings for a model of the
-dialogue format, messages for one with a chat template. The conversation goes on with the chosen reply.
+`datasets.load_dataset("json", data_files=...)` and TRL's DPOTrainer read. The values are lists of messages. Two more,
+"chosen_model" and "rejected_model", name the models, so that wins can be counted (support/tally.py). The conversation
+goes on with the chosen reply.
 
 A blind page shows no name of a model until the tally is asked for, and draws anew for each pair which reply is first.
-Both replies appear together, because a model's speed could tell it from the other. Its rows have the columns of
-support/tally.py too: the two models, and whether they tied.
+Both replies appear together, because a model's speed could tell it from the other. Its rows also have "tie".
+
+chat_panels.py has the texts around the conversation, with the style and script of the page.
 """
 
 from __future__ import annotations
@@ -36,30 +38,24 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from support.agent import Agent, views_note
+from support import chat_panels as panels
+from support.agent import Agent
+from support.chat_panels import HIDE_TALLY, SHOW_TALLY
 from support.errors import UserError, first_line
 from support.roles import how_it_ended, new_role, role_of
-from support.tally import MODEL_COLUMNS, Tally, one_line, read_choices, tally_of
+from support.tally import COLUMNS, MODEL_COLUMNS, read_choices, tally_of
 from support.text import messages_of
 
 HOST = "127.0.0.1"
+# white on the default buttons and grey of the default placeholders have too little contrast
+CONTRAST = dict(
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
 CHOOSE_FIRST = "Choose a reply first; *Neither* takes both back."
-SHOW_TALLY, HIDE_TALLY = "Show the tally", "Hide the tally"
 BOTH = (0, 1)
-PROMPTS_SHOWN = 20  # in the tally on the page; tally.py lists all
-CSS = """
-.gradio-container { width: min(100%, 60rem) !important; margin: 0 auto !important; padding: 0.25rem !important; }
-.gradio-container > .main { padding: 0.5rem !important; }
-#chat { height: calc(100dvh - 17rem) !important; min-height: 14rem; }
-.gradio-container:has(#pair) #chat { height: calc(100dvh - 32rem) !important; }
-#chat button[aria-label="Clear"] { display: none; }  /* Reset does that */
-#chat .message-buttons-right { display: none; }  /* a copy of one's own words */
-#status { min-height: 1.5em; }
-#tally { overflow-wrap: anywhere; }
-#tally td, #tally th { padding: 0 0.4rem; text-align: right; white-space: nowrap; border: 1px solid #8884; }
-#tally td:last-child, #tally th:last-child { text-align: left; white-space: normal; }
-@media (max-width: 40rem) { .gradio-container:has(#pair) #chat { height: 14rem !important; } }
-"""
 
 
 def check_page(preferences: str, port: int) -> None:
@@ -80,17 +76,18 @@ def check_page(preferences: str, port: int) -> None:
 
 
 def append_preference(path: str | Path, row: dict[str, Any]) -> None:
-    """Append `row` as one line of JSON, whole or not at all.
+    """Append `row` as one line of JSON, whole or not at all. It loses its models if the rows of the file name none.
 
     Raises UserError if the file cannot be written, its last line was cut short, or its rows have another form:
     `datasets` could then read neither.
     """
-    file, line = Path(path), (json.dumps(row) + "\n").encode()
+    file = Path(path)
     try:
         with file.open("ab", buffering=0) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # another page may write to the same file
             if before := file.read_bytes():
-                _check_rows(before, row, file)
+                row = _fitting(before, row, file)
+            line = (json.dumps(row) + "\n").encode()
             try:
                 if stream.write(line) != len(line):
                     raise OSError(0, "the disk is full")
@@ -102,7 +99,8 @@ def append_preference(path: str | Path, row: dict[str, Any]) -> None:
         raise UserError(f"'{file}' cannot be written: {error.strerror}. Nothing was kept of this choice.") from error
 
 
-def _check_rows(rows: bytes, row: dict[str, Any], file: Path) -> None:
+def _fitting(rows: bytes, row: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`row` in the form of the rows that the file has. UserError if it has another one."""
     if not rows.endswith(b"\n"):
         raise UserError(f"the last line of '{file}' was cut short; mend or remove it, then choose again.")
     try:
@@ -110,17 +108,25 @@ def _check_rows(rows: bytes, row: dict[str, Any], file: Path) -> None:
     except ValueError as error:
         why = f"its first line is no JSON ({first_line(error)})"
         raise UserError(f"'{file}' is no file of preferences: {why}.") from error
-    if isinstance(first, dict) and {k: type(v) for k, v in first.items()} == {k: type(v) for k, v in row.items()}:
-        return
-    columns, names = set(first) if isinstance(first, dict) else set(), {"prompt", "chosen", "rejected"}
-    blind = names | set(MODEL_COLUMNS)
-    if columns == blind != row.keys():
-        why = "are of a blind comparison, with the names of the models, and those of this page have none"
-    elif columns == names != row.keys():
-        why = "do not name the models, and those of a blind comparison do"
+    columns = set(first) if isinstance(first, dict) else set()
+    if columns == set(COLUMNS) and "tie" not in row:  # as an earlier version wrote them
+        row = {name: row[name] for name in COLUMNS}
+    if columns == row.keys() and all(type(first[name]) is type(row[name]) for name in row):
+        return row
+    if set(COLUMNS) <= columns <= {*COLUMNS, *MODEL_COLUMNS} and ("tie" in columns) != ("tie" in row):
+        are = ("are", "are not") if "tie" in columns else ("are not", "are")
+        why = f"{are[0]} of a blind comparison, and those of this page {are[1]}"
     else:
         why = "have another form than messages, as an earlier version wrote them"
     raise UserError(f"the rows of '{file}' {why}; start again with another --preferences.")
+
+
+def count_lines(path: str | Path) -> int:
+    """How many lines a file has; 0 if it cannot be read."""
+    try:
+        return Path(path).read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 class Stop(threading.Event):
@@ -151,26 +157,30 @@ class ChatPage:
         self.draws = random.Random(agents[0].seed)  # which model is first, and which reply goes on after a tie
         self.writing: dict[str, Stop] = {}  # by session, while a reply is being written there
         self.role = role_of(agents[0].path) if len(agents) == 1 else None
-        title = "Chat: blind comparison" if blind else f"Chat: {agents[0].path}"
-        with gr.Blocks(title=title, analytics_enabled=False) as self.page:
-            self._lay_out(["A", "B"] if len(agents) > 1 and not blind else ["First", "Second"])
+        with gr.Blocks(title=panels.title_of(agents, blind), analytics_enabled=False) as self.page:
+            self._lay_out()
             self._connect()
 
-    def _heading(self, names: list[str]) -> str:
-        """What the page says about the agents."""
-        if self.blind:
-            return "**Blind comparison**: two models answer. Which of them is first is drawn anew for each pair."
-        about = [f"**`{agent.path}`**, {html.escape(agent.summary())}" for agent in self.agents]
-        about = about if len(self.agents) == 1 else [f"{name}: {line}" for name, line in zip(names, about)]
-        note = html.escape(views_note(self.agents))
-        return "<br>".join([*about, note] if note else about)
-
-    def _lay_out(self, names: list[str]) -> None:
-        single = len(self.agents) == 1
+    def _lay_out(self) -> None:
+        """The heading; below it the conversation, and beside that (on a narrow window under it) what explains it."""
+        names = ["A", "B"] if len(self.agents) > 1 and not self.blind else ["First", "Second"]
+        plain = dict(apply_default_css=False)
         self.tab = gr.State(Tab())
-        gr.Markdown(self._heading(names), elem_id="heading")
+        gr.HTML(panels.heading(self.agents, self.file_name(), self.blind), elem_id="heading", **plain)
+        with gr.Row(elem_id="columns"):
+            with gr.Column(elem_id="talk"):
+                self._lay_out_conversation(names)
+            with gr.Column(elem_id="side"):
+                self.so_far = gr.HTML(self.choices_so_far(), elem_id="so-far", **plain)
+                self.tally = gr.HTML("", visible=False, elem_id="tally", **plain)
+                gr.HTML(panels.systems(self.agents, names, self.blind), elem_id="systems-shown", **plain)
+                gr.HTML(panels.help_section(names, self.file_name(), self.blind), elem_id="help", **plain)
+
+    def _lay_out_conversation(self, names: Sequence[str]) -> None:
+        single, plain = len(self.agents) == 1, dict(apply_default_css=False)
         self.goal = gr.Markdown("", visible=self.role is not None, elem_id="goal")
         self.chat = gr.Chatbot(
+            label="Conversation",
             show_label=False,
             elem_id="chat",
             render_markdown=False,
@@ -182,7 +192,8 @@ class ChatPage:
             with gr.Row():
                 for name in names:
                     with gr.Column(min_width=280):
-                        self.replies.append(gr.Textbox(label=name, lines=2, interactive=False))
+                        template = panels.REPLY.format(name=name)
+                        self.replies.append(gr.HTML("", html_template=template, elem_classes="reply", **plain))
                         self.choices.append(gr.Button(f"{name} is better", variant="primary"))
             small = dict(size="sm", min_width=100)
             with gr.Row():
@@ -191,10 +202,8 @@ class ChatPage:
                 self.neither = gr.Button("Neither", **small)
         self.buttons = [*self.choices, *self.equal, self.again, self.neither]
         self.status = gr.Markdown("", elem_id="status")
-        hint = "Say something, Enter sends"
-        self.box = gr.Textbox(
-            show_label=False, placeholder=hint, submit_btn=True, autofocus=True, max_lines=6, elem_id="say"
-        )
+        about = dict(label="Your message", show_label=False, placeholder="Say something, Enter sends", elem_id="say")
+        self.box = gr.Textbox(submit_btn=True, autofocus=True, max_lines=6, **about)
         with gr.Row():
             label = "Two replies to choose from" if single else "Compare A and B (else A alone answers)"
             options = dict(value=not single, visible=not self.blind, container=False, elem_id="compare")
@@ -202,7 +211,6 @@ class ChatPage:
             small = dict(size="sm", scale=0, min_width=120)
             self.ask = gr.Button(SHOW_TALLY, visible=self.blind, elem_id="ask", **small)
             self.begin_anew = gr.Button("Reset", elem_id="reset", **small)
-        self.tally = gr.HTML("", visible=False, elem_id="tally")
 
     def _connect(self) -> None:
         """Say which method answers which event."""
@@ -211,18 +219,24 @@ class ChatPage:
         shown = [self.tab, self.goal, self.chat, *pair, self.status, self.box, self.tally, self.ask]
         answers = hidden | dict(outputs=shown)
         speaks = answers | dict(concurrency_id="model", concurrency_limit=1)  # one reply at a time, whatever the tab
-        self.box.submit(self.say, [self.box, self.tab, self.compare], **speaks)
-        self.again.click(self.retry_pair, self.tab, **speaks)
-        self.chat.retry(self.retry, [self.tab, self.compare], **speaks)
+        writes = [  # a choice, or on a blind page a tie of two equal replies
+            self.box.submit(self.say, [self.box, self.tab, self.compare], **speaks),
+            self.again.click(self.retry_pair, self.tab, **speaks),
+            self.chat.retry(self.retry, [self.tab, self.compare], **speaks),
+        ]
         self.chat.undo(self.undo, self.tab, **speaks)
         decides = answers | dict(concurrency_id="choice", concurrency_limit=1)  # one decision at a time
         self.neither.click(self.take_back, self.tab, **decides)
         for i, button in enumerate([*self.choices, *self.equal]):
-            button.click(lambda tab, i=i: self.choose(i, tab), self.tab, **decides)
+            writes.append(button.click(lambda tab, i=i: self.choose(i, tab), self.tab, **decides))
         self.ask.click(self.show_tally, self.ask, queue=False, **answers)
         self.box.stop(self.stop, queue=False, **hidden)
         self.begin_anew.click(self.reset, queue=False, **answers)
         self.page.unload(self.stop)
+        count = dict(fn=self.choices_so_far, outputs=self.so_far, **hidden)
+        for event in writes:
+            event.then(**count)
+        self.page.load(**count)
         if self.role is not None:
             self.page.load(lambda: self.show(self.new_tab()), queue=False, **answers)
 
@@ -338,9 +352,8 @@ class ChatPage:
         chosen = writers.index(0) if tie else which  # of a tie, the reply of the first model
         try:
             row = self.agents[0].preference([*tab.history, text], said[chosen], said[1 - chosen])
-            if self.blind:
-                models = (self.agents[writers[i]].path for i in (chosen, 1 - chosen))
-                row |= dict(zip(MODEL_COLUMNS, (*models, tie)))
+            models = [self.agents[writers[i]].path for i in (chosen, 1 - chosen)]
+            row |= dict(zip(MODEL_COLUMNS, [*models, tie] if self.blind else models))
             append_preference(self.preferences, row)
         except UserError as error:
             return {self.status: self.told(error)}
@@ -359,14 +372,38 @@ class ChatPage:
                 said = said.replace(f"'{name}'", "one of the two models")
         return said.replace(f"'{Path(self.preferences)}'", "the file of preferences") if self.blind else said
 
+    def file_name(self) -> str:
+        """The file of choices as HTML. On a blind page it is not named if its name tells that of a model."""
+        names = [Path(name).name for agent in self.agents for name in (agent.name, agent.path)]
+        if self.blind and any(name in str(self.preferences) for name in names):
+            return "the file of <code>--preferences</code>"
+        return panels.code(self.preferences)
+
+    def choices_so_far(self) -> str:
+        """What the page says beside the conversation about the choices in the file, from all tabs and days."""
+        models, lines = self.models(), count_lines(self.preferences)
+        if models[0] == models[1]:
+            return panels.choices_of_one(lines, self.file_name())
+        notes = []
+        try:
+            if lines:
+                choices = read_choices(self.preferences)
+                notes = choices.notes()
+            tally = tally_of(choices.rows if lines else [], models)
+            return (panels.choices_of_blind if self.blind else panels.choices_of_two)(tally, notes, self.file_name())
+        except UserError as error:
+            return panels.section("Choices so far", *panels.paragraphs([self.told(error)]))
+
+    def models(self) -> tuple[str, str]:
+        return self.agents[0].path, self.agents[-1].path
+
     def show_tally(self, label: str) -> dict[Any, Any]:
         """Show the choices between the two models that the file holds, from all tabs and days; or hide them again."""
         if label == HIDE_TALLY:
             return {self.tally: gr.update(value="", visible=False), self.ask: SHOW_TALLY}
-        models = (self.agents[0].path, self.agents[1].path)
         try:
             choices = read_choices(self.preferences)
-            shown = tally_html(tally_of(choices.rows, models), choices.notes())
+            shown = panels.tally_html(tally_of(choices.rows, self.models()), choices.notes())
         except UserError as error:
             shown = f"<p>{html.escape(str(error))}</p>"
         return {self.tally: gr.update(value=shown, visible=True), self.ask: HIDE_TALLY}
@@ -402,22 +439,6 @@ class ChatPage:
         return self.show(self.new_tab(), box="")
 
 
-def tally_html(tally: Tally, notes: Sequence[str]) -> str:
-    """A tally for the page, which names the models."""
-    names = [f"<b>{name}</b>: {html.escape(model)}" for name, model in zip("AB", tally.models)]
-    lines = ["<br>".join(names), *map(html.escape, (*tally.sentences(), *notes))]
-    prompts = tally.by_prompt()
-    if len(prompts) > PROMPTS_SHOWN:
-        lines.append(f"The {PROMPTS_SHOWN} prompts that were asked most often, of {len(prompts):,}:")
-    heads = "".join(f"<th>{head}</th>" for head in ("asked", "A won", "ties", "B won", "prompt"))
-    rows = []
-    for prompt, count in prompts[:PROMPTS_SHOWN]:
-        cells = count.asked, count.wins, count.ties, count.losses, html.escape(one_line(prompt) or "(no words)")
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    table = "".join(f"<tr>{row}</tr>" for row in (heads, *rows)) if rows else ""
-    return "".join(f"<p>{line}</p>" for line in lines) + f"<table>{table}</table>"
-
-
 def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = False) -> None:
     """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
     page = ChatPage(agents, preferences, blind).page
@@ -429,8 +450,9 @@ def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = Fa
         page.launch(
             server_name=HOST,
             server_port=port,
-            css=CSS,
-            theme=gr.themes.Default(primary_hue="indigo", **fonts),
+            css=panels.CSS,
+            js=panels.SCRIPT,
+            theme=gr.themes.Default(primary_hue="indigo", **fonts).set(**CONTRAST),
             footer_links=[],
             quiet=True,
             share=False,

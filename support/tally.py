@@ -24,7 +24,7 @@ MODEL_COLUMNS = ("chosen_model", "rejected_model", "tie")
 HOW = "python chat.py A --versus B --web --blind writes rows that can be counted"
 TORN = "cut short at the end of the file"
 NO_JSON = "not a JSON object"
-NO_MODELS = "without chosen_model and rejected_model (an ordinary page writes none)"
+NO_MODELS = "without chosen_model and rejected_model (an earlier version wrote none)"
 SAME_MODEL = "with the same model on both sides"
 NO_TIE = "whose 'tie' is neither true nor false"
 
@@ -83,7 +83,7 @@ def read_choices(path: str | Path) -> Choices:
         if why := _unusable(row):
             choices.skipped[why] += 1
             continue
-        choices.rows.append(Choice(row["chosen_model"], row["rejected_model"], row["tie"], last_words(row)))
+        choices.rows.append(Choice(row["chosen_model"], row["rejected_model"], row.get("tie", False), last_words(row)))
         choices.unread.update(row.keys() - {*COLUMNS, *MODEL_COLUMNS})
     if not choices.rows and not choices.skipped:
         raise UserError(f"'{path}' is empty: no choice was written to it yet.")
@@ -101,7 +101,7 @@ def _unusable(row: Any) -> str:
         return NO_MODELS
     if models[0] == models[1]:
         return SAME_MODEL
-    return "" if isinstance(row.get("tie"), bool) else NO_TIE
+    return "" if isinstance(row.get("tie", False), bool) else NO_TIE
 
 
 def last_words(row: dict[str, Any]) -> str:

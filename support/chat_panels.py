@@ -1,0 +1,189 @@
+"""What stands on the page of chat.py --web around the conversation: heading, systems, choices so far, and help.
+
+Each function returns HTML in which names, files and texts are escaped. A blind page shows no name of a model here, and
+no share of wins: both could lead the person who chooses.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.agent import Agent, views_note
+from support.tally import Tally, one_line
+
+SHOW_TALLY, HIDE_TALLY = "Show the tally", "Hide the tally"
+PROMPTS_SHOWN = 20  # in the tally on the page; tally.py lists all
+CSS = """
+.gradio-container { width: min(100%, 100rem) !important; margin: 0 auto !important; padding: 0.25rem 1rem !important; }
+.gradio-container > .main { padding: 0.5rem 0 !important; }
+#heading, #side, #pair .reply { overflow-wrap: anywhere; line-height: 1.45; }
+#heading .html-container, #side .html-container, #pair .html-container { padding: 0; }
+#heading h1 { font-size: 1.5rem; line-height: 1.25; font-weight: 600; }
+#columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
+#talk { min-height: calc(100dvh - 7.5rem); }
+#chat { flex: 1 1 0 !important; height: auto !important; min-height: 14rem; }
+#chat button[aria-label="Clear"] { display: none; }  /* Reset does that */
+#chat .message-buttons-right { display: none; }  /* a copy of one's own words */
+#pair { flex-grow: 0 !important; }
+#pair h2 { font-size: 0.85rem; font-weight: 600; }
+#pair .words { min-height: 3.9em; white-space: pre-wrap; padding: 0.4rem 0.75rem;
+  border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--block-background-fill); }
+#status { min-height: 1.5em; }
+#side { font-size: 0.85rem; }
+#side h2 { font-size: 1rem; font-weight: 600; }
+#side section + section { margin-top: 1rem; }
+#side section > * + * { margin-top: 0.25rem; }
+#side dt { font-weight: 600; }
+#side dd { margin-left: 0.75rem; }
+.interval { position: relative; height: 0.6rem; border-radius: 3px; background: var(--border-color-primary); }
+.interval span { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--primary-400); }
+.interval .share { width: 3px; margin-left: -1px; top: -3px; bottom: -3px; background: var(--body-text-color); }
+#tally td, #tally th { padding: 0 0.3rem; text-align: right; border: 1px solid #8884; }
+#tally td:last-child, #tally th:last-child { text-align: left; }
+.gradio-container :is(button, input):focus-visible, #say:has(textarea:focus) {
+  outline: 3px solid var(--primary-600) !important; outline-offset: 1px; }
+.dark .gradio-container :is(button, input):focus-visible, .dark #say:has(textarea:focus) {
+  outline-color: var(--primary-300) !important; }
+@media (min-width: 60rem) { #columns { grid-template-columns: minmax(0, 1fr) minmax(18rem, 24%); } }
+"""
+# Names and roles that gradio leaves out, and the focus: it goes to the box when what had it vanishes or is disabled
+SCRIPT = """() => {
+  const all = (selector) => document.querySelectorAll(selector);
+  const box = () => document.querySelector("#say textarea");
+  let focused = null;
+  const mend = () => {
+    for (const said of all("#chat [data-testid=user], #chat [data-testid=bot]")) said.setAttribute("role", "group");
+    for (const button of all("#say .submit-button")) button.setAttribute("aria-label", "Send");
+    for (const button of all("#say .stop-button")) button.setAttribute("aria-label", "Stop");
+    for (const region of all("#status, #goal")) region.setAttribute("role", "status");
+    const lost = focused && (!focused.isConnected || focused.disabled);
+    if (lost && [document.body, focused].includes(document.activeElement)) box()?.focus();
+  };
+  document.addEventListener("focusin", (event) => { focused = event.target; });
+  document.addEventListener("click", (event) => { if (event.target.closest("#reset")) box()?.focus(); });
+  new MutationObserver(mend).observe(document.body, { childList: true, subtree: true, attributeFilter: ["disabled"] });
+  mend();
+}"""
+# The text of a reply, escaped in the browser, so that the widget's value is the reply itself
+REPLY = """<h2>{name}</h2>
+<p class="words" aria-live="polite">${{value.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}}</p>"""
+
+
+def code(text: str | Path) -> str:
+    return f"<code>{html.escape(str(text))}</code>"
+
+
+def section(title: str, *lines: str) -> str:
+    """A part of the page with a heading, which screen readers list."""
+    name = title.replace(" ", "-").lower()
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{"".join(lines)}</section>'
+
+
+def title_of(agents: Sequence[Agent], blind: bool) -> str:
+    """The title of the page, as plain text."""
+    if blind:
+        return "Blind comparison: choose the better reply"
+    names = [Path(agent.path).name for agent in agents]
+    return f"{' against '.join(names)}: choose the better reply" if len(agents) > 1 else f"Chat with {names[0]}"
+
+
+def heading(agents: Sequence[Agent], file: str, blind: bool) -> str:
+    """The title, and a line on what the page is for. `file` is the file of choices, as HTML."""
+    if blind:
+        purpose = f"Two models answer, and which of them wrote what is hidden. Each choice adds a line to {file}."
+    elif len(agents) > 1:
+        purpose = f"Both models answer each message. Each choice of the better reply adds a line to {file}."
+    else:
+        tick = "To compare, tick “Two replies to choose from”"
+        purpose = f"See what the model answers. {tick}: each choice of the better one adds a line to {file}."
+    return f"<h1>{html.escape(title_of(agents, blind))}</h1><p>{purpose}</p>"
+
+
+def systems(agents: Sequence[Agent], names: Sequence[str], blind: bool) -> str:
+    """Which models answer, and how their replies are sampled."""
+    sampling = " or ".join(dict.fromkeys(agent.sampling() for agent in agents))
+    lines = [f"<p>Sampling: {sampling}.</p>"]
+    if blind:
+        hidden = f"Their names are hidden until you press “{SHOW_TALLY}”."
+        drawn = "Which of them is first is drawn anew for each pair."
+        return section("Systems", f"<p>Two models answer. {hidden} {drawn}</p>", *lines)
+    rows = []
+    for name, agent in zip(names, agents):
+        about = f"{agent.summary()}, replies of at most {agent.generation_config.max_new_tokens} tokens"
+        term = f"{name}: {code(agent.path)}" if len(agents) > 1 else code(agent.path)
+        rows.append(f"<dt>{term}</dt><dd>{html.escape(about)}</dd>")
+    if note := views_note(agents):
+        lines.append(f"<p>{html.escape(note)}</p>")
+    return section("Systems", f"<dl>{''.join(rows)}</dl>", *lines)
+
+
+def choices_of_one(count: int, file: str) -> str:
+    """How many choices the file holds, where there are no two models that could win."""
+    return section("Choices so far", f"<p>{count:,} in {file}.</p>")
+
+
+def choices_of_two(tally: Tally, notes: Sequence[str], file: str) -> str:
+    """The share of wins of the first model, with its interval, as tally.py gives it."""
+    if not tally.asked:
+        return section("Share of wins", f"<p>No choice between these two models in {file} yet.</p>", *paragraphs(notes))
+    found, bar = tally.test(), ""
+    if tally.decided:
+        low, high = found["interval"]
+        bar = (
+            f'<div class="interval" aria-hidden="true"><span style="left: {low:.1%}; right: {1 - high:.1%}"></span>'
+            f'<span class="share" style="left: {found["share"]:.1%}"></span></div>'
+        )
+    seen = "The names are in view, and may lead you; --blind hides them."
+    return section(
+        "Share of wins", bar, *paragraphs(tally.sentences()), f"<p>All of {file}. {seen}</p>", *paragraphs(notes)
+    )
+
+
+def choices_of_blind(tally: Tally, notes: Sequence[str], file: str) -> str:
+    """How many choices there are, and how to count who won."""
+    count = f"{tally.asked:,} between these two models in {file}."
+    how = f"Who won is hidden. Count it at the end: <code>python tally.py FILE</code>, or “{SHOW_TALLY}”."
+    return section("Choices so far", f"<p>{count}</p><p>{how}</p>", *paragraphs(notes))
+
+
+def paragraphs(sentences: Sequence[str]) -> list[str]:
+    return [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
+
+
+def help_section(names: Sequence[str], file: str, blind: bool) -> str:
+    """What each button does and writes, and the keys."""
+    better = (
+        f"adds a line to {file}: the messages, both replies and the models. The chat goes on with the better reply."
+    )
+    rows = {f"{names[0]} is better, {names[1]} is better": better}
+    if blind:
+        rows["Equally good"] = f"adds a line with a tie to {file}. The chat goes on with either reply."
+    rows["Two others"] = "asks again."
+    rows["Neither"] = "takes both back; your message is in the box again."
+    if blind:
+        rows[SHOW_TALLY] = "shows the names and who won, until you go on."
+    rows["Retry, Undo"] = "below a reply: ask again; take the last message back. Lines that were added stay."
+    rows["Reset"] = "begins a new conversation."
+    terms = "".join(f"<dt>{name}</dt><dd>{effect}</dd>" for name, effect in rows.items())
+    keys = "Enter sends, Shift-Enter begins a new line. Tab and Shift-Tab reach all buttons, Space presses them."
+    return section("Buttons", f"<dl>{terms}</dl>", "<p>Buttons without “adds” write nothing.</p>") + section(
+        "Keys", f"<p>{keys}</p>"
+    )
+
+
+def tally_html(tally: Tally, notes: Sequence[str]) -> str:
+    """A tally for the page, which names the models."""
+    names = [f"<b>{name}</b>: {html.escape(model)}" for name, model in zip("AB", tally.models)]
+    lines = ["<br>".join(names), *map(html.escape, (*tally.sentences(), *notes))]
+    prompts = tally.by_prompt()
+    if len(prompts) > PROMPTS_SHOWN:
+        lines.append(f"The {PROMPTS_SHOWN} prompts that were asked most often, of {len(prompts):,}:")
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("asked", "A won", "ties", "B won", "prompt"))
+    rows = []
+    for prompt, count in prompts[:PROMPTS_SHOWN]:
+        cells = count.asked, count.wins, count.ties, count.losses, html.escape(one_line(prompt) or "(no words)")
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    table = "".join(f"<tr>{row}</tr>" for row in (heads, *rows)) if rows else ""
+    return "".join(f"<p>{line}</p>" for line in lines) + f"<table>{table}</table>"
