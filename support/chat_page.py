@@ -47,13 +47,6 @@ from support.tally import COLUMNS, MODEL_COLUMNS, read_choices, tally_of
 from support.text import messages_of
 
 HOST = "127.0.0.1"
-# white on the default buttons and grey of the default placeholders have too little contrast
-CONTRAST = dict(
-    button_primary_background_fill="*primary_600",
-    button_primary_background_fill_hover="*primary_700",
-    input_placeholder_color="*neutral_500",
-    input_placeholder_color_dark="*neutral_400",
-)
 CHOOSE_FIRST = "Choose a reply first; *Neither* takes both back."
 BOTH = (0, 1)
 
@@ -439,9 +432,8 @@ class ChatPage:
         return self.show(self.new_tab(), box="")
 
 
-def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = False) -> None:
-    """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
-    page = ChatPage(agents, preferences, blind).page
+def launch(page: gr.Blocks, port: int) -> None:
+    """Show the page at http://127.0.0.1:`port`, from a thread. UserError if the port is taken."""
     # Gradio asks itself whether the page is up, which a proxy for the world outside could not answer
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{direct},{HOST}" if direct else HOST
@@ -452,7 +444,7 @@ def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = Fa
             server_port=port,
             css=panels.CSS,
             js=panels.SCRIPT,
-            theme=gr.themes.Default(primary_hue="indigo", **fonts).set(**CONTRAST),
+            theme=gr.themes.Default(primary_hue="indigo", **fonts).set(**panels.CONTRAST),
             footer_links=[],
             quiet=True,
             share=False,
@@ -463,6 +455,12 @@ def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = Fa
     except OSError as error:
         why = first_line(error)
         raise UserError(f"the page cannot be shown at port {port} ({why}); give another --port.") from error
+
+
+def serve(agents: Sequence[Agent], preferences: str, port: int, blind: bool = False) -> None:
+    """Show the page at http://127.0.0.1:`port` until Ctrl-C or SIGTERM."""
+    page = ChatPage(agents, preferences, blind).page
+    launch(page, port)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, deaf to Ctrl-C
         signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):

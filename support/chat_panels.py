@@ -37,17 +37,28 @@ CSS = """
 #side section > * + * { margin-top: 0.25rem; }
 #side dt { font-weight: 600; }
 #side dd { margin-left: 0.75rem; }
+#help dt { float: left; margin-right: 0.4em; }
+#help dd { margin: 0; }
 .interval { position: relative; height: 0.6rem; border-radius: 3px; background: var(--border-color-primary); }
 .interval span { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--primary-400); }
 .interval .share { width: 3px; margin-left: -1px; top: -3px; bottom: -3px; background: var(--body-text-color); }
 #tally td, #tally th { padding: 0 0.3rem; text-align: right; border: 1px solid #8884; }
 #tally td:last-child, #tally th:last-child { text-align: left; }
 .gradio-container :is(button, input):focus-visible, #say:has(textarea:focus) {
-  outline: 3px solid var(--primary-600) !important; outline-offset: 1px; }
-.dark .gradio-container :is(button, input):focus-visible, .dark #say:has(textarea:focus) {
-  outline-color: var(--primary-300) !important; }
-@media (min-width: 60rem) { #columns { grid-template-columns: minmax(0, 1fr) minmax(18rem, 24%); } }
+  outline: 3px solid var(--input-border-color-focus) !important; outline-offset: 1px; }
+#say:has(textarea:focus) { outline-offset: -3px !important; border-radius: 6px; }
+@media (min-width: 60rem) { #columns { grid-template-columns: minmax(0, 1fr) minmax(20rem, 25%); } }
+@media (max-width: 40rem) { #heading h1 { font-size: 1.25rem; } #talk { min-height: calc(100dvh - 10rem); } }
 """
+# by default, white on a button, a placeholder and the ring of the focus have too little contrast
+CONTRAST = dict(
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    input_border_color_focus="*primary_600",
+    input_border_color_focus_dark="*primary_300",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
 # Names and roles that gradio leaves out, and the focus: it goes to the box when what had it vanishes or is disabled
 SCRIPT = """() => {
   const all = (selector) => document.querySelectorAll(selector);
@@ -84,9 +95,11 @@ def section(title: str, *lines: str) -> str:
 def title_of(agents: Sequence[Agent], blind: bool) -> str:
     """The title of the page, as plain text."""
     if blind:
-        return "Blind comparison: choose the better reply"
+        return "Blind comparison of two models"
     names = [Path(agent.path).name for agent in agents]
-    return f"{' against '.join(names)}: choose the better reply" if len(agents) > 1 else f"Chat with {names[0]}"
+    if len(agents) == 1:
+        return f"Chat with {names[0]}"
+    return " against ".join(names if names[0] != names[1] else [agent.path for agent in agents])
 
 
 def heading(agents: Sequence[Agent], file: str, blind: bool) -> str:
@@ -114,9 +127,13 @@ def systems(agents: Sequence[Agent], names: Sequence[str], blind: bool) -> str:
         about = f"{agent.summary()}, replies of at most {agent.generation_config.max_new_tokens} tokens"
         term = f"{name}: {code(agent.path)}" if len(agents) > 1 else code(agent.path)
         rows.append(f"<dt>{term}</dt><dd>{html.escape(about)}</dd>")
-    if note := views_note(agents):
+    if len(agents) > 1 and (note := views_note(agents)):
         lines.append(f"<p>{html.escape(note)}</p>")
     return section("Systems", f"<dl>{''.join(rows)}</dl>", *lines)
+
+
+def paragraphs(sentences: Sequence[str]) -> list[str]:
+    return [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
 
 
 def choices_of_one(count: int, file: str) -> str:
@@ -125,52 +142,47 @@ def choices_of_one(count: int, file: str) -> str:
 
 
 def choices_of_two(tally: Tally, notes: Sequence[str], file: str) -> str:
-    """The share of wins of the first model, with its interval, as tally.py gives it."""
+    """The share of wins of the first model and its interval, in the words of tally.py."""
     if not tally.asked:
         return section("Share of wins", f"<p>No choice between these two models in {file} yet.</p>", *paragraphs(notes))
-    found, bar = tally.test(), ""
+    bar = ""
     if tally.decided:
+        found = tally.test()
         low, high = found["interval"]
         bar = (
             f'<div class="interval" aria-hidden="true"><span style="left: {low:.1%}; right: {1 - high:.1%}"></span>'
             f'<span class="share" style="left: {found["share"]:.1%}"></span></div>'
         )
-    seen = "The names are in view, and may lead you; --blind hides them."
-    return section(
-        "Share of wins", bar, *paragraphs(tally.sentences()), f"<p>All of {file}. {seen}</p>", *paragraphs(notes)
-    )
+    scope = f"<p>This counts {file}. The names are in view and can lead you: <code>--blind</code> hides them.</p>"
+    return section("Share of wins", bar, *paragraphs(tally.sentences()), scope, *paragraphs(notes))
 
 
 def choices_of_blind(tally: Tally, notes: Sequence[str], file: str) -> str:
     """How many choices there are, and how to count who won."""
-    count = f"{tally.asked:,} between these two models in {file}."
-    how = f"Who won is hidden. Count it at the end: <code>python tally.py FILE</code>, or “{SHOW_TALLY}”."
+    count = f"{tally.asked:,} choice{'s' * (tally.asked != 1)} between these two models in {file}."
+    how = f"Who won is hidden. At the end, count it with <code>python tally.py</code> {file}, or press “{SHOW_TALLY}”."
     return section("Choices so far", f"<p>{count}</p><p>{how}</p>", *paragraphs(notes))
-
-
-def paragraphs(sentences: Sequence[str]) -> list[str]:
-    return [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
 
 
 def help_section(names: Sequence[str], file: str, blind: bool) -> str:
     """What each button does and writes, and the keys."""
-    better = (
-        f"adds a line to {file}: the messages, both replies and the models. The chat goes on with the better reply."
-    )
-    rows = {f"{names[0]} is better, {names[1]} is better": better}
+    rows = {
+        f"{names[0]} is better, {names[1]} is better": (
+            f"adds a line to {file}: the messages, both replies and their models. The chat goes on with the better one."
+        )
+    }
     if blind:
         rows["Equally good"] = f"adds a line with a tie to {file}. The chat goes on with either reply."
     rows["Two others"] = "asks again."
     rows["Neither"] = "takes both back; your message is in the box again."
     if blind:
         rows[SHOW_TALLY] = "shows the names and who won, until you go on."
-    rows["Retry, Undo"] = "below a reply: ask again; take the last message back. Lines that were added stay."
+    rows["Retry, Undo"] = "(below a reply) ask again, or take the last message back. Lines that were added stay."
     rows["Reset"] = "begins a new conversation."
     terms = "".join(f"<dt>{name}</dt><dd>{effect}</dd>" for name, effect in rows.items())
-    keys = "Enter sends, Shift-Enter begins a new line. Tab and Shift-Tab reach all buttons, Space presses them."
-    return section("Buttons", f"<dl>{terms}</dl>", "<p>Buttons without “adds” write nothing.</p>") + section(
-        "Keys", f"<p>{keys}</p>"
-    )
+    buttons = section("Buttons", f"<dl>{terms}</dl>", "<p>Only the buttons that add a line write to a file.</p>")
+    keys = "Enter sends, Shift-Enter begins a new line. Tab and Shift-Tab reach every button, Space presses it."
+    return buttons + section("Keys", f"<p>{keys}</p>")
 
 
 def tally_html(tally: Tally, notes: Sequence[str]) -> str:

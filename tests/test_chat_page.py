@@ -117,7 +117,7 @@ def pair(browser, buttons=4, or_same=False):
             return "none"
         enabled = browser.execute_script("return document.querySelectorAll('#pair button:enabled').length")
         return enabled == buttons and browser.execute_script(
-            "return [...document.querySelectorAll('#pair textarea')].map(e => e.value)"
+            "return [...document.querySelectorAll('#pair .words')].map(e => e.textContent)"
         )
 
     found = wait(browser, written)
@@ -172,7 +172,8 @@ def test_type_see_words_stream_in_compare_choose_and_reload(browser, versus):
     stored = datasets.load_dataset(
         "json", data_files=str(folder / "preferences.jsonl"), split="train", cache_dir=str(folder / "cache")
     )
-    assert set(stored.column_names) == {"prompt", "chosen", "rejected"} and stored[-1] == row
+    columns = {"prompt", "chosen", "rejected", "chosen_model", "rejected_model"}
+    assert set(stored.column_names) == columns and stored[-1] == row
 
     browser.refresh()
     say(browser, "see you soon")
@@ -243,7 +244,7 @@ def test_stop_and_reset_end_a_reply_that_is_being_written(browser, models, tmp_p
         # the same model against itself; half a reply is no match, so that a stop takes the pair back
         find(browser, "#compare input").click()
         say(browser, "good bye")
-        wait(browser, lambda: find(browser, "#pair textarea").get_property("value").strip())
+        wait(browser, lambda: find(browser, "#pair .words").text.strip())
         find(browser, "#say .stop-button").click()
         wait(browser, lambda: find(browser, "#say textarea").get_property("value") == "good bye")
         assert not browser.find_elements(By.CSS_SELECTOR, "#pair") and texts(browser, USER) == []
@@ -281,7 +282,6 @@ def test_a_person_in_the_partners_place_is_told_what_to_want_and_how_it_ended(br
 @pytest.mark.parametrize("fault", ["reset", "describe", "follow"])
 def test_a_partner_that_fails_does_not_end_the_chat_on_the_page(fault, tmp_path, monkeypatch):
     monkeypatch.setattr("support.chat_page.role_of", lambda path: Shop(fault))
-    monkeypatch.setattr(ChatPage, "_heading", lambda self, names: "")
     page = ChatPage([Speaker("left")], tmp_path / "p.jsonl")
     tab, raised = page.new_tab(), "SystemExit: 1" if fault == "follow" else "ZeroDivisionError"
     assert fault == "follow" or f"the partner's {fault}() raised {raised}" in tab.goal
@@ -390,7 +390,7 @@ def test_from_thirty_choices_in_a_browser_to_a_blind_tally(browser, tmp_path):
 class Speaker:
     """An agent that says what it is told to."""
 
-    uses_template, system = True, ""
+    uses_template, system, generation_config = True, "", SimpleNamespace(max_new_tokens=20)
 
     def __init__(self, path, replies=None, seed=None):
         self.path = self.name = path
@@ -398,6 +398,12 @@ class Speaker:
 
     def heard(self, text):
         return text
+
+    def summary(self):
+        return "says what it is told to"
+
+    def sampling(self):
+        return "nothing is sampled"
 
     def respond(self, history, text, attempt=0):
         self.asked.append([*history, text])
@@ -566,7 +572,8 @@ ROW |= {
 }
 
 
-BLIND_ROW = ROW | {"chosen_model": "a", "rejected_model": "b", "tie": False}
+OPEN_ROW = ROW | {"chosen_model": "a", "rejected_model": "b"}
+BLIND_ROW = OPEN_ROW | {"tie": False}
 
 
 def test_a_choice_is_appended_as_one_whole_line(tmp_path):
@@ -606,9 +613,20 @@ def test_a_file_that_would_no_longer_be_read_is_left_as_it_is(tmp_path, content,
 def test_a_blind_choice_is_not_added_to_rows_without_models(tmp_path):
     file = tmp_path / "p.jsonl"
     append_preference(file, ROW)
-    with pytest.raises(UserError, match="do not name the models, and those of a blind comparison do; .*--preferences"):
+    with pytest.raises(UserError, match="are not of a blind comparison, and those of this page are; .*--preferences"):
         append_preference(file, BLIND_ROW)
     assert file.read_text() == json.dumps(ROW) + "\n"
+
+
+def test_an_open_choice_fits_the_rows_with_and_without_models_but_no_blind_ones(tmp_path):
+    for first in (ROW, OPEN_ROW):
+        append_preference(file := tmp_path / f"{len(first)}.jsonl", first)
+        append_preference(file, OPEN_ROW)  # loses the models if the rows of the file name none
+        assert list(map(json.loads, file.read_text().splitlines())) == [first, first]
+    append_preference(file := tmp_path / "blind.jsonl", BLIND_ROW)
+    with pytest.raises(UserError, match="are of a blind comparison, and those of this page are not; .*--preferences"):
+        append_preference(file, OPEN_ROW)
+    assert file.read_text() == json.dumps(BLIND_ROW) + "\n"
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
