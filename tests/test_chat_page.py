@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,10 @@ from test_chat import TEMPLATE, Shop, longest_file, make_model
 
 from chat import ChatConfig
 from support.agent import Agent
-from support.chat_page import ChatPage, Tab, append_preference, check_page
+from support.chat_page import HOST, ChatPage, Tab, append_preference, check_page, launch
 from support.data import load_dialogues
 from support.errors import UserError
-from support.tally import read_choices
+from support.tally import read_choices, tally_of
 from support.text import DialogueFormat
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,25 @@ def versus(models, tmp_path_factory):
     lengths = ("--min-new-tokens", 200, "--max-new-tokens", 200)
     with serving(folder, models[0], "--versus", models[1], "--seed", 1, *lengths) as address:
         yield address, folder
+
+
+@pytest.fixture(scope="module")
+def pages(models, tmp_path_factory):
+    """Addresses of three pages of this process, whose replies are short, and the files of their choices."""
+    folder, found, shown = tmp_path_factory.mktemp("pages"), {}, []
+    settings = dict(seed=1, temperature=0.7, top_k=5, top_p=0.9, min_new_tokens=8, max_new_tokens=8)
+    agents = [Agent(model, **settings) for model in models]
+    for mode, speakers in (("single", agents[:1]), ("versus", agents), ("blind", agents)):
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            port = free.getsockname()[1]
+        file = folder / f"{mode}.jsonl"
+        shown.append(ChatPage(speakers, file, blind=mode == "blind").page)
+        launch(shown[-1], port)
+        found[mode] = f"http://{HOST}:{port}", file
+    yield found
+    for page in shown:
+        page.close()
 
 
 def wait(browser, condition):
@@ -291,6 +311,173 @@ def test_a_partner_that_fails_does_not_end_the_chat_on_the_page(fault, tmp_path,
         assert len(tab.history) == 2 * number
         assert (f"follow() raised {raised}" in status) == (fault == "follow")
     assert page.reset(REQUEST)[page.tab].history == []
+
+
+# --- who cannot use a mouse, or does not see ------------------------------------------------------------------------
+
+
+def serious_findings(browser):
+    """What axe-core finds on the page and calls serious or critical, as "rule: element"."""
+    axe = Path(find_spec("axe_playwright_python").origin).with_name("axe.min.js").read_text(encoding="utf-8")
+    browser.execute_script(axe)
+    found = browser.execute_async_script("const done = arguments[0]; axe.run().then(done)")
+    assert len(found["passes"]) > 15, "axe-core looked at next to nothing"
+    return [
+        f"{rule['id']}: {node['html'][:200]}"
+        for rule in found["violations"]
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("mode", ["single", "versus", "blind"])
+def test_axe_finds_nothing_serious(browser, pages, mode):
+    address, _ = pages[mode]
+    for theme in ("light", "dark"):
+        browser.get(f"{address}/?__theme={theme}")
+        find(browser, "#help")
+        if mode == "single":
+            say(browser, f"hello {theme}")
+            idle(browser)
+        else:
+            say(browser, f"good bye {theme}")
+            pair(browser, buttons=5 if mode == "blind" else 4)
+            assert serious_findings(browser) == [], f"{theme}, two replies to choose from"
+            press(browser, "First is better" if mode == "blind" else "A is better")
+            idle(browser)
+        if mode == "blind":
+            press(browser, "Show the tally")
+            find(browser, "#tally table")
+        assert serious_findings(browser) == [], f"{theme}, after a reply"
+    browser.execute_script("document.querySelector('#heading').innerHTML += '<img src=\"data:,\">'")
+    [planted] = serious_findings(browser)  # which shows that axe-core looks
+    assert planted.startswith("image-alt")
+
+
+def press_keys(browser, *keys):
+    browser.switch_to.active_element.send_keys(*keys)
+
+
+def tab_to(browser, name, key=Keys.TAB):
+    """Press Tab, or Shift and Tab, until the focus is on a control of that name, which must be seen to have it."""
+    now = "const e = document.activeElement; return [e.innerText || e.ariaLabel, getComputedStyle(e).outline]"
+    passed = []
+    while len(passed) < 12:
+        press_keys(browser, key)
+        passed.append(browser.execute_script(now))
+        if (passed[-1][0] or "").strip() == name:
+            assert "solid 3px" in passed[-1][1], passed[-1]
+            return
+    raise AssertionError(f"{name} was not reached: {passed}")
+
+
+def in_box(browser):
+    return browser.switch_to.active_element.tag_name == "textarea"
+
+
+def test_a_whole_conversation_by_keyboard_alone(browser, pages):
+    address, file = pages["versus"]
+    browser.get(address)
+    back = Keys.SHIFT + Keys.TAB + Keys.SHIFT  # the second lets go of the key
+    wait(browser, lambda: in_box(browser))
+    press_keys(browser, "what is", Keys.SHIFT + Keys.ENTER + Keys.SHIFT, "that", Keys.ENTER)
+    pair(browser)
+    assert texts(browser, USER) == ["what is that"] and in_box(browser)
+    tab_to(browser, "Two others", back)
+    press_keys(browser, Keys.SPACE)
+    wait(browser, lambda: in_box(browser))  # the button could not be pressed while the others were written
+    replies = pair(browser)
+    tab_to(browser, "B is better", back)
+    press_keys(browser, Keys.ENTER)
+    wait(browser, lambda: texts(browser, BOT) == [replies[1].strip()])
+    wait(browser, lambda: in_box(browser))
+    for words, choice in (("see you soon", "A is better"), ("no sugar", "Neither")):
+        press_keys(browser, words, Keys.ENTER)
+        pair(browser)
+        tab_to(browser, choice, back)
+        press_keys(browser, Keys.SPACE)
+        wait(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, "#pair") and in_box(browser))
+    assert browser.switch_to.active_element.get_property("value") == "no sugar"
+    tab_to(browser, "Reset")
+    press_keys(browser, Keys.SPACE)
+    wait(browser, lambda: texts(browser, USER) == [] and in_box(browser))
+    last = [json.loads(line)["prompt"][-1]["content"] for line in file.read_text().splitlines()[-2:]]
+    assert last == ["what is that", "see you soon"]
+
+
+# --- what stands beside the conversation ----------------------------------------------------------------------------
+
+
+def test_the_share_of_wins_is_that_of_the_tally_of_the_file(browser, pages, models):
+    address, file = pages["versus"]
+    browser.get(address)
+    for words, choice in (("hello", "A"), ("how are you", "B"), ("what time is it", "A")):
+        say(browser, words)
+        if replies := pair(browser, or_same=True):
+            assert replies[0] != replies[1]
+            press(browser, f"{choice} is better")
+            wait(browser, lambda: "Written to" in find(browser, "#status").text)
+        press(browser, "Reset")
+        wait(browser, lambda: texts(browser, USER) == [])
+    tally = tally_of(read_choices(file).rows, tuple(models))
+    assert tally.decided >= 2
+    wait(browser, lambda: all(sentence in find(browser, "#so-far").text for sentence in tally.sentences()))
+    browser.refresh()  # and after another start
+    wait(browser, lambda: all(sentence in find(browser, "#so-far").text for sentence in tally.sentences()))
+
+
+def test_the_page_tells_systems_sampling_and_the_file_and_a_blind_one_hides_names_and_wins(browser, pages, models):
+    sampling = "temperature 0.7, top-k 5, top-p 0.9"
+    for mode, (address, file) in pages.items():
+        browser.get(address)
+        wait(browser, lambda: browser.title.strip() and find(browser, "#help"))
+        heading, side = (find(browser, f"#{part}").text.replace("\xa0", " ") for part in ("heading", "side"))
+        title = browser.find_element(By.TAG_NAME, "h1").text
+        assert title == browser.title and file.name in heading and sampling in side and file.name in side
+        named = [model for model in models if model in browser.page_source]
+        assert named == dict(single=models[:1], versus=models, blind=[])[mode]
+        assert ("hidden" in side) == (mode == "blind") and ("Equally good" in side) == (mode == "blind")
+        assert ("Share of wins" in side) == (mode == "versus") and "A won" not in (side if mode == "blind" else "")
+
+
+def test_the_side_is_beside_the_conversation_or_under_it_where_there_is_no_room(browser, pages):
+    browser.get(pages["versus"][0])
+    find(browser, "#help")
+    boxes = "return ['#talk', '#side'].map(e => document.querySelector(e).getBoundingClientRect())"
+    for width, height in ((1920, 1080), (1280, 800), (390, 844)):
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 400)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        talk, side = browser.execute_script(boxes)
+        if width < 400:
+            assert side["top"] >= talk["bottom"] and side["width"] > 300
+        else:
+            assert side["left"] > talk["right"] > 0.6 * width and abs(side["top"] - talk["top"]) < 10
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_blind_page_does_not_name_a_file_that_is_named_after_a_model(tmp_path):
+    page = blind_page(tmp_path / "left_or_right.jsonl")
+    assert page.file_name() == "the file of <code>--preferences</code>" and "left" not in page.choices_so_far()
+    page = blind_page(file := tmp_path / "<b>.jsonl")
+    assert "&lt;b&gt;.jsonl" in page.file_name() and "0 choices between" in page.choices_so_far()
+    page.choose(0, said_by(page)[1])
+    assert "1 choice between" in page.choices_so_far() and "%" not in page.choices_so_far()
+    file.write_text("hello\n")
+    assert "holds no choice" in page.choices_so_far() and str(tmp_path) not in page.choices_so_far()
+
+
+def test_choices_of_one_model_and_of_rows_without_names_are_counted_without_a_share(tmp_path):
+    page = ChatPage([Speaker("left")], file := tmp_path / "p.jsonl")
+    assert "<p>0 in <code>" in page.choices_so_far()
+    page.choose(1, said_by(page)[1])
+    assert "<p>1 in <code>" in page.choices_so_far()
+    row = json.loads(file.read_text())
+    assert (row["chosen_model"], row["rejected_model"]) == ("left", "left")
+    file.write_text(json.dumps({name: row[name] for name in ("prompt", "chosen", "rejected")}) + "\n")
+    page.choose(1, said_by(page)[1])
+    assert set(json.loads(file.read_text().splitlines()[1])) == {"prompt", "chosen", "rejected"}
+    page.agents.append(Speaker("right"))
+    assert "2 without chosen_model" in page.choices_so_far()
 
 
 # --- a blind comparison ----------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_shell_completion_is_written(shell, tmp_path, run):
 PPO, READERS = ("ppo_dialog",), ("ppo_dialog", "sft_dialog", "intent_classifier", "eval_metrics")
 SPEAKERS = {  # the scripts whose options a module's messages name: of a script itself, of any other module all
     "chat_page": ("chat",),
+    "chat_panels": ("chat",),
     "checkpoint": PPO,
     "config": ("ppo_dialog", "estimate"),
     "data_checks": READERS,

@@ -55,6 +55,14 @@ def test_wins_ties_and_losses_are_those_of_the_first_name(tmp_path, run):
     assert [line.split() for line in lines[7:]] == [["4", "0", "1", "3", "hello"], ["2", "2", "0", "0", "bye"]]
 
 
+def test_rows_of_an_open_page_have_no_tie_and_count(tmp_path):
+    rows = [row("a", "b"), row("b", "a"), row("a", "b")]
+    for open_row in rows[1:]:
+        del open_row["tie"]
+    [found] = tallies(read_choices(write(tmp_path / "p.jsonl", *rows)).rows)
+    assert (found.wins, found.ties, found.losses) == (2, 0, 1)
+
+
 def tail(n, k, p):
     """The probability of k or more wins among n."""
     return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
