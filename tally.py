@@ -1,4 +1,4 @@
-"""Count the choices of blind comparisons: wins, ties and losses of each pair of models in a file.
+"""Count the choices between two models: wins, ties and losses of each pair of models in a file.
 
     python chat.py A --versus B --web --blind            # writes choices to preferences.jsonl
     python tally.py preferences.jsonl                    # who won how often, with an exact 95% interval
@@ -27,10 +27,10 @@ from support.tally import Tally, one_line, read_choices, tallies
 
 @dataclass
 class TallyConfig:
-    """Count the choices of blind comparisons."""
+    """Count the choices between two models."""
 
     preferences: tyro.conf.Positional[str]
-    """File of choices that chat.py wrote with --web --blind."""
+    """File of choices that chat.py wrote with --versus and --web; those with --blind are fairer."""
     by_prompt: bool = False
     """List each prompt (the user's last words), how often it was asked, and who won."""
     output: str = ""

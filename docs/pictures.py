@@ -13,6 +13,7 @@ compares them, so that text and pictures stay those of one run.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -23,9 +24,11 @@ import tempfile
 import textwrap
 import time
 import unittest.mock
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import tyro
 from PIL import Image
@@ -87,34 +90,44 @@ def live_picture(run: Run) -> str:
     return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # a picture loads nothing: its font is the reader's monospace
 
 
-def page_picture(run: Run, file: Path) -> None:
-    """Write the top of the run's page, down to its first CHARTS charts, as a PNG. Raise UserError without Chromium."""
+@contextlib.contextmanager
+def light_browser(width: int, height: int, scale: float) -> Iterator[Any]:
+    """A headless Chromium with a window of that size, in light mode. Raise UserError where there is none."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not (chromium and shutil.which("chromedriver")):
         raise UserError("there is no chromium with chromedriver; on Debian, apt-get install chromium chromium-driver.")
     from selenium import webdriver
 
     with tempfile.TemporaryDirectory() as place:
-        page = write_report([run.folder], Path(place) / "report.html")
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for flag in ("headless=new", "no-sandbox", "disable-gpu", f"user-data-dir={place}/browser"):
             options.add_argument(f"--{flag}")
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            size = dict(width=PAGE_WIDTH, height=900, deviceScaleFactor=SCALE, mobile=False)
+            size = dict(width=width, height=height, deviceScaleFactor=scale, mobile=False)
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             light = [dict(name="prefers-color-scheme", value="light")]
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=light))
-            browser.get(page.as_uri())
-            bottom = "return document.querySelectorAll('.chart')[arguments[0]].getBoundingClientRect().bottom"
-            height = round(browser.execute_script(bottom, CHARTS - 1)) + 16
-            clip = dict(x=0, y=0, width=PAGE_WIDTH, height=height, scale=1)
-            shot = browser.execute_cdp_cmd("Page.captureScreenshot", dict(clip=clip, captureBeyondViewport=True))
+            yield browser
         finally:
             browser.quit()
+
+
+def screenshot(browser: Any, width: int, height: int, file: Path) -> None:
+    """Write the top left part of the page of that size as a PNG of at most 256 colours."""
+    clip = dict(x=0, y=0, width=width, height=height, scale=1)
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", dict(clip=clip, captureBeyondViewport=True))
     picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
+def page_picture(run: Run, file: Path) -> None:
+    """Write the top of the run's page, down to its first CHARTS charts, as a PNG. Raise UserError without Chromium."""
+    with tempfile.TemporaryDirectory() as place, light_browser(PAGE_WIDTH, 900, SCALE) as browser:
+        browser.get(write_report([run.folder], Path(place) / "report.html").as_uri())
+        bottom = "return document.querySelectorAll('.chart')[arguments[0]].getBoundingClientRect().bottom"
+        screenshot(browser, PAGE_WIDTH, round(browser.execute_script(bottom, CHARTS - 1)) + 16, file)
 
 
 def quoted_output(run: Run, log: str) -> list[str]:

@@ -18,7 +18,7 @@ PROMPTS_SHOWN = 20  # in the tally on the page; tally.py lists all
 CSS = """
 .gradio-container { width: min(100%, 100rem) !important; margin: 0 auto !important; padding: 0.25rem 1rem !important; }
 .gradio-container > .main { padding: 0.5rem 0 !important; }
-#heading, #side, #pair .reply { overflow-wrap: anywhere; line-height: 1.45; }
+#heading, #side, #pair .reply { overflow-wrap: anywhere; }
 #heading .html-container, #side .html-container, #pair .html-container { padding: 0; }
 #heading h1 { font-size: 1.5rem; line-height: 1.25; font-weight: 600; }
 #columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
@@ -31,7 +31,7 @@ CSS = """
 #pair .words { min-height: 3.9em; white-space: pre-wrap; padding: 0.4rem 0.75rem;
   border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--block-background-fill); }
 #status { min-height: 1.5em; }
-#side { font-size: 0.85rem; }
+#side .html-container { font-size: 0.85rem; line-height: 1.3; }
 #side h2 { font-size: 1rem; font-weight: 600; }
 #side section + section { margin-top: 1rem; }
 #side section > * + * { margin-top: 0.25rem; }
@@ -153,7 +153,7 @@ def choices_of_two(tally: Tally, notes: Sequence[str], file: str) -> str:
             f'<div class="interval" aria-hidden="true"><span style="left: {low:.1%}; right: {1 - high:.1%}"></span>'
             f'<span class="share" style="left: {found["share"]:.1%}"></span></div>'
         )
-    scope = f"<p>This counts {file}. The names are in view and can lead you: <code>--blind</code> hides them.</p>"
+    scope = f"<p>These are the choices in {file}.</p>"
     return section("Share of wins", bar, *paragraphs(tally.sentences()), scope, *paragraphs(notes))
 
 

@@ -1,10 +1,10 @@
-"""The choices of blind comparisons, counted: how often one model's reply was better than another's.
+"""The choices between two models, counted: how often one model's reply was better than another's.
 
     choices = read_choices("preferences.jsonl")    # what `python chat.py A --versus B --web --blind` wrote
     for tally in tallies(choices.rows):
         print(*tally.sentences(), sep="\\n")
 
-A row names the models in MODEL_COLUMNS beside prompt, chosen and rejected. In a tie, chosen and rejected are the
+A row names the models in MODEL_COLUMNS beside prompt, chosen and rejected. Without --blind it has no "tie". In a tie, chosen and rejected are the
 replies of the two models in the order in which chat.py was given them.
 """
 
@@ -44,6 +44,7 @@ class Choices(NamedTuple):
     rows: list[Choice]
     skipped: Counter[str]  # lines that were not counted, by reason
     unread: set[str]  # columns that mean nothing here
+    in_view: int = 0  # rows of a page that showed the names of the models
 
     def notes(self) -> list[str]:
         """Sentences on what was left out."""
@@ -51,6 +52,9 @@ class Choices(NamedTuple):
         if count := self.skipped.total():
             lines = "1 line was" if count == 1 else f"{count:,} lines were"
             notes.append(f"{lines} not counted: {reasons(self.skipped)}.")
+        if self.in_view:
+            choices = "1 choice was" if self.in_view == 1 else f"{self.in_view:,} choices were"
+            notes.append(f"{choices} made with the names of the models in view (without --blind).")
         if self.unread:
             notes.append(f"columns that were not read: {', '.join(sorted(self.unread))}.")
         return notes
@@ -63,7 +67,7 @@ def reasons(skipped: Counter[str]) -> str:
 def read_choices(path: str | Path) -> Choices:
     """Read the choices in a file of preferences. Lines that are no choice are counted by reason.
 
-    Raises UserError for a file that cannot be read or holds no choice of a blind comparison.
+    Raises UserError for a file that cannot be read or holds no choice between two models.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -71,7 +75,7 @@ def read_choices(path: str | Path) -> Choices:
         raise UserError(f"there is no file '{path}'; {HOW}.") from error
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}.") from error
-    choices = Choices([], Counter(), set())
+    choices, in_view = Choices([], Counter(), set()), 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -84,12 +88,13 @@ def read_choices(path: str | Path) -> Choices:
             choices.skipped[why] += 1
             continue
         choices.rows.append(Choice(row["chosen_model"], row["rejected_model"], row.get("tie", False), last_words(row)))
+        in_view += "tie" not in row
         choices.unread.update(row.keys() - {*COLUMNS, *MODEL_COLUMNS})
     if not choices.rows and not choices.skipped:
         raise UserError(f"'{path}' is empty: no choice was written to it yet.")
     if not choices.rows:
         raise UserError(f"'{path}' holds no choice between two models: {reasons(choices.skipped)}. {HOW}.")
-    return choices
+    return choices._replace(in_view=in_view)
 
 
 def _unusable(row: Any) -> str:

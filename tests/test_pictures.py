@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 from test_report import ROOT, evaluation_of, made_run, metric_rows
 
 from eval_metrics import format_table
@@ -12,6 +13,7 @@ from report import Run
 from support.errors import UserError
 
 sys.path.insert(0, str(ROOT / "docs"))
+import chat_picture  # noqa: E402
 import pictures  # noqa: E402
 
 
@@ -55,3 +57,11 @@ def test_the_live_picture_and_the_quoted_output_come_from_the_runs_files(tmp_pat
     for other in (log.replace("+0.0200", "+0.0300"), log.replace("1,200 env", "1,201 env")):
         with pytest.raises(UserError, match="the log is not of the run"):
             pictures.quoted_output(run, other)
+
+
+def test_the_picture_of_the_page_for_talking_is_small_and_its_command_stands_beside_it():
+    picture, page = ROOT / "docs" / "images" / "chat_page.png", (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    with Image.open(picture) as opened:
+        assert opened.format == "PNG" and opened.size == (chat_picture.WIDTH, chat_picture.HEIGHT)
+    assert picture.stat().st_size < 150_000
+    assert "(images/chat_page.png)" in page and "`python docs/chat_picture.py runs/ppo_dialog`" in page

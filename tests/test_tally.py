@@ -59,8 +59,10 @@ def test_rows_of_an_open_page_have_no_tie_and_count(tmp_path):
     rows = [row("a", "b"), row("b", "a"), row("a", "b")]
     for open_row in rows[1:]:
         del open_row["tie"]
-    [found] = tallies(read_choices(write(tmp_path / "p.jsonl", *rows)).rows)
+    choices = read_choices(write(tmp_path / "p.jsonl", *rows))
+    [found] = tallies(choices.rows)
     assert (found.wins, found.ties, found.losses) == (2, 0, 1)
+    assert choices.notes() == ["2 choices were made with the names of the models in view (without --blind)."]
 
 
 def tail(n, k, p):
