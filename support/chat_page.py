@@ -16,7 +16,7 @@ goes on with the chosen reply.
 A blind page shows no name of a model until the tally is asked for, and draws anew for each pair which reply is first.
 Both replies appear together, because a model's speed could tell it from the other. Its rows also have "tie".
 
-chat_panels.py has the texts around the conversation, with the style and script of the page.
+chat_panels.py has the texts around the conversation; chat_page.css and chat_page.js are style and script of the page.
 """
 
 from __future__ import annotations
@@ -442,8 +442,8 @@ def launch(page: gr.Blocks, port: int) -> None:
         page.launch(
             server_name=HOST,
             server_port=port,
-            css=panels.CSS,
-            js=panels.SCRIPT,
+            css_paths=Path(__file__).with_suffix(".css"),
+            js=Path(__file__).with_suffix(".js").read_text(encoding="utf-8"),
             theme=gr.themes.Default(primary_hue="indigo", **fonts).set(**panels.CONTRAST),
             footer_links=[],
             quiet=True,

@@ -15,41 +15,6 @@ from support.tally import Tally, one_line
 
 SHOW_TALLY, HIDE_TALLY = "Show the tally", "Hide the tally"
 PROMPTS_SHOWN = 20  # in the tally on the page; tally.py lists all
-CSS = """
-.gradio-container { width: min(100%, 100rem) !important; margin: 0 auto !important; padding: 0.25rem 1rem !important; }
-.gradio-container > .main { padding: 0.5rem 0 !important; }
-#heading, #side, #pair .reply { overflow-wrap: anywhere; }
-#heading .html-container, #side .html-container, #pair .html-container { padding: 0; }
-#heading h1 { font-size: 1.5rem; line-height: 1.25; font-weight: 600; }
-#columns { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
-#talk { min-height: calc(100dvh - 7.5rem); }
-#chat { flex: 1 1 0 !important; height: auto !important; min-height: 14rem; }
-#chat button[aria-label="Clear"] { display: none; }  /* Reset does that */
-#chat .message-buttons-right { display: none; }  /* a copy of one's own words */
-#pair { flex-grow: 0 !important; }
-#pair h2 { font-size: 0.85rem; font-weight: 600; }
-#pair .words { min-height: 3.9em; white-space: pre-wrap; padding: 0.4rem 0.75rem;
-  border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--block-background-fill); }
-#status { min-height: 1.5em; }
-#side .html-container { font-size: 0.85rem; line-height: 1.3; }
-#side h2 { font-size: 1rem; font-weight: 600; }
-#side section + section { margin-top: 1rem; }
-#side section > * + * { margin-top: 0.25rem; }
-#side dt { font-weight: 600; }
-#side dd { margin-left: 0.75rem; }
-#help dt { float: left; margin-right: 0.4em; }
-#help dd { margin: 0; }
-.interval { position: relative; height: 0.6rem; border-radius: 3px; background: var(--border-color-primary); }
-.interval span { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--primary-400); }
-.interval .share { width: 3px; margin-left: -1px; top: -3px; bottom: -3px; background: var(--body-text-color); }
-#tally td, #tally th { padding: 0 0.3rem; text-align: right; border: 1px solid #8884; }
-#tally td:last-child, #tally th:last-child { text-align: left; }
-.gradio-container :is(button, input):focus-visible, #say:has(textarea:focus) {
-  outline: 3px solid var(--input-border-color-focus) !important; outline-offset: 1px; }
-#say:has(textarea:focus) { outline-offset: -3px !important; border-radius: 6px; }
-@media (min-width: 60rem) { #columns { grid-template-columns: minmax(0, 1fr) minmax(20rem, 25%); } }
-@media (max-width: 40rem) { #heading h1 { font-size: 1.25rem; } #talk { min-height: calc(100dvh - 10rem); } }
-"""
 # by default, white on a button, a placeholder and the ring of the focus have too little contrast
 CONTRAST = dict(
     button_primary_background_fill="*primary_600",
@@ -59,24 +24,6 @@ CONTRAST = dict(
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-# Names and roles that gradio leaves out, and the focus: it goes to the box when what had it vanishes or is disabled
-SCRIPT = """() => {
-  const all = (selector) => document.querySelectorAll(selector);
-  const box = () => document.querySelector("#say textarea");
-  let focused = null;
-  const mend = () => {
-    for (const said of all("#chat [data-testid=user], #chat [data-testid=bot]")) said.setAttribute("role", "group");
-    for (const button of all("#say .submit-button")) button.setAttribute("aria-label", "Send");
-    for (const button of all("#say .stop-button")) button.setAttribute("aria-label", "Stop");
-    for (const region of all("#status, #goal")) region.setAttribute("role", "status");
-    const lost = focused && (!focused.isConnected || focused.disabled);
-    if (lost && [document.body, focused].includes(document.activeElement)) box()?.focus();
-  };
-  document.addEventListener("focusin", (event) => { focused = event.target; });
-  document.addEventListener("click", (event) => { if (event.target.closest("#reset")) box()?.focus(); });
-  new MutationObserver(mend).observe(document.body, { childList: true, subtree: true, attributeFilter: ["disabled"] });
-  mend();
-}"""
 # The text of a reply, escaped in the browser, so that the widget's value is the reply itself
 REPLY = """<h2>{name}</h2>
 <p class="words" aria-live="polite">${{value.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}}</p>"""

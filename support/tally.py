@@ -4,8 +4,8 @@
     for tally in tallies(choices.rows):
         print(*tally.sentences(), sep="\\n")
 
-A row names the models in MODEL_COLUMNS beside prompt, chosen and rejected. Without --blind it has no "tie". In a tie, chosen and rejected are the
-replies of the two models in the order in which chat.py was given them.
+A row names the models in MODEL_COLUMNS beside prompt, chosen and rejected. Without --blind it has no "tie". In a tie,
+chosen and rejected are the replies of the two models in the order in which chat.py was given them.
 """
 
 from __future__ import annotations
