@@ -480,6 +480,25 @@ def test_choices_of_one_model_and_of_rows_without_names_are_counted_without_a_sh
     assert "2 without chosen_model" in page.choices_so_far()
 
 
+def test_replies_to_choose_from_and_names_that_look_like_code_are_shown_as_they_are(browser, tmp_path):
+    said = "<b>no</b> ${1+1} {{value}} &amp; `x` <img src=x onerror='document.title=1'>"
+    page = ChatPage([Speaker("<i>left</i>", [said]), Speaker("${1+1}", ["other"])], tmp_path / "p.jsonl").page
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    launch(page, port)
+    try:
+        browser.get(f"http://{HOST}:{port}")
+        say(browser, "hello")
+        assert pair(browser) == [said, "other"] and browser.title == "i> against ${1+1}"
+        assert browser.find_element(By.TAG_NAME, "h1").text == browser.title
+        press(browser, "A is better")
+        wait(browser, lambda: "A won 1, B won 0, 0 ties." in find(browser, "#so-far").text)
+        assert "<i>left</i>" in find(browser, "#side").text and "B: ${1+1}" in find(browser, "#side").text
+    finally:
+        page.close()
+
+
 # --- a blind comparison ----------------------------------------------------------------------------------------------
 
 
@@ -578,6 +597,7 @@ class Speaker:
     """An agent that says what it is told to."""
 
     uses_template, system, generation_config = True, "", SimpleNamespace(max_new_tokens=20)
+    codec = SimpleNamespace(format=SimpleNamespace(template=""))
 
     def __init__(self, path, replies=None, seed=None):
         self.path = self.name = path
@@ -591,6 +611,9 @@ class Speaker:
 
     def sampling(self):
         return "nothing is sampled"
+
+    def view(self):
+        return "all"
 
     def respond(self, history, text, attempt=0):
         self.asked.append([*history, text])
