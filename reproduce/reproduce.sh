@@ -9,8 +9,8 @@
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
 # KINDS the estimators (ppo critic rloo grpo; ppo has to be among them), SFT_EPOCHS how long the supervised start is trained (2; two
-# hours at most), PPO options for every run of PPO. SPLIT is the split of the evaluation (validation), whose files are in OUT/SPLIT.
-# TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
+# hours at most), CONFIG the settings of PPO, PPO further options for every run of it. SPLIT is the split of the evaluation
+# (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,6 +18,7 @@ DATA=${DATA:-daily_dialog}
 POLICY=${POLICY:-HuggingFaceTB/SmolLM2-135M}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2}
 SPLIT=${SPLIT:-validation}
+CONFIG=${CONFIG:-configs/smollm2_daily_dialog.yaml}
 sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-2}" --eval-samples 1000) judge=(--epochs 2) eval=() only=()
 pairs=(--pairs 6000 --batch-size 32 --lr 1.5e-4 --epochs 2 --eval-every 80)
 read -ra ppo <<<"${PPO:-}"
@@ -85,7 +86,7 @@ train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
     local name=$1 resume=()
     shift
     if compgen -G "$OUT/$name/checkpoints/update-*" >/dev/null; then resume=(--resume); fi
-    accelerate launch ppo_dialog.py --config configs/smollm2_daily_dialog.yaml --data-path "$DATA" \
+    accelerate launch ppo_dialog.py --config "$CONFIG" --data-path "$DATA" \
         --model-path "$OUT/sft" --intent-model "$OUT/judge" --mixed-precision "$precision" \
         --run-dir "$OUT" --experiment-name "$name" ${ppo[@]+"${ppo[@]}"} "$@" ${resume[@]+"${resume[@]}"}
 }

@@ -20,6 +20,8 @@ def test_a_configuration_loads_and_can_work(file):
     config.check()
     if config.partner:  # it needs no data
         assert config.model_path == config.partner == "desk"
+    elif file.stem.startswith("builtin"):
+        assert config.data_path == config.model_path == "builtin" and config.samples_per_prompt == 8
     else:
         assert config.data_path == "daily_dialog" and config.model_path != "builtin"
     assert len(notes) == (1 if file == TUTORIAL else 0)  # use_recurrent_policy has no meaning here
