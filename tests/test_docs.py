@@ -320,6 +320,8 @@ def parse_command(words: list[str]) -> None:
             pass
         case "tensorboard":
             assert shutil.which("tensorboard") and words[1] == "--logdir"
+        case "transformers":
+            assert shutil.which("transformers") and words[1] in ("serve", "chat") and Path(words[2]).is_dir(), words
         case _ if words[1] == "-m":
             runpy._get_module_details(words[2])
         case _:
