@@ -68,6 +68,8 @@ class ResultsConfig:
     """Folder for results.md, results.json and the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs ppo-SEED."""
+    tutorial: bool = True
+    """Show what OpenRL's tutorial reports beside the gains. It is about DailyDialog."""
     dialogues: int = 20
     """Dialogues that are shown, picked by a fixed seed."""
 
@@ -236,8 +238,10 @@ def write_text(summary: dict[str, Any], config: ResultsConfig) -> TemplateModule
     dialogues = shown_dialogues(
         Path(config.out) / config.split, config.seeds[0], config.dialogues, summary["ablations"]
     )
-    names = dict(labels=LABELS, ablation_labels=ABLATIONS, reported=REPORTED, tutorial=TUTORIAL)
-    counted = {"human replies, shuffled": summary["shuffled"]["rl4lms"]} | summary["scoring_rl4lms"] | PUBLISHED
+    names = dict(labels=LABELS, ablation_labels=ABLATIONS, reported=REPORTED)
+    names["tutorial"] = TUTORIAL if config.tutorial else {}
+    counted = {"human replies, shuffled": summary["shuffled"]["rl4lms"]} | summary["scoring_rl4lms"]
+    counted |= PUBLISHED if config.tutorial else {}
     names |= dict(systems=systems_of(summary), in_table=IN_TABLE, counted=counted)
     return environment.get_template("results.md.jinja").make_module(
         summary | names | {"config": config, "dialogues": dialogues}
@@ -302,7 +306,7 @@ def height_of(point: dict[str, Any], quality: str) -> tuple[float, float, float]
     return tuple(100 * value / base for value in (difference["value"], *difference["ci95"]))
 
 
-def draw_gains(summary: dict[str, Any], file: Path) -> None:
+def draw_gains(summary: dict[str, Any], tutorial: bool, file: Path) -> None:
     names, seeds = list(summary["gain_mean"]), summary["seeds"]
     figure = Figure((9, 4), layout="tight")
     axes, width = figure.subplots(), 0.8 / len(seeds)
@@ -311,8 +315,9 @@ def draw_gains(summary: dict[str, Any], file: Path) -> None:
         heights = [100 * row["gain"][n] for n in names]
         errors = [[abs(100 * (row["ci95"][n][side] - row["gain"][n])) for n in names] for side in (0, 1)]
         axes.bar(x, heights, width * 0.9, yerr=errors, capsize=2, label=f"seed {row['seed']}")
-    tutorial = [(i, 100 * TUTORIAL[n]) for i, n in enumerate(names) if n in TUTORIAL]
-    axes.scatter(*zip(*tutorial), marker="_", s=600, color="black", zorder=3, label="tutorial")
+    if tutorial:
+        reported = [(i, 100 * TUTORIAL[n]) for i, n in enumerate(names) if n in TUTORIAL]
+        axes.scatter(*zip(*reported), marker="_", s=600, color="black", zorder=3, label="tutorial")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), [LABELS[n] for n in names], rotation=20, ha="right")
     axes.set_ylabel("gain over the supervised start, %")
@@ -334,7 +339,7 @@ def main() -> None:
     summary = summarize(out, config.split, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
-    draw_gains(summary, results / "results-gains.png")
+    draw_gains(summary, config.tutorial, results / "results-gains.png")
     if summary["frontier"]:
         draw_frontier(summary["frontier"], results / "results-frontier.png")
     runs = load_runs(
