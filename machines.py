@@ -10,6 +10,7 @@ the first one and have the same versions of Python, of the packages and of this 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import socket
 import time
@@ -94,7 +95,8 @@ def meeting_place(config: MachinesConfig) -> Iterator[socket.socket]:
     """Give the socket on which the first machine listens. UserError if the address or the port cannot be had."""
     own = {a.address.split("%")[0] for places in psutil.net_if_addrs().values() for a in places}
     found = {entry[4][0] for entry in socket.getaddrinfo(config.main_process_ip, None)}
-    if not own & found:
+    # a machine often knows its own name as 127.0.1.1, which no network card has
+    if not own & found and not any(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found):
         shown = ", ".join(sorted(a for a in own if "." in a and not a.startswith("127.")))
         raise UserError(
             f"main_process_ip is '{config.main_process_ip}', which is not an address of this machine ({shown}); give "

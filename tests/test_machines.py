@@ -108,6 +108,13 @@ def test_what_keeps_machines_apart_is_a_sentence(options, phrase, copies):
     assert process.returncode == 2 and phrase in said.splitlines()[-1] and "error: " in said, said
 
 
+def test_the_first_machine_may_know_its_own_name_as_a_loopback_address(copies):
+    process = checking(
+        copies[0], "--main_process_ip", "127.0.1.1", "--main_process_port", free_port(), "--minutes", 0.01
+    )
+    assert "machine 1 did not come" in process.communicate(timeout=60)[0]  # it was waited for
+
+
 def test_a_port_in_use_and_another_program_are_sentences(copies):
     with listen() as other:
         place = ["--main_process_ip", "127.0.0.1", "--main_process_port", other.getsockname()[1]]
