@@ -9,8 +9,9 @@
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
 # KINDS the estimators (ppo critic rloo grpo; ppo has to be among them), SFT_EPOCHS how long the supervised start is trained (2; two
-# hours at most), CONFIG the settings of PPO, PPO further options for every run of it. SPLIT is the split of the evaluation
-# (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
+# hours at most), CONFIG the settings of PPO. JUDGE, SFT, PAIRS and PPO are further options for judges, supervised start, reward
+# model and every run of PPO. SPLIT is the split of the evaluation (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS
+# and FRONTIER_LIMIT are those of the frontier.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,6 +23,9 @@ CONFIG=${CONFIG:-configs/smollm2_daily_dialog.yaml}
 sft=(--max-minutes 120 --epochs "${SFT_EPOCHS:-2}" --eval-samples 1000) judge=(--epochs 2) eval=() only=()
 pairs=(--pairs 6000 --batch-size 32 --lr 1.5e-4 --epochs 2 --eval-every 80)
 read -ra ppo <<<"${PPO:-}"
+read -ra more_judge <<<"${JUDGE:-}"
+read -ra more_sft <<<"${SFT:-}"
+read -ra more_pairs <<<"${PAIRS:-}"
 if [[ ${1:-} == --quick ]]; then
     OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
     judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
@@ -147,6 +151,7 @@ match() { # NAME: at the temperature where distinct-2 is that of the supervised 
 }
 
 data=(--data-path "$DATA" --skip-bad-rows --mixed-precision "$precision")
+judge+=(${more_judge[@]+"${more_judge[@]}"}) sft+=(${more_sft[@]+"${more_sft[@]}"}) pairs+=(${more_pairs[@]+"${more_pairs[@]}"})
 stage judge whole "$OUT/judge" python intent_classifier.py --model-path "$ENCODER" --half even "${data[@]}" "${judge[@]}"
 stage second_judge whole "$OUT/second_judge" \
     python intent_classifier.py --model-path "$ENCODER" --half odd --seed 1 "${data[@]}" "${judge[@]}"

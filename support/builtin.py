@@ -214,11 +214,11 @@ def _exists(kind: str) -> bool:
     return (_folder(kind) / "config.json").exists()
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the built-in corpus with the end-of-utterance marker as one token; it can encode any text."""
+def train_tokenizer(data_path: str = "builtin", size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a training split with the end-of-utterance marker as one token; it can encode any text."""
     marker = DialogueFormat().eou_marker
-    tokenizer = _byte_level_bpe("builtin", ["<PAD>", "<EOS>", marker])
-    # the judge reads (previous utterance, utterance) pairs; single texts stay as they are
+    tokenizer = _byte_level_bpe(data_path, ["<PAD>", "<EOS>", marker], size)
+    # a classifier reads (previous utterance, utterance) pairs; single texts stay as they are
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair=f"$A {marker} $B:1 {marker}:1", special_tokens=[(marker, tokenizer.token_to_id(marker))]
     )
@@ -240,18 +240,18 @@ def train_desk_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_bpe(data_path: str, special_tokens: list[str]) -> Tokenizer:
-    """Train a BPE of at most VOCABULARY tokens on the training texts of embedded data."""
+def _byte_level_bpe(data_path: str, special_tokens: list[str], size: int = VOCABULARY) -> Tokenizer:
+    """Train a BPE of at most `size` tokens on the utterances of a training split; malformed rows are left out."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=[AddedToken(token, special=True) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    utterances = (u for d in load_dialogues(data_path, "train") for u in d.utterances)
+    utterances = (u for d in load_dialogues(data_path, "train", skip_bad_rows=True) for u in d.utterances)
     tokenizer.train_from_iterator(utterances, trainer)
     return tokenizer
 

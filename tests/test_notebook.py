@@ -54,6 +54,7 @@ def test_the_notebook_is_kept_without_outputs_and_its_cells_have_names():
     assert "sys.path" not in NOTEBOOK.read_text()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_own_folder_and_shows_what_it_says(clone, environment):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     place = {"metadata": {"path": str(clone / "examples")}}
