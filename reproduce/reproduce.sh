@@ -132,17 +132,19 @@ frontier() { # NAME: quality and diversity at several temperatures and top-p
     done
 }
 
+chosen=$OUT/validation/frontier # temperatures are chosen on the validation split, whichever is evaluated
+
 best() { # the supervised model at the temperature that is best for METEOR, and at that for the second judge
     local metric
     for metric in meteor intent_second_judge; do
         supervised "$HERE/replies/best-$metric.jsonl" \
-            --temperature "$(python reproduce/frontier.py "$HERE/frontier/sft" --best "$metric")"
+            --temperature "$(python reproduce/frontier.py "$chosen/sft" --best "$metric")"
     done
 }
 
 match() { # NAME: at the temperature where distinct-2 is that of the supervised model; and against that model at its best
     local metric temperature
-    temperature=$(python reproduce/frontier.py "$HERE/frontier/$1" --like "$HERE/frontier/sft")
+    temperature=$(python reproduce/frontier.py "$chosen/$1" --like "$chosen/sft")
     score "$HERE/eval/$1-matched.json" "$OUT/$1" "$start" --temperature "$temperature" \
         --replies "$HERE/replies/$1-matched.jsonl"
     for metric in meteor intent_second_judge; do

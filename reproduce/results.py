@@ -71,7 +71,7 @@ class ResultsConfig:
     tutorial: bool = True
     """Show what OpenRL's tutorial reports beside the gains. It is about DailyDialog."""
     dialogues: int = 20
-    """Dialogues that are shown, picked by a fixed seed."""
+    """Dialogues that are shown, picked by a fixed seed (0: none)."""
 
 
 def read(file: Path) -> Any:

@@ -19,7 +19,7 @@ import reward_model
 import sft_dialog
 import sweep
 import tally
-from reproduce import results
+from reproduce import results, small_model
 from support.config import command_line
 
 PPO_GROUPS = ["model", "text", "sample", "format", "reward", "partner", "algorithm", "engine", "run"]
@@ -36,6 +36,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     machines: (machines.MachinesConfig, []),
     sweep: (sweep.SweepConfig, []),
     results: (results.ResultsConfig, []),
+    small_model: (small_model.SmallModelConfig, []),
 }
 CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}
 
