@@ -123,14 +123,15 @@ def win_rate(evaluation: dict[str, Any]) -> dict[str, Any] | None:
     return next(iter(evaluation["win_rate"].values()), None)
 
 
-def frontier_of(here: Path, names: Iterable[str]) -> dict[str, Any]:
+def frontier_of(out: Path, split: str, names: Iterable[str]) -> dict[str, Any]:
     """Return what was measured at several temperatures, and what follows from it.
 
     `points` are evaluations of each model. `matched` compares a policy with the supervised model at the temperature
-    where their distinct-2 is the same. `best` is the supervised model at the temperature that is best for a metric, and
-    `over_best` compares a policy at temperature 1 with it. `above` is the smallest distance of a policy's points from
-    the supervised model's curve at the same distinct-2, in units of the metric.
+    where their distinct-2 is the same. `best` is the supervised model at the temperature that is best for a metric on
+    the validation split, and `over_best` compares a policy at temperature 1 with it. `above` is the smallest distance
+    of a policy's points from the supervised model's curve at the same distinct-2, in units of the metric.
     """
+    here = out / split
     points = {name: read_points(folder) for name in ("sft", *names) if (folder := here / "frontier" / name).is_dir()}
     if "sft" not in points:
         return {}
@@ -140,7 +141,7 @@ def frontier_of(here: Path, names: Iterable[str]) -> dict[str, Any]:
     for metric in ("meteor", "intent_second_judge"):
         compared = read_all(here, names, f"-over-best-{metric}")
         if compared:
-            temperature = best_temperature(points["sft"], metric)
+            temperature = best_temperature(read_points(out / "validation" / "frontier" / "sft"), metric)
             metrics = next(iter(compared.values()))["baseline"]
             found["best"][metric] = {"temperature": temperature, "metrics": metrics}
         found["over_best"][metric] = {name: gains(e) for name, e in compared.items()}
@@ -204,7 +205,7 @@ def summarize(out: Path, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
         },
         "shuffled": {"plain": first["shuffled"], "rl4lms": next(iter(scored.values()))["shuffled"] if scored else None},
         "scoring_rl4lms": {name: evaluation["policy"] for name, evaluation in scored.items()},
-        "frontier": frontier_of(here, trained),
+        "frontier": frontier_of(out, split, trained),
         "environment_steps": {name: read(out / name / "metrics.jsonl")[-1]["env_steps"] for name in policies},
         "judges": {n: read(out / n / "intent.json")["validation"] for n in ("judge", "second_judge")},
         "supervised_curve": [

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.config import check_command_line, command_line
 from support.errors import UserError, run_script
+from support.options import PositiveInt, check_values
 from support.paths import check_data, check_models, check_new_folder
 
 
@@ -33,16 +34,19 @@ class SmallModelConfig:
     """Folder for the model: a plain Hugging Face folder."""
     words_of: str = ""
     """Pretrained causal LM with a byte-level BPE, whose embeddings are taken; left out: random ones."""
-    vocabulary: int = 4000
-    """Tokens, with the three special ones."""
-    hidden_size: int = 256
+    vocabulary: PositiveInt = 4000
+    """Tokens, with the three special ones; at least 259, as each byte is one."""
+    hidden_size: PositiveInt = 256
     """Width, a multiple of 64."""
-    layers: int = 4
+    layers: PositiveInt = 4
     """Transformer layers."""
     encoder: bool = False
     """Write an encoder for a judge or a reward model instead: a BERT."""
     seed: int = 0
     """Seed of the random weights."""
+
+    def __post_init__(self):
+        check_values(self)
 
     def check(self) -> None:
         """UserError for paths that do not exist, an output folder with files, and a width that heads do not divide."""
@@ -50,7 +54,7 @@ class SmallModelConfig:
         check_data(self.data_path)
         if self.words_of:
             check_models(words_of=self.words_of)
-        if self.hidden_size < 64 or self.hidden_size % 64:
+        if self.hidden_size % 64:
             raise UserError(f"hidden_size is {self.hidden_size}; expected a multiple of 64, the width of a head.")
 
 
@@ -80,17 +84,20 @@ INITIALIZER_RANGE = 0.02  # standard deviation of the weights, that of Llama
 def words_of(name: str, tokenizer: PreTrainedTokenizerFast, width: int) -> torch.Tensor:
     """Embeddings (V, width) of the tokenizer's V tokens: principal components of a pretrained model's embeddings.
 
-    A token that the pretrained model does not have gets the mean of those that spell it.
+    A token that the pretrained model does not have gets the mean of those that spell it, a special token that of all.
     """
     name = resolve_model(name)
     theirs = AutoTokenizer.from_pretrained(name)
     table = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).get_input_embeddings().weight.detach()
     known, special, rows = theirs.get_vocab(), set(tokenizer.all_special_ids), []
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        ids = [known[token]] if token in known and number not in special else []
-        if not ids and number not in special:
+        if number in special:
+            ids = []
+        elif token in known:
+            ids = [known[token]]
+        else:
             ids = theirs.encode(tokenizer.convert_tokens_to_string([token]), add_special_tokens=False)
-        rows.append(table[ids].mean(0) if ids else table.mean(0))
+        rows.append((table[ids] if ids else table).mean(0))
     words = torch.stack(rows)
     words = words - words.mean(0)
     _, _, components = torch.linalg.svd(words, full_matrices=False)

@@ -7,7 +7,7 @@ import forked
 import pytest
 
 from reproduce.frontier import best_temperature, read_points, temperature_like
-from reproduce.results import least_distance
+from reproduce.results import frontier_of, least_distance
 from support.errors import UserError
 
 
@@ -51,3 +51,16 @@ def test_the_command_prints_one_number_or_a_sentence(curves):
     (curves / "ppo" / "t1.0-p1.0.json").write_text("{}")
     done = forked.run([*command, str(curves / "ppo"), "--best", "meteor"], capture_output=True, text=True)
     assert done.returncode == 2 and "is not an evaluation of reproduce.sh" in done.stderr
+
+
+def test_the_test_split_is_compared_at_the_temperature_that_validation_chose(tmp_path):
+    for split, best in (("validation", 0.5), ("test", 1.0)):
+        (tmp_path / split / "frontier").mkdir(parents=True)
+        rows = {(t, 1.0): (0.3 if t == best else 0.2, 0.4) for t in (0.5, 1.0)}
+        write(tmp_path / split / "frontier" / "sft", rows)
+    (tmp_path / "test" / "eval").mkdir()
+    compared = {"difference": {}, "baseline": {"meteor": 0.2}}
+    (tmp_path / "test" / "eval" / "ppo-0-over-best-meteor.json").write_text(json.dumps(compared))
+    found = frontier_of(tmp_path, "test", ["ppo-0"])
+    assert found["best"] == {"meteor": {"temperature": 0.5, "metrics": {"meteor": 0.2}}}
+    assert [point["metrics"]["meteor"] for point in found["points"]["sft"]] == [0.2, 0.3]

@@ -50,6 +50,8 @@ def test_an_encoder_reads_pairs_and_the_seed_decides_the_weights(tmp_path):
 def test_mistakes_are_sentences_and_what_is_there_stays(tmp_path):
     done = make(tmp_path / "small", "--hidden-size", "100")
     assert done.returncode == 2 and "hidden_size is 100; expected a multiple of 64" in done.stderr
+    done = make(tmp_path / "small", "--layers", "0")
+    assert done.returncode == 2 and "layers is 0; expected" in done.stderr
     done = make(tmp_path / "small", "--words-of", "builtin", "--hidden-size", "192")
     assert done.returncode == 2 and "hidden_size is 192; expected at most 128, the width of" in done.stderr
     assert not (tmp_path / "small").exists()
