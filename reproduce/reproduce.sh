@@ -7,11 +7,11 @@
 #   bash reproduce/reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
-# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the seeds,
-# KINDS the estimators (ppo critic rloo grpo; ppo has to be among them), SFT_EPOCHS how long the supervised start is trained (2; two
-# hours at most), CONFIG the settings of PPO. JUDGE, SFT, PAIRS and PPO are further options for judges, supervised start, reward
-# model and every run of PPO. SPLIT is the split of the evaluation (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS
-# and FRONTIER_LIMIT are those of the frontier.
+# OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the
+# seeds, KINDS the estimators (ppo critic rloo grpo; the first fills the table of gains), SFT_EPOCHS how long the supervised
+# start is trained (2; two hours at most), CONFIG the settings of PPO. JUDGE, SFT, PAIRS, PPO and EVAL are further options for
+# judges, supervised start, reward model, every run of PPO and every evaluation. SPLIT is the split of the evaluation
+# (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,6 +26,7 @@ read -ra ppo <<<"${PPO:-}"
 read -ra more_judge <<<"${JUDGE:-}"
 read -ra more_sft <<<"${SFT:-}"
 read -ra more_pairs <<<"${PAIRS:-}"
+read -ra more_eval <<<"${EVAL:-}"
 if [[ ${1:-} == --quick ]]; then
     OUT=${OUT:-runs/reproduce-quick} RESULTS=${RESULTS:-runs/reproduce-quick/results}
     judge=(--max-minutes 1 --eval-samples 200) sft=(--max-minutes 1 --eval-samples 32)
@@ -51,7 +52,7 @@ for seed in $SEEDS; do
     for kind in "${kinds[@]}"; do policies+=("$kind-$seed"); done
 done
 known=" judge second_judge sft reward_model eval-sft frontier-sft best-sft no-kl no-meteor eval-no-kl eval-no-meteor "
-for name in "${policies[@]}"; do known+="$name eval-$name frontier-$name matched-$name "; done
+for name in "${policies[@]}"; do known+="$name eval-$name frontier-$name matched-$name over-best-$name "; done
 for name in ${only[@]+"${only[@]}"}; do
     if [[ $known != *" $name "* ]]; then
         echo "reproduce.sh has no stage '$name'; it has:$known" >&2
@@ -96,15 +97,15 @@ train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
 }
 
 evaluation=(python eval_metrics.py --data-path "$DATA" --skip-bad-rows --split "$SPLIT" --no-perplexity --batch-size 128
-    --mixed-precision "$precision" ${eval[@]+"${eval[@]}"})
+    --mixed-precision "$precision" ${eval[@]+"${eval[@]}"} ${more_eval[@]+"${more_eval[@]}"})
 start=$HERE/replies/sft.jsonl # what the supervised model answers at temperature 1
 
-score() { # OUTPUT MODEL BASELINE OPTIONS...: MODEL may be a file of replies
-    if [[ ! -e $1 ]]; then
-        "${evaluation[@]}" --model-path "$2" --baseline-path "$3" --intent-model "$OUT/judge" \
-            --second-intent-model "$OUT/second_judge" --reward-models "$OUT/reward_model" --output "$1" "${@:4}"
-    fi
+judged=(--intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --reward-models "$OUT/reward_model")
+
+count() { # OUTPUT MODEL BASELINE OPTIONS...: without judges and reward model; MODEL may be a file of replies
+    if [[ ! -e $1 ]]; then "${evaluation[@]}" --model-path "$2" --baseline-path "$3" --output "$1" "${@:4}"; fi
 }
+score() { count "$@" "${judged[@]}"; } # with them
 
 supervised() { # FILE OPTIONS...: what the supervised model answers, which is kept
     if [[ ! -e $1 ]]; then "${evaluation[@]}" --model-path "$OUT/sft" --bootstrap 1 --replies "$1" "${@:2}"; fi
@@ -118,7 +119,7 @@ evaluate() { # NAME: against the supervised model, and once more as RL4LMs count
     else
         score "$HERE/eval/$1.json" "$OUT/$1" "$start" --replies "$replies"
     fi
-    score "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
+    count "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
 }
 
 frontier() { # NAME: quality and diversity at several temperatures and top-p
@@ -142,11 +143,15 @@ best() { # the supervised model at the temperature that is best for METEOR, and 
     done
 }
 
-match() { # NAME: at the temperature where distinct-2 is that of the supervised model; and against that model at its best
-    local metric temperature
+match() { # NAME: at the temperature where distinct-2 is that of the supervised model
+    local temperature
     temperature=$(python reproduce/frontier.py "$chosen/$1" --like "$chosen/sft")
     score "$HERE/eval/$1-matched.json" "$OUT/$1" "$start" --temperature "$temperature" \
         --replies "$HERE/replies/$1-matched.jsonl"
+}
+
+over_best() { # NAME: against the supervised model at its best
+    local metric
     for metric in meteor intent_second_judge; do
         score "$HERE/eval/$1-over-best-$metric.json" "$HERE/replies/$1.jsonl" "$HERE/replies/best-$metric.jsonl"
     done
@@ -178,7 +183,8 @@ for name in "${policies[@]}" no-kl no-meteor; do measure "eval-$name" evaluate "
 for name in "${policies[@]}"; do
     measure "frontier-$name" frontier "$name"
     measure "matched-$name" match "$name"
+    measure "over-best-$name" over_best "$name"
 done
 if [[ ${#only[@]} -gt 0 ]]; then exit; fi
 read -ra seeds <<<"$SEEDS"
-python reproduce/results.py "$OUT" --split "$SPLIT" --results "$RESULTS" --seeds "${seeds[@]}"
+python reproduce/results.py "$OUT" --split "$SPLIT" --results "$RESULTS" --main "${kinds[0]}" --seeds "${seeds[@]}"

@@ -67,7 +67,9 @@ class ResultsConfig:
     results: str = "docs/notebook"
     """Folder for results.md, results.json and the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs ppo-SEED."""
+    """Seeds of the runs."""
+    main: Literal["ppo", "critic", "rloo", "grpo"] = "ppo"
+    """Estimator whose runs MAIN-SEED fill the table of gains and the curves. It has to be evaluated with all seeds."""
     tutorial: bool = True
     """Show what OpenRL's tutorial reports beside the gains. It is about DailyDialog."""
     dialogues: int = 20
@@ -173,21 +175,25 @@ def least_distance(start: list[dict[str, Any]], curve: list[dict[str, Any]], met
     return min((v - float(np.interp(d, x, y)) for d, v in mine if x[0] <= d <= x[-1]), default=None)
 
 
-def summarize(out: Path, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Return the content of results.json. A run that has not been evaluated is left out, except PPO's."""
+def summarize(out: Path, split: str, main: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Return the content of results.json. A run that has not been evaluated is left out, except the main one's.
+
+    `ppo` has the metrics of the runs of the estimator `main`, by seed.
+    """
     here = out / split
-    evaluations = {f"ppo-{s}": read(here / "eval" / f"ppo-{s}.json") for s in seeds}
-    others = read_all(here, [f"{kind}-{s}" for kind in ESTIMATORS if kind != "ppo" for s in seeds])
+    evaluations = {f"{main}-{s}": read(here / "eval" / f"{main}-{s}.json") for s in seeds}
+    others = read_all(here, [f"{kind}-{s}" for kind in ESTIMATORS if kind != main for s in seeds])
     ablations = read_all(here, ABLATIONS)
     trained = evaluations | others
-    first, policies = evaluations[f"ppo-{seeds[0]}"], {n: e["policy"] for n, e in (trained | ablations).items()}
-    per_seed = [{"seed": s} | gains(evaluations[f"ppo-{s}"]) for s in seeds]
+    first, policies = evaluations[f"{main}-{seeds[0]}"], {n: e["policy"] for n, e in (trained | ablations).items()}
+    per_seed = [{"seed": s} | gains(evaluations[f"{main}-{s}"]) for s in seeds]
     replies = {n: here / "replies" / f"{n}.jsonl" for n in ("sft", *policies)}
     scored = read_all(here, ("sft", *policies), "-rl4lms")
     return {
         "samples": first["settings"]["samples"],
         "supervised": first["baseline"],
-        "ppo": {str(s): policies[f"ppo-{s}"] for s in seeds},
+        "main": main,
+        "ppo": {str(s): policies[f"{main}-{s}"] for s in seeds},
         "seeds": per_seed,
         "gain_mean": {
             name: statistics.fmean(row["gain"][name] for row in per_seed)
@@ -215,9 +221,9 @@ def summarize(out: Path, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def shown_dialogues(here: Path, seed: int, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
+def shown_dialogues(here: Path, policy: str, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
     """Pick dialogues by a generator that starts at 0: their number, context, and the replies by model."""
-    shown = {"supervised": "sft", "PPO": f"ppo-{seed}"} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
+    shown = {"supervised": "sft", "PPO": policy} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
     replies = {label: read(here / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
     first, dialogues = replies["supervised"], []
 
@@ -236,16 +242,15 @@ def write_text(summary: dict[str, Any], config: ResultsConfig) -> TemplateModule
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:+.1%}"
-    dialogues = shown_dialogues(
-        Path(config.out) / config.split, config.seeds[0], config.dialogues, summary["ablations"]
-    )
+    here, policy = Path(config.out) / config.split, f"{config.main}-{config.seeds[0]}"
+    dialogues = shown_dialogues(here, policy, config.dialogues, summary["ablations"])
     names = dict(labels=LABELS, ablation_labels=ABLATIONS, reported=REPORTED)
     names["tutorial"] = TUTORIAL if config.tutorial else {}
     counted = {"human replies, shuffled": summary["shuffled"]["rl4lms"]} | summary["scoring_rl4lms"]
     counted |= PUBLISHED if config.tutorial else {}
     names |= dict(systems=systems_of(summary), in_table=IN_TABLE, counted=counted)
     return environment.get_template("results.md.jinja").make_module(
-        summary | names | {"config": config, "dialogues": dialogues}
+        summary | names | {"config": config, "dialogues": dialogues, "main_label": ESTIMATORS[config.main]}
     )
 
 
@@ -291,6 +296,8 @@ def draw_frontier(frontier: dict[str, Any], file: Path) -> None:
                     style = dict(linestyle="-" if top_p == 1.0 else "--", linewidth=1, elinewidth=0.5)
                     axes.errorbar(x, y, errors, None, color=color, marker=".", label=label if shown else None, **style)
             axes.set(xlabel=of_x, ylabel=of_y)
+            axes.margins(x=0.05)
+            axes.locator_params(axis="x", nbins=5)
     all_axes[0][0].legend(fontsize=7)
     figure.savefig(file, dpi=110)
 
@@ -337,14 +344,14 @@ def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
 def main() -> None:
     config = command_line(ResultsConfig, __doc__)
     out, results = Path(config.out), Path(config.results)
-    summary = summarize(out, config.split, config.seeds)
+    summary = summarize(out, config.split, config.main, config.seeds)
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
     draw_gains(summary, config.tutorial, results / "results-gains.png")
     if summary["frontier"]:
         draw_frontier(summary["frontier"], results / "results-frontier.png")
     runs = load_runs(
-        out / name for name in summary["environment_steps"] if name.startswith("ppo-") or name in ABLATIONS
+        out / name for name in summary["environment_steps"] if name.startswith(f"{config.main}-") or name in ABLATIONS
     )
     charts = [chart for section in charts_of(runs)[0].values() for chart in section]
     charts = [chart for chart in charts if chart.panel.names.split()[0] in CURVES]
