@@ -56,13 +56,23 @@ def read_points(folder: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"'{file}' is not an evaluation of reproduce.sh ({type(error).__name__}).") from error
     if not points:
-        raise UserError(f"'{folder}' has no evaluations; run the stage frontier-{folder.name} of reproduce.sh first.")
+        split = folder.absolute().parent.parent.name  # OUT/SPLIT/frontier/NAME
+        stage = f"`SPLIT={split} bash reproduce/reproduce.sh frontier-{folder.name}`"
+        raise UserError(f"'{folder}' has no evaluations; run {stage} first.")
     return sorted(points, key=lambda point: (-point["top_p"], point["temperature"]))
 
 
+def without_top_p(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points at top-p 1, where reproduce.sh compares two models. UserError if there is none."""
+    curve = [point for point in points if point["top_p"] == 1.0]
+    if not curve:
+        raise UserError("there is no evaluation at top-p 1, where the models are compared; add 1.0 to TOP_PS.")
+    return curve
+
+
 def best_temperature(points: list[dict[str, Any]], metric: str) -> float:
-    """Return the temperature at which a metric is highest, with the largest top-p. UserError for an unknown metric."""
-    curve = [point for point in points if point["top_p"] == points[0]["top_p"]]
+    """Return the temperature at which a metric is highest, at top-p 1. UserError for an unknown metric."""
+    curve = without_top_p(points)
     values = [point["metrics"].get(metric) for point in curve]
     if None in values:
         known = ", ".join(name for name, value in curve[0]["metrics"].items() if value is not None)
@@ -71,24 +81,26 @@ def best_temperature(points: list[dict[str, Any]], metric: str) -> float:
 
 
 def temperature_like(points: list[dict[str, Any]], distinct2: float) -> float:
-    """Return the temperature at which distinct-2 has a value, between two points that have less and more.
+    """Return the temperature at which distinct-2 has a value, between two points at top-p 1 that have less and more.
 
     If no point has less, or none has more, it is the lowest or the highest temperature.
     """
-    curve = [point for point in points if point["top_p"] == points[0]["top_p"]]
+    curve = without_top_p(points)
     values = np.maximum.accumulate([point["metrics"]["distinct2"] for point in curve])
     return float(np.interp(distinct2, values, [point["temperature"] for point in curve]))
 
 
 def main() -> None:
     config = command_line(FrontierConfig, __doc__)
+    if bool(config.best) == bool(config.like):
+        raise UserError("expected either --best METRIC or --like FOLDER.")
     points = read_points(config.folder)
     if config.like is None:
         print(best_temperature(points, config.best))
         return
-    start = [point for point in read_points(config.like) if point["temperature"] == point["top_p"] == 1.0]
+    start = [point for point in without_top_p(read_points(config.like)) if point["temperature"] == 1.0]
     if not start:
-        raise UserError(f"'{config.like}' has no evaluation at temperature 1 with top-p 1; add both to reproduce.sh's.")
+        raise UserError(f"'{config.like}' has no evaluation at temperature 1; add 1.0 to TEMPERATURES of reproduce.sh.")
     print(round(temperature_like(points, start[0]["metrics"]["distinct2"]), 3))
 
 

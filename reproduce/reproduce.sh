@@ -3,7 +3,7 @@
 # seeds each, two ablations, evaluation at several temperatures, tables and figures.
 #
 #   bash reproduce/reproduce.sh            a day on two cores; stopped at any point, the same command goes on from there
-#   bash reproduce/reproduce.sh --quick    minutes, on a small part of everything: proves the way, says nothing about the result
+#   bash reproduce/reproduce.sh --quick    minutes, on a small part of everything: a check that it runs, not a result
 #   bash reproduce/reproduce.sh ppo-1 eval-ppo-1    these stages alone, so that several GPUs or machines can share the work out
 #
 # Hub names or folders, by the environment: DATA (dialogues), POLICY (causal LM), ENCODER (for judges and the reward model).
@@ -11,7 +11,8 @@
 # seeds, KINDS the estimators (ppo critic rloo grpo; the first fills the table of gains), SFT_EPOCHS how long the supervised
 # start is trained (2; two hours at most), CONFIG the settings of PPO. JUDGE, SFT, PAIRS, PPO and EVAL are further options for
 # judges, supervised start, reward model, every run of PPO and every evaluation. SPLIT is the split of the evaluation
-# (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier.
+# (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier. A stage that
+# is done is not repeated with other settings, except that a frontier gets further temperatures and values of top-p.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -47,6 +48,12 @@ SEEDS=${SEEDS:-0 1 2}
 read -ra kinds <<<"${KINDS:-ppo critic rloo grpo}"
 read -ra temperatures <<<"${TEMPERATURES:-0.4 0.6 0.8 1.0 1.2 1.4}"
 read -ra top_ps <<<"${TOP_PS:-1.0 0.9}"
+for kind in "${kinds[@]}"; do
+    if [[ " ppo critic rloo grpo " != *" $kind "* ]]; then
+        echo "KINDS has '$kind'; reproduce.sh has the estimators ppo, critic, rloo and grpo" >&2
+        exit 2
+    fi
+done
 policies=()
 for seed in $SEEDS; do
     for kind in "${kinds[@]}"; do policies+=("$kind-$seed"); done
@@ -72,19 +79,31 @@ elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
     precision=bf16
 fi
 
-run() { # DONE NAME COMMAND...: runs a stage unless the file DONE/NAME says that it came to its end, or others were asked for
-    local done=$1/$2 name=$2
+run() { # DONE NAME COMMAND...: runs a stage unless the file DONE says that it came to its end, or others were asked for
+    local done=$1 name=$2
     shift 2
-    if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* || -e $done ]]; then return; fi
+    if [[ ${#only[@]} -gt 0 && " ${only[*]} " != *" $name "* ]]; then return; fi
+    if [[ -e $done ]]; then
+        if [[ ${#only[@]} -gt 0 ]]; then echo "$name is done; to repeat it, remove what it made and '$done'"; fi
+        return
+    fi
     echo "== $name: $*"
     "$@"
     touch "$done"
 }
-stage() { run "$OUT/done" "$@"; }    # of training
-measure() { run "$HERE/done" "$@"; } # of a split
+stage() { run "$OUT/done/$1" "$@"; }    # of training
+measure() { run "$HERE/done/$1" "$@"; } # of a split
 
 whole() { # FOLDER COMMAND...: for programs that write a folder once they are done, and keep what they go on from
     if [[ ! -e $1/config.json ]]; then "${@:2}" --resume --output-dir "$1"; fi
+}
+
+choose_estimator() { # KIND: sets `estimator` to its options
+    case $1 in
+    ppo) estimator=() ;; # without a critic: subtracts the mean score of the prompt's other replies
+    critic) estimator=(--value-coef 0.5 --gae-lambda 0.95) ;;
+    rloo | grpo) estimator=(--advantage "$1") ;;
+    esac
 }
 
 train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one
@@ -122,6 +141,10 @@ evaluate() { # NAME: against the supervised model, and once more as RL4LMs count
     count "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
 }
 
+measure_frontier() { # NAME: done once all temperatures and top-p are
+    run "$HERE/done/frontier-$1 ${temperatures[*]} ${top_ps[*]}" "frontier-$1" frontier "$1"
+}
+
 frontier() { # NAME: quality and diversity at several temperatures and top-p
     local top_p temperature point
     for top_p in "${top_ps[@]}"; do
@@ -136,10 +159,10 @@ frontier() { # NAME: quality and diversity at several temperatures and top-p
 chosen=$OUT/validation/frontier # temperatures are chosen on the validation split, whichever is evaluated
 
 best() { # the supervised model at the temperature that is best for METEOR, and at that for the second judge
-    local metric
+    local metric temperature
     for metric in meteor intent_second_judge; do
-        supervised "$HERE/replies/best-$metric.jsonl" \
-            --temperature "$(python reproduce/frontier.py "$chosen/sft" --best "$metric")"
+        temperature=$(python reproduce/frontier.py "$chosen/sft" --best "$metric")
+        supervised "$HERE/replies/best-$metric.jsonl" --temperature "$temperature"
     done
 }
 
@@ -167,21 +190,18 @@ stage sft whole "$OUT/sft" python sft_dialog.py --model-path "$POLICY" --templat
 stage reward_model whole "$OUT/reward_model" \
     python reward_model.py --model-path "$ENCODER" --from-dialogues "$OUT/sft" "${data[@]}" "${pairs[@]}"
 measure eval-sft evaluate sft
-measure frontier-sft frontier sft
+measure_frontier sft
 measure best-sft best
 for name in "${policies[@]}"; do
-    kind=${name%-*} options=(--seed "${name##*-}") # of PPO the baseline is the mean of the prompt's other replies
-    case $kind in
-    critic) options+=(--value-coef 0.5 --gae-lambda 0.95) ;;
-    rloo | grpo) options+=(--advantage "$kind") ;;
-    esac
-    stage "$name" train "$name" "${options[@]}"
+    choose_estimator "${name%-*}"
+    stage "$name" train "$name" --seed "${name##*-}" ${estimator[@]+"${estimator[@]}"}
 done
-stage no-kl train no-kl --kl-coef 0
-stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0
+choose_estimator "${kinds[0]}" # the ablations are of the main one
+stage no-kl train no-kl --kl-coef 0 ${estimator[@]+"${estimator[@]}"}
+stage no-meteor train no-meteor --meteor-coef 0 --consensus-coef 0 ${estimator[@]+"${estimator[@]}"}
 for name in "${policies[@]}" no-kl no-meteor; do measure "eval-$name" evaluate "$name"; done
 for name in "${policies[@]}"; do
-    measure "frontier-$name" frontier "$name"
+    measure_frontier "$name"
     measure "matched-$name" match "$name"
     measure "over-best-$name" over_best "$name"
 done

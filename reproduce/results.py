@@ -135,8 +135,6 @@ def frontier_of(out: Path, split: str, names: Iterable[str]) -> dict[str, Any]:
     """
     here = out / split
     points = {name: read_points(folder) for name in ("sft", *names) if (folder := here / "frontier" / name).is_dir()}
-    if "sft" not in points:
-        return {}
     found: dict[str, Any] = {"points": points, "best": {}, "over_best": {}}
     matched = read_all(here, names, "-matched")
     found["matched"] = {name: gains(e) | matched_settings(e) for name, e in matched.items()}
@@ -150,15 +148,16 @@ def frontier_of(out: Path, split: str, names: Iterable[str]) -> dict[str, Any]:
     found["above"] = {
         name: {metric: least_distance(points["sft"], curve, metric) for metric in QUALITIES}
         for name, curve in points.items()
-        if name != "sft"
+        if name != "sft" and "sft" in points
     }
     return found
 
 
 def matched_settings(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return repetition and win rate of a policy whose distinct-2 is that of the supervised model."""
+    """Return temperature, repetition and win rate of a policy whose distinct-2 is that of the supervised model."""
     both = {name: evaluation[of]["repetition"] for name, of in (("policy", "policy"), ("supervised", "baseline"))}
-    return {"repetition": both, "win_rate": win_rate(evaluation)}
+    temperature = evaluation["settings"]["temperature"]
+    return {"temperature": temperature, "repetition": both, "win_rate": win_rate(evaluation)}
 
 
 def least_distance(start: list[dict[str, Any]], curve: list[dict[str, Any]], metric: str) -> float | None:
@@ -223,7 +222,8 @@ def summarize(out: Path, split: str, main: str, seeds: tuple[int, ...]) -> dict[
 
 def shown_dialogues(here: Path, policy: str, number: int, ablations: Iterable[str]) -> list[tuple[int, str, dict]]:
     """Pick dialogues by a generator that starts at 0: their number, context, and the replies by model."""
-    shown = {"supervised": "sft", "PPO": policy} | {ABLATIONS[name].split(" (")[0]: name for name in ablations}
+    shown = {"supervised": "sft", ESTIMATORS[policy.split("-")[0]]: policy}
+    shown |= {ABLATIONS[name].split(" (")[0]: name for name in ablations}
     replies = {label: read(here / "replies" / f"{name}.jsonl")[1:] for label, name in shown.items()}
     first, dialogues = replies["supervised"], []
 
@@ -249,6 +249,7 @@ def write_text(summary: dict[str, Any], config: ResultsConfig) -> TemplateModule
     counted = {"human replies, shuffled": summary["shuffled"]["rl4lms"]} | summary["scoring_rl4lms"]
     counted |= PUBLISHED if config.tutorial else {}
     names |= dict(systems=systems_of(summary), in_table=IN_TABLE, counted=counted)
+    names["over_best"] = over_best_of(summary["frontier"])
     return environment.get_template("results.md.jinja").make_module(
         summary | names | {"config": config, "dialogues": dialogues, "main_label": ESTIMATORS[config.main]}
     )
@@ -265,7 +266,9 @@ def systems_of(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     rows["supervised, T = 1"] = values([summary["supervised"]], [])
     best = summary["frontier"].get("best", {}).get("meteor")
     if best and best["temperature"] != 1:
-        rows[f"supervised, T = {best['temperature']:g}, its best METEOR"] = values([best["metrics"]], [])
+        at_best = [p for p in summary["frontier"]["points"].get("sft", []) if p["temperature"] == best["temperature"]]
+        rates = [next(iter(p["win_rate"].values()), None) for p in at_best if p["top_p"] == 1.0]
+        rows[f"supervised, T = {best['temperature']:g}, its best METEOR"] = values([best["metrics"]], rates)
     for kind, label in ESTIMATORS.items():
         of_kind = [row for name, row in summary["estimators"].items() if name.startswith(f"{kind}-")]
         if of_kind:
@@ -273,8 +276,21 @@ def systems_of(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     return rows
 
 
+def over_best_of(frontier: dict[str, Any]) -> dict[float, tuple[list[str], dict[str, Any]]]:
+    """Return metrics, and gains of policies, by the supervised model's temperature that is best for the metrics."""
+    found: dict[float, tuple[list[str], dict[str, Any]]] = {}
+    for metric, best in frontier["best"].items():
+        metrics, rows = found.setdefault(best["temperature"], ([], {}))
+        metrics.append(LABELS[metric])
+        rows |= frontier["over_best"][metric]
+    return found
+
+
 def draw_frontier(frontier: dict[str, Any], file: Path) -> None:
-    """Draw quality against diversity: a line for each model and top-p, a point for each temperature."""
+    """Draw quality against diversity: a line for each model and top-p, a point for each temperature.
+
+    Numbers are the supervised model's temperatures.
+    """
     panels = {**QUALITIES, "win_rate": "win rate by the unseen reward model"}
     figure = Figure((12, 7.5), layout="tight")
     all_axes = figure.subplots(len(DIVERSITIES), len(panels))
@@ -295,6 +311,10 @@ def draw_frontier(frontier: dict[str, Any], file: Path) -> None:
                     errors = [np.subtract(y, low), np.subtract(high, y)]
                     style = dict(linestyle="-" if top_p == 1.0 else "--", linewidth=1, elinewidth=0.5)
                     axes.errorbar(x, y, errors, None, color=color, marker=".", label=label if shown else None, **style)
+                    if kind == "sft" and top_p == 1.0:
+                        for point, at in zip(curve, zip(x, y)):
+                            text = f"{point['temperature']:g}"
+                            axes.annotate(text, at, xytext=(3, 3), textcoords="offset points", fontsize=8)
             axes.set(xlabel=of_x, ylabel=of_y)
             axes.margins(x=0.05)
             axes.locator_params(axis="x", nbins=5)
@@ -325,10 +345,10 @@ def draw_gains(summary: dict[str, Any], tutorial: bool, file: Path) -> None:
         axes.bar(x, heights, width * 0.9, yerr=errors, capsize=2, label=f"seed {row['seed']}")
     if tutorial:
         reported = [(i, 100 * TUTORIAL[n]) for i, n in enumerate(names) if n in TUTORIAL]
-        axes.scatter(*zip(*reported), marker="_", s=600, color="black", zorder=3, label="tutorial")
+        axes.scatter(*zip(*reported), marker="D", s=30, color="black", zorder=3, label="tutorial")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), [LABELS[n] for n in names], rotation=20, ha="right")
-    axes.set_ylabel("gain over the supervised start, %")
+    axes.set_ylabel("gain over the supervised model, %")
     axes.legend()
     figure.savefig(file, dpi=120)
 
@@ -337,7 +357,7 @@ def draw_supervised(curve: list[dict[str, float]], file: Path) -> None:
     figure = Figure((6, 3.2), layout="tight")
     axes = figure.subplots()
     axes.plot([row["step"] for row in curve], [row["loss"] for row in curve], marker="o", markersize=3)
-    axes.set(xlabel="step", ylabel="validation loss of human replies, nats per token")
+    axes.set(xlabel="step", ylabel="validation loss, nats per token", title="Human replies")
     figure.savefig(file, dpi=120)
 
 
@@ -348,7 +368,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "results.json", summary)
     draw_gains(summary, config.tutorial, results / "results-gains.png")
-    if summary["frontier"]:
+    if summary["frontier"]["points"]:
         draw_frontier(summary["frontier"], results / "results-frontier.png")
     runs = load_runs(
         out / name for name in summary["environment_steps"] if name.startswith(f"{config.main}-") or name in ABLATIONS
@@ -363,7 +383,8 @@ def main() -> None:
         raise UserError(f"'{page}' has not the two lines '{MARKS[0]}' and '{MARKS[1]}' once each; put them in.")
     head, rest = text.split(MARKS[0])
     made = write_text(summary, config)
-    page.write_text(f"{head}{MARKS[0]}\n\n{str(made).strip()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    text = "\n".join(line.rstrip() for line in str(made).strip().split("\n"))
+    page.write_text(f"{head}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
     print(made.systems_table().strip())
     print(f"written to {page}, results.json and figures beside it")
 

@@ -440,8 +440,11 @@ def test_replies_that_were_kept_are_a_baseline_and_a_second_judge_is_asked(token
     head, *rows = map(json.loads, (tmp_path / "b.jsonl").read_text().splitlines())
     earlier = [{name: value for name, value in row.items() if name != "ended"} for row in rows]
     (tmp_path / "earlier.jsonl").write_text("\n".join(map(json.dumps, [head, *earlier])))
-    settings_of_old = settings | dict(model_path=str(tmp_path / "earlier.jsonl"), scoring="rl4lms")
-    assert run_evaluation(EvalConfig(**settings_of_old))["policy"]["distinct2"] == result["baseline"]["distinct2"]
+    old, new = (
+        run_evaluation(EvalConfig(model_path=str(tmp_path / name), scoring="rl4lms", **settings))["policy"]["meteor"]
+        for name in ("earlier.jsonl", "b.jsonl")
+    )
+    assert old == new  # a reply of fewer tokens than the limit has ended
     with pytest.raises(UserError, match="answer other samples"):
         run_evaluation(EvalConfig(model_path=a, baseline_path=kept, **settings | dict(split="test")))
     (tmp_path / "b.jsonl").write_text("not json")
@@ -469,7 +472,7 @@ def test_scored_as_rl4lms_a_reply_to_another_prompt_gains_by_its_marker():
     # four human replies, none to its prompt, which share no word: all that they score is the marker
     others = [Sample(("Hi .",), "Hi .", reply, 0) for reply in ("I see .", "Two tickets ?", "Red wine !", "Tomorrow")]
     shuffled = shuffled_replies(others, 20)
-    assert shuffled.texts == ["Red wine !", "Tomorrow", "I see .", "Two tickets ?"] and all(shuffled.ended)
+    assert shuffled.texts == ["Red wine !", "Tomorrow", "I see .", "Two tickets ?"]
     floors = [score_answers(shuffled, others, scoring=scoring).metrics() for scoring in ("plain", "rl4lms")]
     assert floors[0]["rouge1"] == floors[0]["meteor"] == 0 and floors[1]["rouge1"] > 0.3 and floors[1]["meteor"] > 0.3
     assert floors[0]["mean_output_length"] is None

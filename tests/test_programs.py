@@ -19,7 +19,6 @@ from ppo_dialog import PPOConfig, train
 from support.builtin import builtin_model
 from support.config import load_yaml
 from support.errors import UserError, import_path
-from support.meteor import meteor
 from support.metric_names import LABELS
 
 ROOT = Path(__file__).parents[1]
@@ -238,60 +237,6 @@ def test_mistakes_end_in_a_sentence_and_status_2(arguments, sentence, tmp_path):
     result = run(sys.executable, *arguments, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr and "Traceback" not in result.stderr
-
-
-@pytest.mark.slow
-def test_reproduce_quick_goes_from_nothing_to_the_table_and_again_in_seconds(tmp_path):
-    places = dict(DATA="builtin", POLICY=builtin_model("policy"), ENCODER=builtin_model("judge"), SEEDS="0 1")
-    places |= dict(OUT=tmp_path / "out", RESULTS=tmp_path / "results")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {k: str(v) for k, v in places.items()} | {"PATH": path}
-    again = ["bash", "reproduce/reproduce.sh", "--quick"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=2400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert [row["seed"] for row in result["seeds"]] == [0, 1] and result["samples"] == 32
-    wanted = "rouge1 rougeLsum meteor sacrebleu intent intent_second_judge mean_output_length distinct2".split()
-    for row in result["seeds"]:
-        assert list(row["gain"]) == list(row["ci95"]) == wanted
-    for name in wanted:
-        gains = [row["gain"][name] for row in result["seeds"]]
-        assert result["gain_mean"][name] == pytest.approx(sum(gains) / 2)
-        for row in result["seeds"]:
-            assert row["ci95"][name][0] <= row["gain"][name] <= row["ci95"][name][1]
-    trained = [f"{kind}-{seed}" for kind in ("ppo", "rloo") for seed in (0, 1)]
-    scores = result["meteor"]
-    assert list(scores) == ["sft", *trained, "no-kl", "no-meteor"] and list(result["estimators"]) == trained
-    assert scores["sft"]["own"] == result["supervised"]["meteor"]
-    rows = [json.loads(line) for line in (tmp_path / "out/validation/replies/ppo-1.jsonl").read_text().splitlines()[1:]]
-    pairs = [(rows[i]["text"], rows[(i + 16) % 32]["reply"]) for i in range(32)]
-    assert scores["ppo-1"]["elsewhere"] == pytest.approx(sum(meteor(*pair) for pair in pairs) / 32)
-    assert list(result["habits"]) == list(scores)
-    assert result["habits"]["ppo-1"]["repeating"] == result["ppo"]["1"]["repetition"]
-    assert result["habits"]["ppo-1"]["at_limit"] == pytest.approx(sum(not r["ended"] for r in rows) / 32)
-    counted = result["scoring_rl4lms"]  # the end marker is in both texts
-    assert list(counted) == list(scores) and counted["sft"]["meteor"] > result["supervised"]["meteor"]
-    assert result["shuffled"]["rl4lms"]["meteor"] > result["shuffled"]["plain"]["meteor"] > 0
-    frontier = result["frontier"]
-    assert [p["temperature"] for p in frontier["points"]["rloo-1"]] == [0.5, 1.0, 1.5]
-    [at_one] = (p for p in frontier["points"]["sft"] if p["temperature"] == 1.0)
-    assert at_one["metrics"] == result["supervised"] and at_one["difference"]["meteor"]["value"] == 0
-    for name in trained:
-        assert "gain" in frontier["matched"][name] and "gain" in frontier["over_best"]["meteor"][name]
-    best = max(p["metrics"]["meteor"] for p in frontier["points"]["sft"])
-    assert frontier["best"]["meteor"]["metrics"]["meteor"] == best
-    page = (tmp_path / "results" / "results.md").read_text()
-    assert page.count("- supervised: ") == 20 and "| METEOR |" in page
-    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {
-        "results-gains.png",
-        "results-curves.png",
-        "results-frontier.png",
-        "results-supervised.png",
-    }
-    (tmp_path / "results" / "results.md").write_text(page.replace("# Results\n", "# Results\n\nBy hand.\n"))
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0 and "==" not in done.stdout  # no stage is done again
-    assert "By hand." in (tmp_path / "results" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
