@@ -675,7 +675,7 @@ def charts_by_setting(groups: Sequence[Group], table: Sequence[dict[str, Any]]) 
     """Return a chart for each metric of the table if there are several settings, one of them with several seeds."""
     if len(groups) < 2 or all(len(group.runs) == 1 for group in groups):
         return []
-    panel = Panel("", note="difference from the supervised start")
+    panel = Panel("", note="difference from the supervised model")
     rows = {"reward": [reward_cell(group) for group in groups]} | {row["label"]: row["cells"] for row in table}
     return [
         dict(title=title, svg=svg_of(title, draw_by_setting, cells), panel=panel, starts=[])

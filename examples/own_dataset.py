@@ -1,4 +1,4 @@
-"""Your own chats, a CSV without labels, from the file to a conversation: convert, supervised start, PPO, chat.
+"""Your own chats, a CSV without labels, from the file to a conversation: convert, supervised model, PPO, chat.
 
     python examples/own_dataset.py my_chats.csv --model-path gpt2 --sft-lr 5e-5 --lr 1e-5 --output runs/mine
 

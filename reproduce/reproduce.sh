@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of docs/notebook/results.md from nothing: two judges, a reward model, a supervised start, four estimators with three
+# The tables of docs/notebook/results.md from nothing: two judges, a reward model, a supervised model, four estimators with three
 # seeds each, two ablations, evaluation at several temperatures, tables and figures.
 #
 #   bash reproduce/reproduce.sh            a day on two cores; stopped at any point, the same command goes on from there
@@ -10,7 +10,7 @@
 # OUT is the folder for what is made (runs/reproduce), RESULTS the one for tables and figures (docs/notebook), SEEDS the
 # seeds, KINDS the estimators (ppo critic rloo grpo; the first fills the table of gains), SFT_EPOCHS how long the supervised
 # start is trained (2; two hours at most), CONFIG the settings of PPO. JUDGE, SFT, PAIRS, PPO and EVAL are further options for
-# judges, supervised start, reward model, every run of PPO and every evaluation. SPLIT is the split of the evaluation
+# judges, supervised model, reward model, every run of PPO and every evaluation. SPLIT is the split of the evaluation
 # (validation), whose files are in OUT/SPLIT. TEMPERATURES, TOP_PS and FRONTIER_LIMIT are those of the frontier. A stage that
 # is done is not repeated with other settings, except that a frontier gets further temperatures and values of top-p.
 set -euo pipefail

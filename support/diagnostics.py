@@ -95,7 +95,7 @@ def _policy_warnings(first: Rows, recent: Rows, config: Watched, max_new_tokens:
         yield (
             "length_cap",
             f"replies have {length:.1f} of at most {max_new_tokens} tokens: nearly all are cut off before they end, so "
-            f"no ending is learned. Try --max-new-tokens {2 * max_new_tokens}, or a supervised start that ends its "
+            f"no ending is learned. Try --max-new-tokens {2 * max_new_tokens}, or a supervised model that ends its "
             "replies (sft_dialog.py).",
         )
 
