@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 import nltk
-from nltk.corpus import wordnet
+from nltk.corpus.reader import CorpusReader, WordNetCorpusReader
+from nltk.corpus.util import LazyCorpusLoader
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 
@@ -22,6 +23,17 @@ from support.words import WordTokenizer, words
 
 DOWNLOAD_SECONDS = 15  # longest wait for WordNet
 RETRY_SECONDS = 24 * 60 * 60  # before another try after a download that failed
+
+
+class _WordNetReader(WordNetCorpusReader):
+    """NLTK's reader without its map between versions of WordNet: that takes half of loading, for other languages."""
+
+    def map_wn(self, version: str = "wordnet") -> None:
+        return None
+
+
+_other_languages = LazyCorpusLoader("omw-1.4", CorpusReader, r".*/wn-data-.*\.tab")  # is not read
+wordnet = LazyCorpusLoader("wordnet", _WordNetReader, _other_languages)
 
 
 class _Stemmer:

@@ -28,7 +28,8 @@ import throughput  # noqa: E402
 TINY = ["--size", "tiny", "--env-num", "8", "--updates", "2", "--ppo-epoch", "1", "--data-path", "builtin", "--json"]
 
 
-@pytest.mark.parametrize("critic", [[], pytest.param(["--separate-critic"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", [[], ["--separate-critic"]])
 def test_throughput_runs_the_work_and_ends_with_its_figures(critic):
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *TINY, *critic]
     done = forked.run(command, capture_output=True, text=True, timeout=900)

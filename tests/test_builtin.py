@@ -48,6 +48,7 @@ def test_the_policy_knows_the_corpus():
     assert 1 < (-sums.sum() / counts.sum()).exp() < 2
 
 
+@pytest.mark.slow
 def test_a_change_of_settings_trains_another_model_which_can_be_shipped(tmp_path, monkeypatch):
     monkeypatch.setenv("PPO_DIALOG_CACHE", str(tmp_path / "cache"))
     for name in ("POLICY_FIT", "JUDGE_FIT"):

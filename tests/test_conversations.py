@@ -978,7 +978,8 @@ def test_what_does_not_fit_an_evaluation_with_a_partner_is_refused(tmp_path):
     assert "there is no file 'no.py'" in refused(partner="no.py:Friend")
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "ddp" else pytest.mark.slow) for e in ENGINES])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_learn_from_the_same_conversations(engine, tmp_path):
     settings = dict(env_num=8, num_mini_batch=2, total_time_steps=1, save_interval=1, eval_limit=6, validation_limit=5)
     settings |= dict(partner=f"{__file__}:Counting", lr=1e-3, lr_schedule="constant", max_new_tokens=12)

@@ -59,8 +59,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "policy" / "model.safetensors") | load_file(run / "value.safetensors")
 
 
-# the others do less than one of these three, or the same with memory elsewhere
-QUICK = ("ddp", "zero3", "fsdp2")
+# the others do less than one of these two, or the same with memory elsewhere; test_distributed.py runs DDP
+QUICK = ("zero3", "fsdp2")
 
 
 @pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e in QUICK else pytest.mark.slow) for e in ENGINES])

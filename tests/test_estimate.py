@@ -54,9 +54,8 @@ def said_and_taken(model: str, settings: dict, launch: list[str], runs: Path, **
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize(
-    "case", ["LoRA, checkpointing", *(pytest.param(c, marks=pytest.mark.slow) for c in list(CASES)[:2])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_takes_the_memory_that_was_estimated(case, model, tmp_path):
     """Within 0.13 on a quiet machine; beside other work a process takes up to a fifth more."""
     said, taken = said_and_taken(model, SETTINGS | CASES[case], [sys.executable], tmp_path)

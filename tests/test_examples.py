@@ -87,6 +87,7 @@ def test_a_label_that_the_classifier_lacks_is_named():
         reward.setup("cpu", "<EOU>")
 
 
+@pytest.mark.slow
 def test_from_a_csv_of_chats_to_a_reply(tmp_path):
     said = run("examples/own_dataset.py", "examples/chats.csv", "--output", tmp_path, *TINY)
     assert said.split("\n== chat.py ")[1].splitlines()[1].strip()  # the reply, after the command

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat_templates import FAMILIES, FORMS, GROUPED, SLIDING, chat_model, chat_tokenizer, small_model
 from safetensors.torch import load_file
-from test_programs import ROOT, lines, timeless, trained
+from test_programs import ROOT, lines, small_corpus, timeless, trained
 from test_reliability import digest, resumed
 from transformers import (
     AutoModelForCausalLM,
@@ -58,7 +58,7 @@ def replies(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_learns_and_gives_sampled_tokens_the_same_log_probabilities_again(name, tmp_path):
     folder = family(name, tmp_path / name)
-    run = trained(**RUN | dict(model_path=folder, run_dir=str(tmp_path)))
+    run = trained(**RUN | dict(model_path=folder, run_dir=str(tmp_path), data_path=small_corpus()))
     rows = lines(run)
     assert len(rows) >= 2
     for row in rows:  # rollouts read left-padded prompts with a cache; updates read packed rows
@@ -199,7 +199,7 @@ def test_an_adapter_whose_base_is_gone_is_said(tmp_path):
 @pytest.mark.parametrize("saver", [dict(gradient_checkpointing=True), dict(micro_batch_tokens=64)])
 @pytest.mark.parametrize("share", [True, False])
 def test_what_saves_memory_changes_nothing_that_is_learned(saver, share, tmp_path):
-    settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share)
+    settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, data_path=small_corpus())
     plain = trained(experiment_name="plain", **settings)
     saved = trained(experiment_name="saved", **settings | saver)
     expected, found = lines(plain), lines(saved)

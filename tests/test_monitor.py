@@ -295,7 +295,7 @@ def test_the_same_figures_samples_and_results_are_found_in_every_tracker(tmp_pat
     meteor("any", "any")  # prints at its first use if WordNet is missing
     capfd.readouterr()
     settings = SHORT | dict(total_time_steps=900, eval_limit=8, sample_interval=1, run_dir=str(tmp_path))
-    folder = trained(**settings, track=TRACKERS, wandb_mode="offline")
+    folder = trained(report=True, **settings, track=TRACKERS, wandb_mode="offline")
     printed = capfd.readouterr()
     assert "WARNING" not in printed.out and not [line for line in printed.out.splitlines() if line.startswith("*")]
     assert printed.err == ""

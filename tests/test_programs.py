@@ -1,12 +1,18 @@
 """The programs as a user runs them, on the built-in corpus: train, read the results, use own parts."""
 
+import atexit
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import forked
 import pytest
@@ -17,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_dialog import PPOConfig, train
 from support.builtin import builtin_model
+from support.builtin_corpus import generate_corpus
 from support.config import load_yaml
 from support.errors import UserError, import_path
 from support.metric_names import LABELS
@@ -34,9 +41,20 @@ def flags(**settings) -> list[str]:
     return [part for k, v in settings.items() for part in (f"--{k.replace('_', '-')}", str(v))]
 
 
-def trained(**settings) -> Path:
-    """Call `train` in this process."""
-    return train(PPOConfig(**SHORT | settings))
+def trained(report: bool = False, **settings) -> Path:
+    """Call `train` in this process. The report takes as long as the rest of a short run, so it is left out."""
+    with contextlib.nullcontext() if report else mock.patch("ppo_dialog.show_results"):
+        return train(PPOConfig(**SHORT | settings))
+
+
+@cache
+def small_corpus() -> str:
+    """A folder with a few of the built-in dialogues: to make samples of all takes longer than a short run."""
+    folder, corpus = Path(tempfile.mkdtemp()), generate_corpus()
+    atexit.register(shutil.rmtree, folder, True)
+    for split, n in (("train", 200), ("validation", 40), ("test", 40)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
+    return str(folder)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from test_programs import small_corpus
 from transformers import AutoModelForCausalLM
 
 import intent_classifier
@@ -99,7 +100,8 @@ def test_two_judges_of_other_halves_share_no_dialogue(monkeypatch, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_model(tiny_lm, tmp_path, monkeypatch):
-    settings = dict(model_path=tiny_lm, epochs=0.005, batch_size=4, eval_every=5, eval_samples=20, warmup_steps=2)
+    settings = dict(model_path=tiny_lm, data_path=small_corpus(), epochs=0.12, batch_size=4)
+    settings |= dict(eval_every=5, eval_samples=20, warmup_steps=2)
     whole = train_sft(SFTConfig(output_dir=str(tmp_path / "whole"), **settings))
     calls = itertools.count(1)
 

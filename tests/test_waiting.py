@@ -131,6 +131,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(fused):
     assert layer.weight.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_command_counts_an_update():
     options = "--env-num 8 --num-mini-batch 2 --ppo-epoch 2 --judge-samples 8".split()
     command = [sys.executable, str(ROOT / "benchmarks" / "operations.py"), *options]
