@@ -121,10 +121,10 @@ start=$HERE/replies/sft.jsonl # what the supervised model answers at temperature
 
 judged=(--intent-model "$OUT/judge" --second-intent-model "$OUT/second_judge" --reward-models "$OUT/reward_model")
 
-count() { # OUTPUT MODEL BASELINE OPTIONS...: without judges and reward model; MODEL may be a file of replies
+score_texts() { # OUTPUT MODEL BASELINE OPTIONS...: without judges and reward model; MODEL may be a file of replies
     if [[ ! -e $1 ]]; then "${evaluation[@]}" --model-path "$2" --baseline-path "$3" --output "$1" "${@:4}"; fi
 }
-score() { count "$@" "${judged[@]}"; } # with them
+score() { score_texts "$@" "${judged[@]}"; } # with them
 
 supervised() { # FILE OPTIONS...: what the supervised model answers, which is kept
     if [[ ! -e $1 ]]; then "${evaluation[@]}" --model-path "$OUT/sft" --bootstrap 1 --replies "$1" "${@:2}"; fi
@@ -138,7 +138,7 @@ evaluate() { # NAME: against the supervised model, and once more as RL4LMs count
     else
         score "$HERE/eval/$1.json" "$OUT/$1" "$start" --replies "$replies"
     fi
-    count "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
+    score_texts "$HERE/eval/$1-rl4lms.json" "$replies" "$start" --scoring rl4lms
 }
 
 measure_frontier() { # NAME: done once all temperatures and top-p are

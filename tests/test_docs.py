@@ -64,7 +64,7 @@ FROM_THE_HUB = {"configs/daily_dialog.yaml": "--data-path DATA --model-path CAUS
 NOT_RUN = {
     r"^pip install": "it installs: .ci/run does that in a fresh environment",
     r"^pytest": "it runs these tests",
-    r"^bash reproduce/reproduce.sh": "hours; tests/test_programs.py runs --quick",
+    r"^bash reproduce/reproduce.sh": "hours; tests/test_reproduce.py runs --quick",
     r"--config_file|--num_(processes|machines)": "several processes: test_engines.py and test_distributed.py run them",
     r"-m timeit": "it measures: tests/test_rewards.py has what it calls",
     r"benchmarks/": "minutes to hours, and other systems' environments: tests/test_benchmarks.py",
