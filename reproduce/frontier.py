@@ -93,7 +93,7 @@ def temperature_like(points: list[dict[str, Any]], distinct2: float) -> float:
 def main() -> None:
     config = command_line(FrontierConfig, __doc__)
     if bool(config.best) == bool(config.like):
-        raise UserError("expected either --best METRIC or --like FOLDER.")
+        raise UserError("expected either a metric (best) or a folder (like), and not both.")
     points = read_points(config.folder)
     if config.like is None:
         print(best_temperature(points, config.best))

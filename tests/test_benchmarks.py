@@ -167,6 +167,7 @@ def run_of_two_reward_models(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_curve_of_two_reward_models_is_in_deviations_and_sorted_by_distance(run_of_two_reward_models, tmp_path):
     folder, picture = run_of_two_reward_models, tmp_path / "new" / "curve.png"
     with (folder / "metrics.jsonl").open("a") as file:  # a score that was not finite, and a line of a killed run

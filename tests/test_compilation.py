@@ -55,7 +55,12 @@ def trained(make, accelerator: Accelerator) -> tuple[dict, dict, int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "text_by_text"), [("gpt2", ("cpu",)), ("llama", ()), ("own critic", ())], ids=["CPU", "GPU", "own critic"]
+    ("name", "text_by_text"),
+    [
+        pytest.param("gpt2", ("cpu",), id="CPU"),
+        pytest.param("llama", (), id="GPU"),
+        pytest.param("own critic", (), id="own critic", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_layers_train_as_written(launched, monkeypatch, name, text_by_text):
     monkeypatch.setattr(packing, "TEXT_BY_TEXT", text_by_text)

@@ -307,6 +307,7 @@ def test_a_step_has_the_same_gradient_however_it_is_cut_into_batches(loss_on, ti
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tiny_lm, tmp_path):
     """One of them has five windows in two batches, the other eleven in two."""
     worker = Path(__file__).with_name("gradient_worker.py")

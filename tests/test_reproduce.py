@@ -70,7 +70,7 @@ def test_the_command_prints_one_number_or_a_sentence(curves):
     assert done.returncode == 2 and "reproduce.sh frontier-none` first" in done.stderr
     for none_or_both in ((), ("--best", "meteor", "--like", str(curves / "sft"))):
         done = forked.run([*command, str(curves / "ppo"), *none_or_both], capture_output=True, text=True)
-        assert done.returncode == 2 and "expected either --best METRIC or --like FOLDER" in done.stderr
+        assert done.returncode == 2 and "expected either a metric (best) or a folder (like)" in done.stderr
     (curves / "ppo" / "t1.0-p1.0.json").write_text("{}")
     done = forked.run([*command, str(curves / "ppo"), "--best", "meteor"], capture_output=True, text=True)
     assert done.returncode == 2 and "is not an evaluation of reproduce.sh" in done.stderr

@@ -88,6 +88,7 @@ def test_runs_at_a_time_share_the_cores_or_take_gpus_in_turn(monkeypatch):
     assert places_of(SweepConfig(gpus=("0", "3"), jobs=2)) == [{"CUDA_VISIBLE_DEVICES": n} for n in "0303"]
 
 
+@pytest.mark.slow
 def test_two_runs_beside_each_other_and_the_page_of_both(tmp_path):
     command = ["--seeds", "0", "1", "--jobs", 2, "--output", tmp_path, "--", *TINY]
     printed = said(sweep(*command))
