@@ -48,12 +48,18 @@ SEEDS=${SEEDS:-0 1 2}
 read -ra kinds <<<"${KINDS:-ppo critic rloo grpo}"
 read -ra temperatures <<<"${TEMPERATURES:-0.4 0.6 0.8 1.0 1.2 1.4}"
 read -ra top_ps <<<"${TOP_PS:-1.0 0.9}"
-for kind in "${kinds[@]}"; do
-    if [[ " ppo critic rloo grpo " != *" $kind "* ]]; then
-        echo "KINDS has '$kind'; reproduce.sh has the estimators ppo, critic, rloo and grpo" >&2
+choose_estimator() { # KIND: sets `estimator` to its options
+    case $1 in
+    ppo) estimator=() ;; # without a critic: subtracts the mean score of the prompt's other replies
+    critic) estimator=(--value-coef 0.5 --gae-lambda 0.95) ;;
+    rloo | grpo) estimator=(--advantage "$1") ;;
+    *)
+        echo "KINDS has '$1'; reproduce.sh has the estimators ppo, critic, rloo and grpo" >&2
         exit 2
-    fi
-done
+        ;;
+    esac
+}
+for kind in "${kinds[@]}"; do choose_estimator "$kind"; done # a wrong name ends here, before any work
 policies=()
 for seed in $SEEDS; do
     for kind in "${kinds[@]}"; do policies+=("$kind-$seed"); done
@@ -96,14 +102,6 @@ measure() { run "$HERE/done/$1" "$@"; } # of a split
 
 whole() { # FOLDER COMMAND...: for programs that write a folder once they are done, and keep what they go on from
     if [[ ! -e $1/config.json ]]; then "${@:2}" --resume --output-dir "$1"; fi
-}
-
-choose_estimator() { # KIND: sets `estimator` to its options
-    case $1 in
-    ppo) estimator=() ;; # without a critic: subtracts the mean score of the prompt's other replies
-    critic) estimator=(--value-coef 0.5 --gae-lambda 0.95) ;;
-    rloo | grpo) estimator=(--advantage "$1") ;;
-    esac
 }
 
 train() { # NAME OPTIONS...: PPO; from its newest checkpoint where there is one

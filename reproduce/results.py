@@ -266,8 +266,9 @@ def systems_of(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     rows["supervised, T = 1"] = values([summary["supervised"]], [])
     best = summary["frontier"].get("best", {}).get("meteor")
     if best and best["temperature"] != 1:
-        at_best = [p for p in summary["frontier"]["points"].get("sft", []) if p["temperature"] == best["temperature"]]
-        rates = [next(iter(p["win_rate"].values()), None) for p in at_best if p["top_p"] == 1.0]
+        place = best["temperature"], 1.0
+        points = summary["frontier"]["points"].get("sft", [])
+        rates = [win_rate(point) for point in points if (point["temperature"], point["top_p"]) == place]
         rows[f"supervised, T = {best['temperature']:g}, its best METEOR"] = values([best["metrics"]], rates)
     for kind, label in ESTIMATORS.items():
         of_kind = [row for name, row in summary["estimators"].items() if name.startswith(f"{kind}-")]
@@ -325,7 +326,7 @@ def draw_frontier(frontier: dict[str, Any], file: Path) -> None:
 def height_of(point: dict[str, Any], quality: str) -> tuple[float, float, float] | None:
     """Return a point's value and its 95% interval: a gain over the supervised model at temperature 1, or a win rate."""
     if quality == "win_rate":
-        rate = next(iter(point["win_rate"].values()), None)
+        rate = win_rate(point)
         return rate and (rate["value"], *rate["ci95"])
     difference = point["difference"].get(quality)
     if not difference or difference["relative"] is None:

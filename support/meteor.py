@@ -26,7 +26,7 @@ RETRY_SECONDS = 24 * 60 * 60  # before another try after a download that failed
 
 
 class _WordNetReader(WordNetCorpusReader):
-    """NLTK's reader without its map between versions of WordNet: that takes half of loading, for other languages."""
+    """NLTK's reader without its map between versions of WordNet: it takes most of loading, for other languages."""
 
     def map_wn(self, version: str = "wordnet") -> None:
         return None

@@ -29,10 +29,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from chat_templates import chat_model
 from packaging.requirements import Requirement
 from test_help import CONFIGS as SCRIPTS
+from test_programs import write_corpus
 
 import ppo_dialog
 from reward_model import RewardModelConfig, train_reward_model
-from support import builtin_corpus
 from support.builtin import builtin_model
 from support.config import command_line, parse_config
 from support.metric_names import LABELS
@@ -172,10 +172,8 @@ def not_run(words: list[str]) -> str | None:
 def worked(tmp_path_factory) -> Path:
     """Small data, and a run of two updates."""
     place = tmp_path_factory.mktemp("worked")
-    corpus = builtin_corpus.generate_corpus()
     (place / "DATA").mkdir()
-    for split, n in (("train", 60), ("validation", 12), ("test", 12)):
-        (place / "DATA" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
+    write_corpus(place / "DATA", 60, 12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         (place / "CAUSAL_LM").symlink_to(builtin_model("policy"))

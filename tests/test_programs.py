@@ -47,13 +47,19 @@ def trained(report: bool = False, **settings) -> Path:
         return train(PPOConfig(**SHORT | settings))
 
 
+def write_corpus(folder: Path, train: int, others: int) -> None:
+    """Write the first of the built-in dialogues, so many of the training split and of each other split."""
+    corpus = generate_corpus()
+    for split, n in (("train", train), ("validation", others), ("test", others)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
+
+
 @cache
 def small_corpus() -> str:
     """A folder with a few of the built-in dialogues: to make samples of all takes longer than a short run."""
-    folder, corpus = Path(tempfile.mkdtemp()), generate_corpus()
+    folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, True)
-    for split, n in (("train", 200), ("validation", 40), ("test", 40)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus[split][:n]))
+    write_corpus(folder, 200, 40)
     return str(folder)
 
 
