@@ -132,7 +132,7 @@ from support.models import disable_dropout, load_causal_lm, load_codec, longest_
 from support.preferences import Pair, load_preferences, row_of
 from support.pretrained import check_vocabulary, count_parameters
 from support.reward_model import RewardModel, describe_report, measure_reward_model, rightness
-from support.samples import Samples, load_samples
+from support.samples import Samples, load_samples, spread
 from support.supervised import Task, fit, write_model
 
 CHUNK = 256  # replies that are written to the file of pairs together
@@ -245,13 +245,6 @@ def make_pairs(config: RewardModelConfig, output: Path) -> Path:
         with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             write_pairs(model, spread(samples[split], limit), how, folder / f"{split}.jsonl", config.progress)
     return folder
-
-
-def spread(samples: Samples, limit: int) -> Samples:
-    """Return at most `limit` samples (0: all) from all over the data."""
-    if not limit or limit >= len(samples):
-        return samples
-    return samples.of(np.linspace(0, len(samples) - 1, limit).astype(int).tolist())
 
 
 def write_pairs(

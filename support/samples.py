@@ -355,6 +355,13 @@ def count_of_samples(samples: Samples | Sequence[Sample]) -> str:
     return f"{len(samples)} samples{some}"
 
 
+def spread(samples: Samples, limit: int) -> Samples:
+    """Return at most `limit` samples (0: all) from all over the data."""
+    if not limit or limit >= len(samples):
+        return samples
+    return samples.of(np.linspace(0, len(samples) - 1, limit).astype(int).tolist())
+
+
 def pick(samples: Samples | Sequence[Sample], indices: Sequence[int]) -> list[Sample]:
     """Some of the samples."""
     return samples.take(indices) if isinstance(samples, Samples) else [samples[i] for i in indices]
