@@ -133,6 +133,7 @@ def make_preferences(config: BestOfNConfig) -> int:
                 gains.append(scores[best] - scores[first : first + config.n].mean())
             done = start + len(some) // config.n
             move(done / len(chosen), f"{done:,} of {len(chosen):,} prompts")
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(config.output), "".join(lines))
     gain = f"; their best replies are {np.mean(gains):.3f} above the mean of {config.n}" if gains else ""
     print(f"{len(lines):,} of {len(chosen):,} prompts are in {config.output}{gain}")

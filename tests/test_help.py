@@ -19,7 +19,7 @@ import reward_model
 import sft_dialog
 import sweep
 import tally
-from reproduce import results, small_model
+from reproduce import best_of_n, results, small_model
 from support.config import command_line
 
 PPO_GROUPS = ["model", "text", "sample", "format", "reward", "partner", "algorithm", "engine", "run"]
@@ -37,6 +37,7 @@ SCRIPTS = {  # configuration and the titles of its groups
     sweep: (sweep.SweepConfig, []),
     results: (results.ResultsConfig, []),
     small_model: (small_model.SmallModelConfig, []),
+    best_of_n: (best_of_n.BestOfNConfig, ["bestofn", "text", "sample", "format"]),
 }
 CONFIGS = {script: config for script, (config, _) in SCRIPTS.items()}
 

@@ -1,0 +1,61 @@
+"""Best of n, by reproduce/best_of_n.py: preferences that supervised training reads."""
+
+import json
+
+import numpy as np
+import pytest
+
+from reproduce.best_of_n import BestOfNConfig, make_preferences
+from rewards import make_reward
+from sft_dialog import SFTConfig, train_sft
+from support.data import load_splits
+from support.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    """A file of the best and the worst of four replies to 40 built-in prompts, by METEOR."""
+    file = tmp_path_factory.mktemp("best") / "best.jsonl"
+    written = make_preferences(
+        BestOfNConfig(model_path="builtin", output=str(file), reward={"meteor": 1.0}, n=4, prompts=40)
+    )
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == written and 20 < written <= 40
+    return file, rows
+
+
+def test_the_chosen_reply_has_more_reward_than_the_rejected_one(best):
+    dialogues = load_splits("builtin", ["train"])["train"]
+    reward = make_reward({"meteor": 1.0}, {}, "cpu", "<EOU>")
+    scores = []
+    for row in best[1]:
+        context = [message["content"] for message in row["prompt"]]
+        utterances = list(dialogues[row["dialogue"]].utterances)
+        at = next(i for i in range(len(utterances)) if utterances[:i][-len(context) :] == context)
+        replies = [row[side][0]["content"] for side in ("chosen", "rejected")]
+        scores.append(reward([""] * 2, replies, [utterances[at]] * 2, [0] * 2).total)
+    chosen, rejected = np.array(scores).T
+    assert (chosen >= rejected).all() and chosen.mean() > rejected.mean() + 0.2
+
+
+def test_supervised_training_learns_the_chosen_replies(best, tmp_path, capsys):
+    output = tmp_path / "model"
+    train_sft(
+        SFTConfig(
+            model_path="builtin", data_path=str(best[0]), output_dir=str(output), loss_on="reply", epochs=8, lr=1e-3
+        )
+    )
+    assert "the chosen ones are the replies" in capsys.readouterr().out
+    history = json.loads((output / "sft.json").read_text())["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_mistakes_are_sentences(tmp_path):
+    for changes, sentence in (
+        (dict(n=0), "n is 0"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(data_path="./no_such_file.jsonl"), "no_such_file.jsonl"),
+        (dict(output=str(tmp_path)), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            BestOfNConfig(model_path="builtin", **changes).check()
