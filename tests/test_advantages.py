@@ -309,7 +309,7 @@ TINY = dict(env_num=16, num_mini_batch=2, ppo_epoch=2, validation_limit=4, eval_
 TINY |= dict(save_interval=1, progress="plain", length_rate=1.0, lr_schedule="constant")
 
 
-@pytest.mark.parametrize("name", WITHOUT_CRITIC)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "rloo")) for n in WITHOUT_CRITIC])
 def test_a_run_of_two_updates(name, tmp_path, capfd):
     settings = TINY | dict(advantage=name, run_dir=str(tmp_path))
     run = train(PPOConfig(**settings, total_time_steps=200))

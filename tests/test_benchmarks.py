@@ -101,6 +101,7 @@ def test_compare_takes_ratios_round_by_round(tmp_path, monkeypatch):
     assert len(Path(config.log).read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_compare_says_what_is_missing_and_passes_a_failure_on(tmp_path):
     with pytest.raises(UserError, match="--inputs is ''"):
         compare.compare(compare.CompareConfig(systems=("shared",)))

@@ -58,7 +58,7 @@ def trained(make, accelerator: Accelerator) -> tuple[dict, dict, int]:
     ("name", "text_by_text"),
     [
         pytest.param("gpt2", ("cpu",), id="CPU"),
-        pytest.param("llama", (), id="GPU"),
+        pytest.param("llama", (), id="GPU", marks=pytest.mark.slow),
         pytest.param("own critic", (), id="own critic", marks=pytest.mark.slow),
     ],
 )

@@ -816,6 +816,7 @@ KILLER = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_mid_conversation_goes_on_to_the_digit(tmp_path):
     (tmp_path / "own.py").write_text(textwrap.dedent(KILLER))
     settings = RUN | dict(run_dir=str(tmp_path), partner=f"{tmp_path}/own.py:Customer")

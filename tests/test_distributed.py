@@ -62,6 +62,7 @@ def whole(tmp_path_factory) -> Path:
     return runs / "ppo_dialog"
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_dies_the_other_says_so_and_the_run_resumes_to_the_digit(whole, tmp_path):
     process = launched(*flags(run_dir=tmp_path, **RUN))
     cut = tmp_path / "ppo_dialog"

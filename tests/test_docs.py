@@ -80,7 +80,8 @@ NOT_RUN = {
     r"^(alias|source)\b": "test_completion_in_bash",
 }
 SLOW = r"examples/custom_|--no-use-share-model|--track|--lora|daily_dialog\.yaml|--tyro-write-completion|"
-SLOW += r"results\.py|small_model\.py|builtin_mistakes|\bdesk\b"  # the clerk of the desk is trained at first use
+SLOW += r"reward-args|my_rm=1 meteor|results\.py|small_model\.py|best_of_n\.py|builtin_mistakes|"
+SLOW += r"\bdesk\b"  # the clerk of the desk is trained at first use
 
 
 # --- What the pages hold
@@ -353,6 +354,7 @@ def parse_command(words: list[str]) -> None:
 
 def of_speed(block: Block):
     slow = any(not not_run(words) and re.search(SLOW, " ".join(words)) for words in block.commands())
+    slow |= block.page.parent.name == "notebook"
     return pytest.param(block, id=str(block), marks=[pytest.mark.slow] * slow)
 
 

@@ -145,6 +145,7 @@ def test_a_vision_language_model_that_is_no_causal_one_is_said(tmp_path):
         Agent(str(tmp_path / "llava"))
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_that_is_a_causal_one_learns_from_text(tmp_path):
     tokenizer = chat_tokenizer("Gemma")
     ids = dict(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.pad_token_id)
@@ -161,7 +162,7 @@ def test_a_vision_language_model_that_is_a_causal_one_learns_from_text(tmp_path)
     assert Agent(str(run), seed=1, max_new_tokens=8).reply("Hi .")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "smollm"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("smollm", marks=pytest.mark.slow)])
 def test_lora_trains_an_adapter_whose_base_is_the_reference(name, tmp_path):
     folder = family(name, tmp_path / name)
     settings = RUN | dict(model_path=folder, run_dir=str(tmp_path), lora_rank=4, lora_merge=True, lr=1e-2)
@@ -197,7 +198,7 @@ def test_an_adapter_whose_base_is_gone_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("saver", [dict(gradient_checkpointing=True), dict(micro_batch_tokens=64)])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_saves_memory_changes_nothing_that_is_learned(saver, share, tmp_path):
     settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, data_path=small_corpus())
     plain = trained(experiment_name="plain", **settings)

@@ -828,6 +828,7 @@ def rows_of(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_server_died_and_asks_nothing_twice(server, judge_file, tmp_path):
     def answer(reply, n):
         return "I cannot say." if len(reply) % 5 == 0 else f"Score: {1 + len(reply) % 10}"

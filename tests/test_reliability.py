@@ -74,7 +74,7 @@ def brittle(tmp_path) -> Path:
 # --- resume
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_whose_reward_failed_resumes_to_the_digit(share, brittle, tmp_path, capsys):
     settings = RUN | dict(run_dir=str(tmp_path), use_share_model=share, reward=f"{brittle}:brittle")
     settings |= dict(length_rate=2.0, length_ratio=1.25)
@@ -145,6 +145,7 @@ def test_only_what_changes_the_numbers_makes_it_another_run(tmp_path):
     assert NOT_COMPUTED <= set(vars(stored))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = RUN | dict(run_dir=str(tmp_path), total_time_steps=400, save_interval=1, lr_schedule="constant")
@@ -160,7 +161,9 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, monkeypatch):
     assert runs and {run.name.rsplit("-", 1)[-1] for run in runs} == {first}
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_update_saves_and_says_where(number, status, tmp_path):
     process, folder = started(tmp_path, total_time_steps=10**9, save_interval=10**6)
     wait_for(process, folder, updates=2)
@@ -591,6 +594,7 @@ def test_a_trackers_process_is_killed_and_the_run_goes_on(tmp_path, monkeypatch)
     assert lines(folder)[-1]["env_steps"] >= 8000 and (folder / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_in_a_sample_dialogue_loses_no_update(tmp_path, monkeypatch):
     """A judge may end while no replies are collected: its server died, or its budget is spent."""
     settings = dict(run_dir=str(tmp_path), total_time_steps=400, env_num=8, eval_limit=-1, validation_limit=0)

@@ -508,6 +508,7 @@ def test_a_causal_model_reads_the_conversation_in_its_own_way(template, tmp_path
     assert together == pytest.approx(alone, abs=1e-4) and together[0] != together[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_scales_and_measures_those_of_a_new_part(encoder, tmp_path, capsys):
     config = dict(intent_coef=0.0, total_time_steps=200, env_num=8, eval_limit=-1, validation_limit=0)
     config |= dict(sample_interval=0, run_dir=str(tmp_path), experiment_name="run")

@@ -78,6 +78,7 @@ def test_chains_hold_each_utterance_once_and_windows_as_ppo_sees_them(tiny_lm):
     assert sum(pieces, []) == sum(chains, [])
 
 
+@pytest.mark.slow
 def test_whole_dialogues_teach_what_windows_teach(tiny_lm, tmp_path):
     settings = dict(model_path=tiny_lm, epochs=0.05, batch_size=4, lr=1e-3, eval_samples=20, warmup_steps=2)
     folder = train_sft(SFTConfig(output_dir=str(tmp_path / "sft"), loss_on="dialogue", **settings))
