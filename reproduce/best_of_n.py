@@ -128,7 +128,8 @@ def make_preferences(config: BestOfNConfig) -> int:
                 if len({replies[i] for i in of_one}) < 2:
                     continue  # nothing to choose from
                 best, worst = max(of_one, key=scores.__getitem__), min(of_one, key=scores.__getitem__)
-                row = row_of(some[first].messages, replies[best], replies[worst], some[first].key[0])
+                sides = (with_blanks_of(some[first].reply, replies[i]) for i in (best, worst))
+                row = row_of(some[first].messages, *sides, some[first].key[0])
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
                 gains.append(scores[best] - scores[first : first + config.n].mean())
             done = start + len(some) // config.n
@@ -138,6 +139,12 @@ def make_preferences(config: BestOfNConfig) -> int:
     gain = f"; their best replies are {np.mean(gains):.3f} above the mean of {config.n}" if gains else ""
     print(f"{len(lines):,} of {len(chosen):,} prompts are in {config.output}{gain}")
     return len(lines)
+
+
+def with_blanks_of(human: str, reply: str) -> str:
+    """Return the reply with the blanks around the human one, which a model of the same data writes too."""
+    text = human.strip()
+    return human.replace(text, reply, 1) if text else reply
 
 
 def score(reward: WeightedSum, samples: Sequence[Sample], replies: Sequence[str]) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from reproduce.best_of_n import BestOfNConfig, make_preferences
+from reproduce.best_of_n import BestOfNConfig, make_preferences, with_blanks_of
 from rewards import make_reward
 from sft_dialog import SFTConfig, train_sft
 from support.data import load_splits
@@ -48,6 +48,13 @@ def test_supervised_training_learns_the_chosen_replies(best, tmp_path, capsys):
     assert "the chosen ones are the replies" in capsys.readouterr().out
     history = json.loads((output / "sft.json").read_text())["history"]
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_a_reply_gets_the_blanks_of_the_human_one():
+    """DailyDialog has a blank at both ends of most utterances. Without them a model reads another first token."""
+    assert with_blanks_of(" I see . I see . ", "No .") == " No . "
+    assert with_blanks_of("I see.", "No.") == "No."
+    assert with_blanks_of("", "No.") == "No."
 
 
 def test_mistakes_are_sentences(tmp_path):
