@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.config import check_command_line, command_line
-from support.errors import run_script
+from support.errors import UserError, run_script
 from support.options import (
     FormatOptions,
     PositiveInt,
@@ -51,7 +52,7 @@ class BestOfNOptions:
     """Parts of the reward, with weights."""
     intent_model: str = "builtin"
     """Dialogue-act classifier, the judge of intent: a hub name, a folder or 'builtin'."""
-    n: PositiveInt = 8
+    n: Annotated[int, Field(ge=2)] = 8
     """Replies to each prompt."""
     prompts: PositiveInt = 2000
     """Prompts, from all over the training split."""
@@ -86,7 +87,7 @@ if __name__ == "__main__":
 
 from accelerate import PartialState
 
-from rewards import WeightedSum, make_reward
+from rewards import make_reward
 from support.builtin import resolve_model
 from support.files import write_text
 from support.generation import ReplySettings, generate_replies
@@ -96,7 +97,7 @@ from support.machine import use_all_cores
 from support.models import load_causal_lm, load_codec, longest_text
 from support.preferences import row_of
 from support.pretrained import check_vocabulary
-from support.samples import Sample, load_samples, spread
+from support.samples import Samples, load_samples, spread
 from support.scoring import score_episodes
 from support.words import word_tokenizer_for
 
@@ -109,6 +110,7 @@ def make_preferences(config: BestOfNConfig) -> int:
     name, device = resolve_model(config.model_path), PartialState().device
     codec = load_codec(name, options=config)
     codec, samples = load_samples(config, codec, name, ("train",), print)
+    check_reward(config, samples["train"])
     model = load_causal_lm(name, longest=longest_text(codec.format)).to(device).eval()
     check_vocabulary(codec.tokenizer, model, name)
     judge = resolve_model(config.intent_model, "judge") if "intent" in config.reward else ""
@@ -121,7 +123,10 @@ def make_preferences(config: BestOfNConfig) -> int:
             some = [sample for sample in chosen[start : start + PROMPTS_AT_A_TIME] for _ in range(config.n)]
             settings = ReplySettings(codec, config.sampling, config.seed + 1_000_003 * start, batch_size=len(some))
             replies, lengths = generate_replies(model, some, settings)
-            scores = score(reward, some, replies)
+            columns = ([s.prompt for s in some], replies, [s.reply for s in some], [s.act for s in some])
+            if start == 0:
+                reward.scales |= reward.measure_scales(*columns)
+            scores = score_episodes(reward, *columns).total
             whole = np.array(lengths) < codec.format.max_new_tokens
             for first in range(0, len(some), config.n):
                 of_one = [i for i in range(first, first + config.n) if whole[i]]
@@ -134,10 +139,15 @@ def make_preferences(config: BestOfNConfig) -> int:
                 gains.append(scores[best] - scores[first : first + config.n].mean())
             done = start + len(some) // config.n
             move(done / len(chosen), f"{done:,} of {len(chosen):,} prompts")
+    if not lines:
+        raise UserError(
+            f"no prompt got two different replies of less than {codec.format.max_new_tokens} tokens; give a larger "
+            "max_new_tokens or temperature."
+        )
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(config.output), "".join(lines))
-    gain = f"; their best replies are {np.mean(gains):.3f} above the mean of {config.n}" if gains else ""
-    print(f"{len(lines):,} of {len(chosen):,} prompts are in {config.output}{gain}")
+    gain = f"the best replies are {np.mean(gains):.3f} above the mean of {config.n}"
+    print(f"{len(lines):,} of {len(chosen):,} prompts are in {config.output}; {gain}")
     return len(lines)
 
 
@@ -147,10 +157,12 @@ def with_blanks_of(human: str, reply: str) -> str:
     return human.replace(text, reply, 1) if text else reply
 
 
-def score(reward: WeightedSum, samples: Sequence[Sample], replies: Sequence[str]) -> np.ndarray:
-    """Return the scores (N,) of replies to the prompts of N samples."""
-    columns = ([s.prompt for s in samples], replies, [s.reply for s in samples], [s.act for s in samples])
-    return score_episodes(reward, *columns).total
+def check_reward(config: BestOfNConfig, samples: Samples) -> None:
+    """UserError for a part of the reward that the data cannot give."""
+    has = {"meteor": samples.has_references, "intent": any(samples.acts)}
+    for name, missing in (("meteor", "human replies"), ("intent", "dialogue acts")):
+        if name in config.reward and not has[name]:
+            raise UserError(f"'{config.data_path}' has no {missing}; give a reward without {name}.")
 
 
 def main() -> None:

@@ -59,10 +59,30 @@ def test_a_reply_gets_the_blanks_of_the_human_one():
 
 def test_mistakes_are_sentences(tmp_path):
     for changes, sentence in (
-        (dict(n=0), "n is 0"),
+        (dict(n=1), "n is 1"),
         (dict(top_k=-1), "top_k is -1"),
         (dict(data_path="./no_such_file.jsonl"), "no_such_file.jsonl"),
         (dict(output=str(tmp_path)), "cannot be written"),
     ):
         with pytest.raises(UserError, match=sentence):
             BestOfNConfig(model_path="builtin", **changes).check()
+
+
+def test_a_reward_that_the_data_cannot_give_is_said_before_sampling(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Is it {i}?"}) + "\n" for i in range(40)))
+    for name, missing in (("meteor", "human replies"), ("intent", "dialogue acts")):
+        with pytest.raises(UserError, match=f"has no {missing}; give a reward without {name}"):
+            make_preferences(BestOfNConfig(model_path="builtin", data_path=str(prompts), reward={name: 1.0}))
+
+
+def test_a_reward_of_ones_own_chooses_among_replies_to_prompts_alone(tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "new" / "best.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Hello, is it {i}?"}) + "\n" for i in range(40)))
+    own = tmp_path / "own.py"
+    own.write_text("def short(prompts, responses, references, acts):\n    return [-float(len(r)) for r in responses]\n")
+    options = dict(data_path=str(prompts), output=str(output), reward={f"{own}:short": 1.0}, n=3, prompts=12)
+    make_preferences(BestOfNConfig(model_path="builtin", **options))
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    sizes = [[len(row[side][0]["content"]) for side in ("chosen", "rejected")] for row in rows]
+    assert sizes and all(chosen < rejected for chosen, rejected in sizes)
