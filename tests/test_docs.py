@@ -54,7 +54,7 @@ TINY = {  # appended to a command; the last of two values counts
     "intent_classifier.py": FIT,
     "reward_model.py": "--max-minutes 0.05 --pairs 20 --mixed-precision no",
     "sft_dialog.py": FIT,
-    "reproduce/best_of_n.py": "--n 2 --prompts 4",
+    "reproduce/best_of_n.py": "--n 2 --prompts 60",
     "reproduce/small_model.py": "--words-of builtin --vocabulary 600 --hidden-size 64",
     "ppo_dialog.py": "--total-time-steps 120 --env-num 4 --samples-per-prompt 2 --num-mini-batch 2 --ppo-epoch 1 "
     "--eval-limit 4 --validation-limit 0 --judge-samples 8 --save-interval 1 "
